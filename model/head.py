@@ -1,0 +1,183 @@
+"""What a draft head is. One file in `model/heads/` holds one kind.
+
+Legend: B batch rows, T positions, P newly committed positions, R any rows, D hidden size,
+V vocabulary, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from .seen import Seen
+from .tree import Children, Tree, TreeShape
+
+if TYPE_CHECKING:
+    from .target import Target
+
+
+class HeadConfig(BaseModel):
+    """Settings that every kind has. Sizes are taken from the target unless given.
+
+    draft_vocab: how many tokens the head can propose (the most frequent ones of the target's own
+    answers), or None for the whole vocabulary. The draft vocabulary limits guesses, never output.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    hidden_size: int
+    vocab_size: int
+    draft_vocab: int | None = None
+
+
+class DraftHead(nn.Module, ABC):
+    """A small module that guesses what a frozen target will say.
+
+    `layers` are the target's decoder layers (0-based) whose outputs it reads, beside the input of
+    the LM head, which is always there. `max_depth` is the longest path it can draft, or None.
+    The target's embedding and LM head are borrowed by `bind` and never part of the state dict.
+    """
+
+    kind: ClassVar[str]
+    layers: tuple[int, ...] = ()
+    max_depth: int | None = None
+
+    def __init__(self, config: HeadConfig):
+        super().__init__()
+        self.config = config
+        self.d2t: Tensor | None
+        offsets = None
+        if config.draft_vocab is not None:
+            offsets = torch.zeros(config.draft_vocab, dtype=torch.int64)
+        self.register_buffer("d2t", offsets)
+        self._target: list[Target] = []  # in a list, so that it is no submodule
+        self._draft_ids: Tensor | None = None
+
+    @property
+    def target(self) -> Target:
+        assert self._target, "bind(target) comes first"
+        return self._target[0]
+
+    def bind(self, target: Target) -> DraftHead:
+        """Borrow the target's embedding and LM head. ValueError when the head does not fit."""
+        for name, ours, theirs in (
+            ("hidden size", self.config.hidden_size, target.hidden_size),
+            ("vocabulary", self.config.vocab_size, target.vocab_size),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"This head was made for a target with {name} {ours}, but {target.name} has "
+                    f"{theirs}. Use the target that the head was trained on, or train a new head."
+                )
+        if any(layer >= target.num_layers or layer < 0 for layer in self.layers):
+            raise ValueError(
+                f"The head reads the layers {list(self.layers)}, but {target.name} has only "
+                f"{target.num_layers} (0 to {target.num_layers - 1}). Choose other layers."
+            )
+        self._target = [target]
+        self._draft_ids = None
+        return self
+
+    def set_draft_vocab(self, token_ids: Tensor) -> None:
+        """Fix which tokens can be proposed: sorted ids, stored as offsets id - index (d2t)."""
+        assert self.d2t is not None
+        ids = token_ids.to(self.d2t.device).sort().values
+        if len(ids) != len(self.d2t) or len(ids.unique()) != len(ids):
+            raise ValueError(
+                f"The draft vocabulary needs exactly {len(self.d2t)} different tokens, "
+                f"got {len(ids.unique())}. Lower head.draft_vocab or train on more answers."
+            )
+        self.d2t.copy_(ids - torch.arange(len(ids), device=ids.device))
+        self._draft_ids = None
+
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """The tokens that can be proposed, ascending, or None for all."""
+        if self.d2t is not None and self._draft_ids is None:
+            ids = self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+            if len(ids) > 1 and not bool((ids[1:] > ids[:-1]).all()):
+                raise ValueError(
+                    "The head's draft vocabulary was never set: its offset table d2t is not "
+                    "ascending. Call set_draft_vocab, or load a trained head."
+                )
+            self._draft_ids = ids
+        return self._draft_ids
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """Draft logits R x Vd of draft hidden states, by the target's own LM head."""
+        return self.target.unembed(hidden_RD, self.draft_ids)
+
+    def children(self, hidden_BFD: Tensor, width: int) -> Children:
+        """The likeliest next tokens: log-probabilities and ids, B x F x width, best first."""
+        logp_BFV = self.logits(hidden_BFD).float().log_softmax(-1)
+        logp_BFW, index_BFW = logp_BFV.topk(min(width, logp_BFV.shape[-1]), dim=-1)
+        ids = self.draft_ids
+        return logp_BFW, index_BFW if ids is None else ids[index_BFW]
+
+    @classmethod
+    @abstractmethod
+    def defaults(cls, target: Target) -> dict[str, Any]:
+        """Settings of this kind that follow from the target (heads, widths, rope, layers)."""
+
+    @abstractmethod
+    def init_from_target(self) -> None:
+        """Start from the bound target's own weights where that helps."""
+
+    @abstractmethod
+    def unroll(self, seen: Seen, tokens_BT: Tensor, steps: int) -> list[Tensor]:
+        """The training computation: for each step k, B x T x D hidden states for `logits`.
+
+        Row t of step k sees the target's features up to row t and the tokens x[t+1] to x[t+1+k];
+        its teacher is the target's distribution at row t+1+k and its label x[t+2+k]. Rows that run
+        past the end hold anything: the loss leaves them out.
+        """
+
+    @abstractmethod
+    def start(self, batch_size: int) -> Any:
+        """An empty decoding state."""
+
+    @abstractmethod
+    def advance(self, state: Any, seen: Seen, next_tokens_BP: Tensor, counts_B: Tensor) -> Any:
+        """Take in newly committed positions.
+
+        seen: features at P positions per row, of which the first counts_B[b] >= 1 are real.
+        next_tokens_BP: the committed token that follows each of them; the last real one is the
+        root of the next tree.
+        """
+
+    @abstractmethod
+    def draft(self, state: Any, shape: TreeShape) -> Tree:
+        """Guess what follows the last committed token."""
+
+    @abstractmethod
+    def keep(self, state: Any, rows: Tensor) -> Any:
+        """The state of some rows only (finished rows leave the batch)."""
+
+
+def kinds() -> list[str]:
+    """Every head kind: the file names in `model/heads/`."""
+    package = importlib.import_module("headstart.model.heads")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def head_class(kind: str) -> tuple[type[DraftHead], type[HeadConfig]]:
+    """A kind's `Head` and `Config`. ValueError for a kind that does not exist."""
+    if kind not in kinds():
+        raise ValueError(f"Unknown head kind {kind!r}. There are: {', '.join(kinds())}.")
+    module = importlib.import_module(f"headstart.model.heads.{kind}")
+    return module.Head, module.Config
+
+
+def make_head(target: Target, kind: str, settings: dict[str, Any]) -> DraftHead:
+    """A fresh head for a target: sizes from the target, the rest from `settings`."""
+    head_type, config_type = head_class(kind)
+    sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
+    config = config_type.model_validate({"kind": kind} | head_type.defaults(target) | sizes | settings)
+    return head_type(config).to(target.device).bind(target)

@@ -1,0 +1,34 @@
+"""What reading tokens showed: the currency between target, heads, training and decoding.
+
+Legend: B batch rows, T positions, P picked positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One forward pass of the target.
+
+    logits_BTV: next-token logits, or None when they were not asked for. last_BTD: the input of
+    the LM head (after the final norm). hidden: output of decoder layer j (0-based) under key j,
+    for the layers that were asked for.
+    """
+
+    logits_BTV: Tensor | None
+    last_BTD: Tensor
+    hidden: Mapping[int, Tensor]
+
+    def at(self, index_BP: Tensor) -> Seen:
+        """The same at picked positions; logits are dropped."""
+        picked = {layer: _pick(hidden_BTD, index_BP) for layer, hidden_BTD in self.hidden.items()}
+        return Seen(None, _pick(self.last_BTD, index_BP), picked)
+
+
+def _pick(values_BTD: Tensor, index_BP: Tensor) -> Tensor:
+    return values_BTD.gather(1, index_BP[..., None].expand(-1, -1, values_BTD.shape[-1]))

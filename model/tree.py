@@ -1,0 +1,257 @@
+"""A tree of guessed tokens, and how one grows. Knows no model and no cache.
+
+Legend: B batch rows, N tree nodes, F frontier nodes (those expanded at one depth), W children per node, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+NO_PARENT = -1
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Guesses for what follows the last committed token, which is node 0.
+
+    tokens_BN: token of each node. parents_BN: index of each node's parent, which precedes it; -1 for
+    the root and for padding. scores_BN: log of the draft's probability of the path to the node
+    (0 for the root, -inf for padding).
+    """
+
+    tokens_BN: Tensor
+    parents_BN: Tensor
+    scores_BN: Tensor
+
+    @staticmethod
+    def root(tokens_B: Tensor) -> Tree:
+        """The tree of plain decoding: no guess at all."""
+        tokens_BN = tokens_B[:, None]
+        zeros = torch.zeros_like(tokens_BN)
+        return Tree(tokens_BN, zeros + NO_PARENT, zeros.float())
+
+    @property
+    def nodes(self) -> int:
+        return self.tokens_BN.shape[1]
+
+    @cached_property
+    def valid_BN(self) -> Tensor:
+        """True for the root and for nodes that are not padding."""
+        valid_BN = self.parents_BN >= 0
+        valid_BN[:, 0] = True
+        return valid_BN
+
+    @cached_property
+    def ancestors_BNN(self) -> Tensor:
+        """[b, n, m] is True where node m is node n itself or one of its ancestors."""
+        nodes = self.nodes
+        eye_NN = torch.eye(nodes, dtype=torch.bool, device=self.tokens_BN.device)
+        ancestors_BNN = eye_NN.repeat(self.tokens_BN.shape[0], 1, 1)
+        rows_B = torch.arange(self.tokens_BN.shape[0], device=self.tokens_BN.device)
+        for node in range(1, nodes):  # a parent precedes its child, so its row is complete
+            parent_B = self.parents_BN[:, node]
+            inherited_BN = ancestors_BNN[rows_B, parent_B.clamp(min=0)]
+            ancestors_BNN[:, node] |= inherited_BN & (parent_B >= 0)[:, None]
+        return ancestors_BNN
+
+    @cached_property
+    def depths_BN(self) -> Tensor:
+        """0 for the root, 1 for its children, and so on (0 for padding)."""
+        return self.ancestors_BNN.sum(-1) - 1
+
+    def cut(self, nodes: int) -> Tree:
+        """The likeliest `nodes` nodes, root included: a parent never scores below its child."""
+        if nodes >= self.nodes:
+            return self
+        order_BN = self.scores_BN.sort(dim=1, descending=True, stable=True).indices
+        kept_BN = order_BN[:, :nodes].sort(dim=1).values  # the old order keeps parents first
+        rank_BN = torch.full_like(self.tokens_BN, NO_PARENT)
+        places_BN = torch.arange(nodes, device=kept_BN.device).expand_as(kept_BN)
+        rank_BN.scatter_(1, kept_BN, places_BN)
+        parents_BN = self.parents_BN.gather(1, kept_BN)
+        moved_BN = rank_BN.gather(1, parents_BN.clamp(min=0))
+        return Tree(
+            self.tokens_BN.gather(1, kept_BN),
+            torch.where(parents_BN >= 0, moved_BN, parents_BN),
+            self.scores_BN.gather(1, kept_BN),
+        )
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """What a head is asked to draft.
+
+    nodes: nodes of the finished tree, root included. depth: longest path in drafted tokens.
+    width: nodes expanded per depth and children each of them gets. ranks: for a static tree, the
+    paths of child ranks that exist, e.g. ((0,), (0, 0), (1,)); None for a dynamic tree, which keeps
+    the likeliest nodes (EAGLE-2, arXiv 2406.16858).
+    """
+
+    nodes: int
+    depth: int
+    width: int
+    ranks: tuple[tuple[int, ...], ...] | None = None
+
+    @staticmethod
+    def chain(depth: int) -> TreeShape:
+        """One guess per depth."""
+        return TreeShape(nodes=depth + 1, depth=depth, width=1).checked()
+
+    @staticmethod
+    def dynamic(nodes: int, depth: int, width: int) -> TreeShape:
+        """The `nodes - 1` likeliest guesses, wherever they are."""
+        return TreeShape(nodes=nodes, depth=depth, width=width).checked()
+
+    @staticmethod
+    def static(ranks: Sequence[Sequence[int]]) -> TreeShape:
+        """A fixed shape: every path of child ranks that exists, each with all its prefixes."""
+        paths = tuple(sorted((tuple(path) for path in ranks), key=lambda path: (len(path), path)))
+        if not paths or any(not path or min(path) < 0 for path in paths):
+            raise ValueError(
+                "A static tree needs at least one path, and a path is a non-empty list of child "
+                "ranks (0 is the likeliest child), for example [[0], [0, 0], [1]]."
+            )
+        for path in paths:
+            if len(path) > 1 and path[:-1] not in paths:
+                raise ValueError(
+                    f"The static tree has the path {list(path)} but not its parent "
+                    f"{list(path[:-1])}. Add the parent: a node cannot be verified without it."
+                )
+        if len(set(paths)) != len(paths):
+            raise ValueError("The static tree lists a path twice. List every path once.")
+        width = max(max(path) for path in paths) + 1
+        return TreeShape(len(paths) + 1, max(map(len, paths)), width, paths).checked()
+
+    def checked(self) -> TreeShape:
+        if self.depth < 1 or self.width < 1 or self.nodes < 2:
+            raise ValueError(
+                f"A tree needs depth >= 1, width >= 1 and nodes >= 2 (got depth {self.depth}, "
+                f"width {self.width}, nodes {self.nodes}). For no speculation use plain decoding."
+            )
+        return self
+
+    def limited(self, depth: int) -> TreeShape:
+        """The same shape, no deeper than `depth`."""
+        if depth >= self.depth:
+            return self
+        if self.ranks is not None:
+            return TreeShape.static([path for path in self.ranks if len(path) <= depth])
+        nodes = depth + 1 if self.width == 1 else self.nodes
+        return TreeShape(min(nodes, self.nodes), depth, self.width)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The nodes whose children are wanted next.
+
+    tokens_BF; parents_BF: each one's parent as an index into the previous frontier; depth: of the
+    nodes themselves, 1 for the root's children.
+    """
+
+    tokens_BF: Tensor
+    parents_BF: Tensor
+    depth: int
+
+
+# log-probabilities of the W likeliest children of each frontier node, and their tokens
+Children = tuple[Tensor, Tensor]  # logp_BFW, tokens_BFW
+
+
+def grow(
+    root_B: Tensor, first: Children, step: Callable[[Frontier], Children], shape: TreeShape
+) -> Tree:
+    """Grow a tree from the root.
+
+    root_B: the last committed tokens. first: the root's children (F = 1). step: asked once per
+    further depth for the children of a frontier. Each W must be at least `shape.width`, best first.
+    """
+    pool = _Pool(root_B)
+    parents_BF = torch.zeros_like(root_B)[:, None]
+    logp_BFW, tokens_BFW = first
+    chosen = _chosen(shape, 1)
+    for depth in range(1, shape.depth + 1):
+        if chosen is None:  # dynamic: every child is a candidate
+            pool.add(parents_BF, logp_BFW[..., : shape.width], tokens_BFW[..., : shape.width])
+        else:
+            pool.add_ranks(parents_BF, logp_BFW, tokens_BFW, chosen)
+        if depth == shape.depth:
+            break
+        picked_BF = pool.frontier(shape, depth)
+        frontier = Frontier(
+            pool.tokens_BN.gather(1, picked_BF), pool.frontier_parents(picked_BF), depth
+        )
+        logp_BFW, tokens_BFW = step(frontier)
+        parents_BF = picked_BF
+        chosen = _chosen(shape, depth + 1)
+    tree = Tree(pool.tokens_BN, pool.parents_BN, pool.scores_BN)
+    return tree.cut(shape.nodes)
+
+
+def _chosen(shape: TreeShape, depth: int) -> list[tuple[int, int]] | None:
+    """(frontier index, child rank) of a static tree's nodes at a depth, in path order."""
+    if shape.ranks is None:
+        return None
+    expanded = _expanded(shape, depth - 1)
+    place = {path: index for index, path in enumerate(expanded)}
+    return [(place[path[:-1]], path[-1]) for path in shape.ranks if len(path) == depth]
+
+
+def _expanded(shape: TreeShape, depth: int) -> list[tuple[int, ...]]:
+    """A static tree's paths of a given depth that have children."""
+    assert shape.ranks is not None
+    if depth == 0:
+        return [()]
+    parents = {path[:-1] for path in shape.ranks if len(path) == depth + 1}
+    return sorted(parents)
+
+
+class _Pool:
+    """All candidates so far, depth after depth."""
+
+    def __init__(self, root_B: Tensor):
+        tree = Tree.root(root_B)
+        self.tokens_BN, self.parents_BN = tree.tokens_BN, tree.parents_BN
+        self.scores_BN = tree.scores_BN
+        self._last = 0  # first index of the deepest depth
+        self._frontier_BF = torch.zeros_like(tree.tokens_BN)
+
+    def add(self, parents_BF: Tensor, logp_BFW: Tensor, tokens_BFW: Tensor) -> None:
+        batch, frontier, width = tokens_BFW.shape
+        parents_BFW = parents_BF[..., None].expand(batch, frontier, width)
+        self._append(parents_BFW.flatten(1), logp_BFW.flatten(1), tokens_BFW.flatten(1))
+
+    def add_ranks(
+        self, parents_BF: Tensor, logp_BFW: Tensor, tokens_BFW: Tensor, ranks: list[tuple[int, int]]
+    ) -> None:
+        index = torch.tensor([f for f, _ in ranks], device=parents_BF.device)
+        rank = torch.tensor([r for _, r in ranks], device=parents_BF.device)
+        self._append(parents_BF[:, index], logp_BFW[:, index, rank], tokens_BFW[:, index, rank])
+
+    def _append(self, parents_BM: Tensor, logp_BM: Tensor, tokens_BM: Tensor) -> None:
+        self._last = self.tokens_BN.shape[1]
+        scores_BM = self.scores_BN.gather(1, parents_BM) + logp_BM.float()
+        self.tokens_BN = torch.cat([self.tokens_BN, tokens_BM], 1)
+        self.parents_BN = torch.cat([self.parents_BN, parents_BM], 1)
+        self.scores_BN = torch.cat([self.scores_BN, scores_BM], 1)
+
+    def frontier(self, shape: TreeShape, depth: int) -> Tensor:
+        """Indices of the nodes to expand: a static tree's inner nodes, or the likeliest."""
+        if shape.ranks is None:
+            scores_BM = self.scores_BN[:, self._last :]
+            width = min(shape.width, scores_BM.shape[1])
+            return self._last + scores_BM.topk(width, dim=1).indices
+        at_depth = [path for path in shape.ranks if len(path) == depth]
+        inner = [self._last + at_depth.index(path) for path in _expanded(shape, depth)]
+        return torch.tensor(inner, device=self.tokens_BN.device).expand(len(self.tokens_BN), -1)
+
+    def frontier_parents(self, picked_BF: Tensor) -> Tensor:
+        """Each picked node's parent as an index into the previous frontier."""
+        parents_BF = self.parents_BN.gather(1, picked_BF)
+        same_BFG = parents_BF[..., None] == self._frontier_BF[:, None, :]
+        self._frontier_BF = picked_BF
+        return same_BFG.int().argmax(-1)
