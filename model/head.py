@@ -179,5 +179,7 @@ def make_head(target: Target, kind: str, settings: dict[str, Any]) -> DraftHead:
     """A fresh head for a target: sizes from the target, the rest from `settings`."""
     head_type, config_type = head_class(kind)
     sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
-    config = config_type.model_validate({"kind": kind} | head_type.defaults(target) | sizes | settings)
+    config = config_type.model_validate(
+        {"kind": kind} | head_type.defaults(target) | sizes | settings
+    )
     return head_type(config).to(target.device).bind(target)

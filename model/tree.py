@@ -1,6 +1,7 @@
 """A tree of guessed tokens, and how one grows. Knows no model and no cache.
 
-Legend: B batch rows, N tree nodes, F frontier nodes (those expanded at one depth), W children per node, V vocabulary.
+Legend: B batch rows, N tree nodes, M nodes of one depth, F frontier nodes (those expanded at one
+depth), W children per node.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ NO_PARENT = -1
 class Tree:
     """Guesses for what follows the last committed token, which is node 0.
 
-    tokens_BN: token of each node. parents_BN: index of each node's parent, which precedes it; -1 for
-    the root and for padding. scores_BN: log of the draft's probability of the path to the node
-    (0 for the root, -inf for padding).
+    tokens_BN: token of each node. parents_BN: index of each node's parent, which precedes it; -1
+    for the root and for padding. scores_BN: log of the draft's probability of the path to the
+    node (0 for the root, -inf for padding).
     """
 
     tokens_BN: Tensor

@@ -1,0 +1,98 @@
+"""EAGLE-3 (arXiv 2503.01840): one decoder layer over fused low, middle and high features.
+
+    g = fc([h_low; h_mid; h_high])         attention input = [norm(embed(x[t+1])); norm(g)]
+
+Later steps take the layer's own output for g. The residual is the un-normed g, which is what both
+vLLM (norm_before_residual false) and SGLang compute. Options of EAGLE-3.1 (arXiv 2605.09992):
+`fc_norm` norms each tap before fc, `norm_output` feeds the normed output back.
+
+Legend: B batch rows, T positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headstart.model.head import HeadConfig
+from headstart.model.borrow import copy_final_norm, layer_sizes
+from headstart.model.layers import MLP, Attend, Attention, LayerConfig, RMSNorm
+from headstart.model.recurrent import AttentionLayout, RecurrentHead
+from headstart.model.seen import Seen
+from headstart.model.target import Target
+
+
+class Config(HeadConfig):
+    """taps: the target's layers (0-based outputs) that are fused."""
+
+    layer: LayerConfig
+    taps: tuple[int, ...]
+    fc_norm: bool = False
+    norm_output: bool = False
+    attention_layout: AttentionLayout = "append"
+
+
+class DecoderLayer(nn.Module):
+    """A Llama layer whose attention reads the embedding beside the feature."""
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(size, eps)
+        self.hidden_norm = RMSNorm(size, eps)
+        self.self_attn = Attention(config, 2 * size)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, embedded_BTD: Tensor, feature_BTD: Tensor, positions_BT: Tensor, attend: Attend
+    ) -> Tensor:
+        joined = torch.cat([self.input_layernorm(embedded_BTD), self.hidden_norm(feature_BTD)], -1)
+        hidden_BTD = feature_BTD + self.self_attn(joined, positions_BT, attend)
+        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+
+
+class Head(RecurrentHead):
+    kind = "eagle3"
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        size, eps = config.hidden_size, config.layer.rms_norm_eps
+        self.attention_layout = config.attention_layout
+        self.layers = config.taps
+        self.norm_output = config.norm_output
+        self.fc = nn.Linear(len(config.taps) * size, size, bias=False)
+        norms = [RMSNorm(size, eps) for _ in config.taps] if config.fc_norm else []
+        self.fc_norm = nn.ModuleList(norms)
+        self.midlayer = DecoderLayer(config.layer)
+        self.norm = RMSNorm(size, eps)
+
+    @classmethod
+    def defaults(cls, target: Target) -> dict[str, Any]:
+        last = target.num_layers - 1
+        taps = sorted({min(1, last), max(target.num_layers // 2 - 1, 0), max(last - 3, 0)})
+        return {"layer": layer_sizes(target), "taps": taps}
+
+    @torch.no_grad()
+    def init_from_target(self) -> None:
+        """The final norm starts as the target's; the layer is new."""
+        copy_final_norm(self.target, self.norm.weight)
+
+    def feature(self, seen: Seen) -> Tensor:
+        taps = [seen.hidden[layer].to(self.fc.weight.dtype) for layer in self.layers]
+        if self.fc_norm:
+            taps = [norm(tap) for norm, tap in zip(self.fc_norm, taps, strict=True)]
+        return self.fc(torch.cat(taps, -1))
+
+    def cell(
+        self, embedded_BTD: Tensor, feature_BTD: Tensor, positions_BT: Tensor, attend: Attend
+    ) -> Tensor:
+        return self.midlayer(embedded_BTD, feature_BTD, positions_BT, attend)
+
+    def readout(self, output_BTD: Tensor) -> Tensor:
+        return self.norm(output_BTD)
+
+    def recycle(self, output_BTD: Tensor) -> Tensor:
+        return self.norm(output_BTD) if self.norm_output else output_BTD

@@ -1,0 +1,91 @@
+"""GLM's multi-token prediction block (GLM-4.5 arXiv 2508.06471, GLM-5 arXiv 2602.15763).
+
+One decoder layer shared by all steps, between the target's final hidden state and its LM head:
+
+    u = eh_proj([enorm(embed(x[t+1])), hnorm(h[t])])
+    z = norm(DecoderLayer(u))         p(x[t+2]) = softmax(lm_head(z))
+
+h[t] is the target's hidden state after its final norm; in later steps it is z.
+
+Legend: B batch rows, T positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headstart.model.head import HeadConfig
+from headstart.model.borrow import copy_final_norm, copy_last_layer, layer_sizes
+from headstart.model.layers import MLP, Attend, Attention, LayerConfig, RMSNorm
+from headstart.model.recurrent import AttentionLayout, RecurrentHead
+from headstart.model.seen import Seen
+from headstart.model.target import Target
+
+
+class Config(HeadConfig):
+    """attention_layout: `kvshare` suits our trees, `append` is what stock engines serve."""
+
+    layer: LayerConfig
+    attention_layout: AttentionLayout = "append"
+
+
+class DecoderLayer(nn.Module):
+    """A pre-norm Llama layer."""
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(size, eps)
+        self.self_attn = Attention(config, size)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
+        normed_BTD = self.input_layernorm(hidden_BTD)
+        hidden_BTD = hidden_BTD + self.self_attn(normed_BTD, positions_BT, attend)
+        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+
+
+class Head(RecurrentHead):
+    kind = "mtp"
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        size, eps = config.hidden_size, config.layer.rms_norm_eps
+        self.attention_layout = config.attention_layout
+        self.enorm = RMSNorm(size, eps)
+        self.hnorm = RMSNorm(size, eps)
+        self.eh_proj = nn.Linear(2 * size, size, bias=False)
+        self.layer = DecoderLayer(config.layer)
+        self.norm = RMSNorm(size, eps)
+
+    @classmethod
+    def defaults(cls, target: Target) -> dict[str, Any]:
+        return {"layer": layer_sizes(target)}
+
+    @torch.no_grad()
+    def init_from_target(self) -> None:
+        """Start as the target's last layer with the hidden state passed through."""
+        copy_last_layer(self.target, self.layer)
+        copy_final_norm(self.target, self.norm.weight)
+        half = self.config.hidden_size
+        self.eh_proj.weight[:, half:] = torch.eye(half)
+        self.eh_proj.weight[:, :half] *= 0.1
+
+    def feature(self, seen: Seen) -> Tensor:
+        return seen.last_BTD.to(self.eh_proj.weight.dtype)
+
+    def cell(
+        self, embedded_BTD: Tensor, feature_BTD: Tensor, positions_BT: Tensor, attend: Attend
+    ) -> Tensor:
+        joined = torch.cat([self.enorm(embedded_BTD), self.hnorm(feature_BTD)], -1)
+        return self.layer(self.eh_proj(joined), positions_BT, attend)
+
+    def readout(self, output_BTD: Tensor) -> Tensor:
+        return self.norm(output_BTD)
+
+    def recycle(self, output_BTD: Tensor) -> Tensor:
+        return self.norm(output_BTD)
