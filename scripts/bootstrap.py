@@ -1,0 +1,180 @@
+"""Set up the project's virtual environment, then run the demo or the tests in it.
+
+    python scripts/bootstrap.py            only set up
+    python scripts/bootstrap.py demo       set up, then `headstart demo`
+    python scripts/bootstrap.py test       set up, then lint, types and tests
+
+Standard library only, any system. A second run starts at once: a stamp in `.venv` remembers what
+was installed for which pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+STAMP = VENV / "headstart.json"
+
+# Without a GPU: a build of torch that is CPU only, from PyTorch's own index or from a wheel that
+# the machine's pip settings offer. Pinned, so that 2.13.0+cpu is preferred to PyPI's 2.13.0, which
+# on Linux brings gigabytes of CUDA libraries.
+CPU_TORCH = "torch==2.13.0"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+CUDA_PACKAGES = ("nvidia-", "cuda-")
+
+TESTS = (
+    ["ruff", "check", "."],
+    ["ruff", "format", "--check", "."],
+    ["mypy"],
+    ["pytest"],
+)
+
+
+def main() -> None:
+    commands = {"": [], "demo": [["headstart", "demo"]], "test": list(TESTS)}
+    task = sys.argv[1] if len(sys.argv) > 1 else ""
+    if task not in commands or len(sys.argv) > 2:
+        sys.exit(__doc__)
+    set_up()
+    for command in commands[task]:
+        print("+", *command, flush=True)
+        tool = shutil.which(command[0], path=str(BIN))
+        if tool is None:
+            sys.exit(f"{command[0]} is missing in {VENV}. Remove that folder and run this again.")
+        code = subprocess.run([tool, *command[1:]], cwd=ROOT).returncode
+        if code:
+            sys.exit(code)
+
+
+def set_up() -> None:
+    """Bring `.venv` up to date with pyproject.toml and with the list of files."""
+    wanted = {"pyproject": pyproject_hash(), "files": files_hash()}
+    have = json.loads(STAMP.read_text()) if STAMP.exists() and runs(PYTHON) else {}
+    if have == wanted:
+        return
+    began = time.monotonic()
+    if have.get("pyproject") == wanted["pyproject"]:
+        # The strict editable install links single files, so new ones have to be linked.
+        install("--no-deps", "--no-build-isolation", "--editable", ".")
+    else:
+        make_venv()
+        if not has_gpu() and not torch_version():
+            install_cpu_torch()
+        print("Installing headstart and its dependencies", flush=True)
+        torch = torch_version()
+        install("--editable", ".[dev]", *([f"torch=={torch}"] if torch else []))
+    STAMP.write_text(json.dumps(wanted))
+    print(f"Set up in {time.monotonic() - began:.0f} s: {VENV}", flush=True)
+
+
+def pyproject_hash() -> str:
+    """Also keyed on where the project lies, since an editable install holds absolute paths."""
+    text = (ROOT / "pyproject.toml").read_bytes() + str(ROOT).encode()
+    return hashlib.sha256(text).hexdigest()
+
+
+def files_hash() -> str:
+    """The names of all files that are part of the package."""
+    folders = ("model", "training", "inference", "configs", "scripts")
+    names = sorted(
+        path.relative_to(ROOT).as_posix()
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    )
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def runs(python: Path) -> bool:
+    """False for an environment that is not there, or whose Python has been removed."""
+    if not python.exists():
+        return False
+    return subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
+
+
+def make_venv() -> None:
+    # Checked here, not by the reader of a traceback: pip's own message names no remedy.
+    if sys.version_info < (3, 11):  # noqa: UP036
+        sys.exit(
+            f"Headstart needs Python 3.11 or newer; this is {sys.version.split()[0]}. "
+            "Name a newer one: make PYTHON=python3.12 demo"
+        )
+    if not runs(PYTHON):
+        print(f"Creating {VENV}", flush=True)
+        if subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)]).returncode:
+            sys.exit(
+                "The virtual environment could not be created (see above). "
+                "On Debian and Ubuntu: apt install python3-venv"
+            )
+    install("pip>=23.1")  # the first that resolves from metadata alone, without downloading wheels
+
+
+def has_gpu() -> bool:
+    """An NVIDIA GPU, by its driver."""
+    return shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
+
+
+def torch_version() -> str:
+    """What is installed already is kept: so another build (ROCm, say) can be put in by hand."""
+    code = "from importlib.metadata import version; print(version('torch'))"
+    return subprocess.run([PYTHON, "-c", code], capture_output=True, text=True).stdout.strip()
+
+
+def install_cpu_torch() -> None:
+    """Install torch without CUDA, or stop before anything large is downloaded."""
+    source = ["--extra-index-url", CPU_INDEX] if reachable(f"{CPU_INDEX}/torch/") else []
+    found = resolve(CPU_TORCH, *source)
+    cuda = sorted(name for name in found if name.startswith(CUDA_PACKAGES))
+    if cuda:
+        sys.exit(
+            f"No NVIDIA GPU was found here, but pip offers only a CUDA build of {CPU_TORCH} "
+            f"({len(cuda)} packages such as {cuda[0]}): {CPU_INDEX} could not be reached. "
+            f"Nothing was installed. Put a CPU build into {VENV} by hand "
+            f"({PYTHON} -m pip install <wheel>) and run this again."
+        )
+    print(f"No NVIDIA GPU here: installing torch {found['torch']} (CPU, about 200 MB)", flush=True)
+    install("--no-deps", CPU_TORCH, *source)
+
+
+def reachable(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10):
+            return True
+    except OSError:
+        return False
+
+
+def resolve(*requirements: str) -> dict[str, str]:
+    """What pip would install for the requirements: version by package name."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.json")
+        pip("--dry-run", "--ignore-installed", "--report", str(report), *requirements)
+        items = json.loads(report.read_text(encoding="utf-8"))["install"]
+    packages = [item["metadata"] for item in items]
+    return {package["name"].lower(): package["version"] for package in packages}
+
+
+def install(*arguments: str) -> None:
+    pip("--config-settings", "editable_mode=strict", *arguments)
+
+
+def pip(*arguments: str) -> None:
+    command = [PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *arguments]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        sys.exit("pip failed (see above). Check the network, then run the same command again.")
+
+
+if __name__ == "__main__":
+    main()
