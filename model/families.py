@@ -1,0 +1,225 @@
+"""What differs between families of language models, and which ones cannot be read.
+
+Nothing here knows a family by name: windows and the last step to the logits follow from the
+configuration, and a probe at load compares the result with the model itself.
+
+Legend: B batch rows, N new rows (tree nodes or text positions), S cache columns, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .cache import KVCache
+from .tree import Tree
+
+if TYPE_CHECKING:
+    from .target import Target
+
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How far each kind of layer looks back.
+
+    kinds: the kinds of attention that occur. sliding: a position sees itself and the sliding - 1
+    before it. chunked: a position sees only its own chunk of that many positions.
+    """
+
+    kinds: tuple[str, ...]
+    sliding: int = 0
+    chunked: int = 0
+
+    @staticmethod
+    def of(config: PretrainedConfig) -> Windows:
+        """From a configuration; the same reading as transformers' `create_masks_for_generate`."""
+        settings = config.to_dict()
+        sliding = settings.get("sliding_window") or 0
+        chunked = settings.get("attention_chunk_size") or 0
+        kinds = settings.get("layer_types")
+        if kinds is None:
+            kinds = [SLIDING if sliding else CHUNKED if chunked else FULL]
+        return Windows(tuple(sorted(set(kinds))), sliding, chunked)
+
+    def mask(
+        self, cache: KVCache, depths_BN: Tensor, tree: Tree | None, dtype: torch.dtype
+    ) -> Tensor | dict[str, Tensor]:
+        """Additive mask B x 1 x N x S of new rows behind the cache, one per kind if there are more.
+
+        tree: whose nodes see their ancestors; None for a text, whose rows see those before them.
+        """
+        lengths_B11 = cache.lengths_B[:, None, None]
+        columns_S = torch.arange(cache.width, device=depths_BN.device)
+        batch, new = depths_BN.shape
+        old_BNS = (columns_S < lengths_B11).expand(batch, new, cache.width)
+        if tree is None:
+            new_BNN = depths_BN[:, :, None] >= depths_BN[:, None, :]
+        else:
+            new_BNN = tree.ancestors_BNN
+        seen_BNS = torch.cat([old_BNS, new_BNN], -1)
+        if self.kinds == (FULL,):
+            return _additive(seen_BNS, dtype)
+        new_places_BN = depths_BN + cache.lengths_B[:, None]
+        places_BS = torch.cat([columns_S.expand(batch, -1), new_places_BN], 1)
+        masks = {
+            kind: _additive(seen_BNS & self._near(kind, new_places_BN, places_BS), dtype)
+            for kind in self.kinds
+        }
+        return masks if len(masks) > 1 else masks[self.kinds[0]]
+
+    def _near(self, kind: str, query_BN: Tensor, key_BS: Tensor) -> Tensor:
+        """True where a key's position lies in the window of a query's, B x N x S."""
+        query_BN1, key_B1S = query_BN[:, :, None], key_BS[:, None, :]
+        if kind == SLIDING:
+            return query_BN1 - key_B1S < self.sliding
+        if kind == CHUNKED:
+            return query_BN1 // self.chunked == key_B1S // self.chunked
+        return torch.ones((), dtype=torch.bool, device=query_BN.device)
+
+
+def _additive(seen_BNS: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where seen, else the lowest number: right for eager and for fused attention."""
+    mask_BNS = torch.zeros(seen_BNS.shape, dtype=dtype, device=seen_BNS.device)
+    return mask_BNS.masked_fill_(~seen_BNS, torch.finfo(dtype).min)[:, None]
+
+
+@dataclass(frozen=True)
+class LogitsRule:
+    """What a family does to the LM head's output: divide, multiply, cap. 0 leaves a step out."""
+
+    divide: float = 0.0
+    multiply: float = 0.0
+    cap: float = 0.0
+
+    @staticmethod
+    def of(config: PretrainedConfig) -> LogitsRule:
+        settings = config.to_dict()
+        return LogitsRule(
+            divide=settings.get("logits_scaling") or 0.0,  # Granite
+            multiply=settings.get("logit_scale") or 0.0,  # Cohere
+            cap=settings.get("final_logit_softcapping") or 0.0,  # Gemma
+        )
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.divide:
+            logits = logits / self.divide
+        if self.multiply:
+            logits = logits * self.multiply
+        if self.cap:
+            logits = (logits / self.cap).tanh() * self.cap
+        return logits
+
+
+def output_head(model: PreTrainedModel, name: str) -> nn.Linear:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{name} ({type(model).__name__}) has no plain linear LM head (found {type(head)}), so "
+            "draft heads cannot share it. Use a causal language model with an LM head."
+        )
+    return head
+
+
+def decoder_layers(decoder: nn.Module, config: PretrainedConfig, name: str) -> nn.ModuleList:
+    """The list of decoder layers: the outermost list as long as the configuration says."""
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return module
+    raise ValueError(
+        f"{name} has no list of {config.num_hidden_layers} decoder layers, so their outputs cannot "
+        "be read. Use another target."
+    )
+
+
+def refuse(model: PreTrainedModel, name: str) -> None:
+    """ValueError for what is known not to work; `probe` finds the rest."""
+    config = model.config.get_text_config(decoder=True)
+    refuse_config(config, name)
+    if model._is_stateful:
+        raise ValueError(_recurrent(name, config))
+    attention = config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(
+            f"{name} was built with {attention} attention, which takes no tree mask. "
+            'Build it with attn_implementation="sdpa" or "eager".'
+        )
+
+
+def refuse_config(config: PretrainedConfig, name: str) -> None:
+    """What a configuration already tells, before any weight is read."""
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is an encoder-decoder model ({config.model_type}). Tree decoding needs a "
+            "decoder-only causal language model. Use another target."
+        )
+    odd = set(config.to_dict().get("layer_types") or ()) - {FULL, SLIDING, CHUNKED}
+    if odd:
+        raise ValueError(_recurrent(name, config, f", with layers of {', '.join(sorted(odd))}"))
+
+
+def _recurrent(name: str, config: PretrainedConfig, layers: str = "") -> str:
+    return (
+        f"{name} ({config.model_type}{layers}) does not use softmax attention in every layer. A "
+        "recurrent state cannot branch into a tree or take back a wrong guess. Use a target with "
+        "softmax attention throughout."
+    )
+
+
+def probe(target: Target) -> None:
+    """Compare a few tokens with the model's own forward pass. ValueError if they differ.
+
+    Catches families that compute logits in their own way, or ignore the mask or the positions.
+    """
+    ids = [5, 3, 7, 2, 6, 4, 1]
+    text_1T = torch.tensor([[i % target.vocab_size for i in ids]], device=target.device)
+    try:
+        with torch.no_grad():
+            theirs = target.model(input_ids=text_1T, use_cache=False).logits
+            plain = target.read(text_1T)
+            branch = _read_branches(target, text_1T)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"{target.name} ({target.config.model_type}) cannot be read with own positions, mask "
+            f"and cache: {error} Use a target of another family."
+        ) from error
+    assert plain.logits_BTV is not None
+    if not _close(plain.logits_BTV, theirs):
+        raise ValueError(
+            f"{target.name} ({target.config.model_type}) computes its logits in a way that is not "
+            "known here (known: a linear LM head, then scaling, then a soft cap). Use a target of "
+            "another family."
+        )
+    if not _close(branch, plain.last_BTD[:, 3:]):
+        raise ValueError(
+            f"{target.name} ({target.config.model_type}) reads a tree unlike the same text: its "
+            "attention ignores the mask or the positions. Use a target of another family."
+        )
+
+
+def _read_branches(target: Target, text_1T: Tensor) -> Tensor:
+    """The last four positions again, read as one branch of a tree whose other branch is noise."""
+    cache = target.new_cache(1)
+    target.read(text_1T[:, :3], cache, logits=False)
+    cache.commit(torch.arange(3, device=target.device)[None], torch.tensor([3]))
+    root, one, two, three = text_1T[0, 3:].tolist()
+    tokens_BN = torch.tensor([[root, two, one, root, two]], device=target.device)
+    parents_BN = torch.tensor([[-1, 0, 0, 1, 2]], device=target.device)
+    tree = Tree(tokens_BN, parents_BN, torch.zeros(1, 5, device=target.device))
+    first = target.read(tree, cache, logits=False).last_BTD[:, [0, 2, 4]]
+    cache.commit(torch.tensor([[0, 2, 4]], device=target.device), torch.tensor([3]))
+    last_token = torch.tensor([[three]], device=target.device)
+    return torch.cat([first, target.read(last_token, cache, logits=False).last_BTD], 1)
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal up to rounding: in half precision rounding can be large, a wrong mask is larger."""
+    if ours.shape != theirs.shape:
+        return False
+    tolerance = 1e-3 if ours.dtype in (torch.float32, torch.float64) else 0.2
+    return float((ours.float() - theirs.float()).norm()) <= tolerance * float(theirs.float().norm())

@@ -1,0 +1,54 @@
+"""Targets that come as one GGUF file (llama.cpp): opened as dense weights, saved as a plain folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from gguf import GGUFReader, dequantize
+from torch import nn
+from transformers import GgufConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from .target import Target
+
+SUFFIX = ".gguf"
+OUTPUT = "output.weight"
+
+
+def model_arguments() -> dict[str, Any]:
+    """What `from_pretrained` needs beside `gguf_file` so that the model is dense and can be saved.
+
+    Without it the loaded model counts as quantized, and `save_pretrained` refuses.
+    """
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def take_output_weight(model: PreTrainedModel, file: Path) -> None:
+    """Where the file has its own `output.weight` but the model ties it to the embedding: use it.
+
+    For a few architectures transformers ties the two whatever the file says, and then reads the
+    embedding, which llama.cpp stores with fewer bits.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding)
+    if head.weight is not embedding.weight:
+        return
+    for tensor in GGUFReader(file).tensors:
+        if tensor.name == OUTPUT:
+            weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+            with torch.no_grad():
+                head.weight.copy_(weight.view_as(head.weight))
+
+
+def save_plain(target: Target, folder: str | Path) -> None:
+    """Write config, safetensors and tokenizer as a plain model folder, as a fused one needs."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} is not empty, and a saved target must not mix with other files. "
+            "Name a new folder."
+        )
+    target.model.save_pretrained(folder)
+    target.tokenizer.save_pretrained(folder)

@@ -1,0 +1,88 @@
+"""Opening a target: Hub id, folder, or GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from . import gguf
+from .families import refuse_config
+
+
+def open_pretrained(
+    name: str, dtype: torch.dtype | str, device: torch.device | str | None, revision: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | str]:
+    """The model on its device, and the tokenizer or the reason why there is none."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    source, file = _source(name)
+    where = {"gguf_file": file, "revision": revision}
+    try:
+        config = AutoConfig.from_pretrained(source, **where)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{name} cannot be opened as a language model: {error} Give a Hub id, a folder with "
+            "config.json and weights, or a .gguf file."
+        ) from error
+    refuse_config(config, name)
+    extra = gguf.model_arguments() if file else {}
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source, dtype=_dtype(dtype, place), output_loading_info=True, **where, **extra
+    )
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:5])
+        raise ValueError(
+            f"{name} lacks weights that its configuration asks for ({missing}). The folder is "
+            "incomplete or of another model. Download it again."
+        )
+    if file:
+        gguf.take_output_weight(model, Path(source) / file)
+    return model.to(place), _tokenizer(source, where)
+
+
+def _source(name: str) -> tuple[str, str | None]:
+    """Where to load from, and the name of the GGUF file if it is one. ValueError if not there."""
+    path = Path(name).expanduser()
+    if path.suffix == gguf.SUFFIX:
+        if not path.is_file():
+            raise ValueError(f"There is no file {path}. Check the path of the GGUF file.")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            files = sorted(file.name for file in path.glob(f"*{gguf.SUFFIX}"))
+            hint = (
+                f"Name one of its GGUF files: {', '.join(files)}." if files else "Check the path."
+            )
+            raise ValueError(f"The folder {path} has no config.json, so it is no model. {hint}")
+        return str(path), None
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ValueError(
+            f"There is no folder {path}, and it is no Hub id (those look like owner/name). "
+            "Check the path."
+        )
+    return name, None
+
+
+def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in named:
+        raise ValueError(f"Unknown dtype {dtype!r}. There are: auto, {', '.join(named)}.")
+    return named[dtype]
+
+
+def _tokenizer(source: str, where: dict[str, str | None]) -> PreTrainedTokenizerBase | str:
+    try:
+        return AutoTokenizer.from_pretrained(source, **where)
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        return f"It could not be opened: {error}"

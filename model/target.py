@@ -1,0 +1,214 @@
+"""The frozen model whose output must be kept exactly: read tokens or a tree, see what it thinks.
+
+Any causal language model of transformers with softmax attention, its own code untouched: it gets
+explicit positions, a mask of ours and our cache. What cannot be read that way is refused at load.
+
+Legend: B batch rows, N tree nodes, T positions, S cache columns, D hidden size, V vocabulary,
+R any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .cache import KVCache
+from .families import LogitsRule, Windows, decoder_layers, output_head, probe, refuse
+from .pretrained import open_pretrained
+from .seen import Seen
+from .tree import Tree
+
+SUBSETS = 4  # vocabularies whose LM head rows are kept at hand
+
+
+class Target:
+    """A frozen causal language model.
+
+    model: untouched, in eval mode, no parameter asks for a gradient. config: of its text part.
+    name: where it came from. hidden_size: width of the LM head's input. vocab_size: rows of the LM
+    head, which can be more than the tokenizer knows.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str, name: str):
+        """tokenizer: or the reason why there is none. ValueError for a model that cannot be read."""
+        refuse(model, name)
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        self.config = model.config.get_text_config(decoder=True)
+        self._tokenizer = tokenizer
+        self._decoder = model.get_decoder()
+        self._head = output_head(model, name)
+        self._layers = decoder_layers(self._decoder, self.config, name)
+        self._windows = Windows.of(self.config)
+        self._finish = LogitsRule.of(self.config)
+        self._subsets: list[tuple[Tensor, int, Tensor, Tensor | None]] = []
+        self.hidden_size, self.vocab_size = self._head.in_features, self._head.out_features
+        self.num_layers = len(self._layers)
+        self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
+        probe(self)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+    ) -> Target:
+        """Open a Hub id, a model folder (a fused one too), or a .gguf file.
+
+        dtype "auto" is float32 on a CPU and bfloat16 on an accelerator; device None is the
+        accelerator if there is one. ValueError says what cannot be opened and what to do.
+        """
+        model, tokenizer = open_pretrained(str(name), dtype, device, revision)
+        return cls(model, tokenizer, str(name))
+
+    @classmethod
+    def wrap(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> Target:
+        """Freeze a model that is already built."""
+        return cls(model, tokenizer or "None was given.", type(model).__name__)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if isinstance(self._tokenizer, str):
+            raise ValueError(
+                f"{self.name} has no tokenizer, so it can read token ids but no text. "
+                f"{self._tokenizer} Save the tokenizer of the model into its folder."
+            )
+        return self._tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return not isinstance(self._tokenizer, str)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer; empty where the model names none."""
+        generation = self.model.generation_config
+        eos = self.config.eos_token_id if generation is None else generation.eos_token_id
+        if eos is None:
+            return ()
+        return (eos,) if isinstance(eos, int) else tuple(eos)
+
+    @property
+    def pad_id(self) -> int:
+        """A token to fill short rows with: the padding token, else an end-of-text token."""
+        pad = self._tokenizer.pad_token_id if self.has_tokenizer else self.config.pad_token_id
+        if pad is not None:
+            return int(pad)
+        if not self.eos_ids:
+            raise ValueError(
+                f"{self.name} has neither a padding nor an end-of-text token, so rows of different "
+                "length cannot be batched. Set pad_token in its tokenizer, or use a batch of one."
+            )
+        return self.eos_ids[0]
+
+    def new_cache(self, batch_size: int) -> KVCache:
+        """An empty cache for `read`."""
+        return KVCache(batch_size, self.config.num_hidden_layers, self.device)
+
+    @torch.no_grad()
+    def read(
+        self,
+        tokens: Tensor | Tree,
+        cache: KVCache | None = None,
+        *,
+        lengths_B: Tensor | None = None,
+        layers: tuple[int, ...] = (),
+        logits: bool = True,
+    ) -> Seen:
+        """One forward pass over text (B x T ids, padded on the right) or a tree.
+
+        Text is causal and stands behind what each row of the cache holds. A tree's node stands
+        `depth` positions behind it and sees the row's committed tokens, its ancestors and itself.
+        With a cache the rows read stay pending until `cache.commit`; without one nothing is kept.
+        lengths_B: valid tokens per row of a text; behind them may be anything.
+        layers: decoder layers (0-based) whose output is wanted too.
+        """
+        tree = tokens if isinstance(tokens, Tree) and tokens.nodes > 1 else None
+        ids_BT = tokens.tokens_BN if isinstance(tokens, Tree) else tokens
+        if tree is not None and cache is None:
+            cache = self.new_cache(len(ids_BT))
+        if lengths_B is not None:
+            steps_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+            ids_BT = ids_BT.masked_fill(steps_T >= lengths_B[:, None], 0)
+        steps_BT = _steps(ids_BT) if tree is None else tree.depths_BN
+        mask: Tensor | dict[str, Tensor] | None = None  # None: the model's own causal mask
+        if cache is not None:
+            if tree is not None or not _plain(cache, ids_BT):
+                mask = self._windows.mask(cache, steps_BT, tree, self.dtype)
+            steps_BT = steps_BT + cache.lengths_B[:, None]
+            cache.expect(ids_BT.shape[1])
+        with self._tapped(layers) as hidden:
+            last_BTD = self._decoder(
+                input_ids=ids_BT,
+                attention_mask=mask,
+                position_ids=steps_BT,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+        return Seen(self.unembed(last_BTD) if logits else None, last_BTD, hidden)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input embeddings R x D of tokens R."""
+        hidden: Tensor = self.model.get_input_embeddings()(tokens)
+        return hidden
+
+    def unembed(self, hidden_RD: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """Logits R x V of inputs of the LM head, scaled or capped as the family does it.
+
+        token_ids: give only the logits of these tokens. Pass the same tensor each time: the rows of
+        the LM head are then gathered once. Gradients flow to `hidden_RD`.
+        """
+        if token_ids is None:
+            return self._finish(self._head(hidden_RD))
+        weight, bias = self._subset(token_ids)
+        return self._finish(F.linear(hidden_RD, weight, bias))
+
+    def _subset(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows of the LM head, kept for the tensors asked for last."""
+        version = token_ids._version  # grows when the tensor is written to
+        for ids, seen_version, weight, bias in self._subsets:
+            if ids is token_ids and seen_version == version:
+                return weight, bias
+        weight = self._head.weight[token_ids]
+        bias = None if self._head.bias is None else self._head.bias[token_ids]
+        self._subsets = [(token_ids, version, weight, bias), *self._subsets[: SUBSETS - 1]]
+        return weight, bias
+
+    @contextmanager
+    def _tapped(self, layers: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
+        """Collect the outputs of decoder layers while the model runs."""
+        hidden: dict[int, Tensor] = {}
+
+        def tap(layer: int) -> torch.utils.hooks.RemovableHandle:
+            def keep(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+                hidden[layer] = output if isinstance(output, Tensor) else output[0]
+
+            return self._layers[layer].register_forward_hook(keep)
+
+        handles = [tap(layer) for layer in layers]
+        try:
+            yield hidden
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _steps(ids_BT: Tensor) -> Tensor:
+    """Positions of a text behind what came before it."""
+    return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand(ids_BT.shape)
+
+
+def _plain(cache: KVCache, ids_BT: Tensor) -> bool:
+    """True where the model's own causal mask is right: one token more, or all from the start."""
+    return cache.even and (ids_BT.shape[1] == 1 or cache.width == 0)
