@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .target import Target
 
 
+UNSET = -1  # what the offsets of a draft vocabulary hold before it is set
+
+
 class HeadConfig(BaseModel):
     """Settings that every kind has. Sizes are taken from the target unless given.
 
@@ -55,7 +58,7 @@ class DraftHead(nn.Module, ABC):
         self.d2t: Tensor | None
         offsets = None
         if config.draft_vocab is not None:
-            offsets = torch.zeros(config.draft_vocab, dtype=torch.int64)
+            offsets = torch.full((config.draft_vocab,), UNSET)
         self.register_buffer("d2t", offsets)
         self._target: list[Target] = []  # in a list, so that it is no submodule
         self._draft_ids: Tensor | None = None
@@ -102,10 +105,10 @@ class DraftHead(nn.Module, ABC):
         """The tokens that can be proposed, ascending, or None for all."""
         if self.d2t is not None and self._draft_ids is None:
             ids = self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
-            if len(ids) > 1 and not bool((ids[1:] > ids[:-1]).all()):
+            if bool(ids[0] < 0) or not bool((ids[1:] > ids[:-1]).all()):
                 raise ValueError(
-                    "The head's draft vocabulary was never set: its offset table d2t is not "
-                    "ascending. Call set_draft_vocab, or load a trained head."
+                    "The head's draft vocabulary was never set: its offset table d2t holds no "
+                    "ascending token ids. Call set_draft_vocab, or load a trained head."
                 )
             self._draft_ids = ids
         return self._draft_ids
@@ -114,7 +117,7 @@ class DraftHead(nn.Module, ABC):
         """Draft logits R x Vd of draft hidden states, by the target's own LM head."""
         return self.target.unembed(hidden_RD, self.draft_ids)
 
-    def children(self, hidden_BFD: Tensor, width: int) -> Children:
+    def guesses(self, hidden_BFD: Tensor, width: int) -> Children:
         """The likeliest next tokens: log-probabilities and ids, B x F x width, best first."""
         logp_BFV = self.logits(hidden_BFD).float().log_softmax(-1)
         logp_BFW, index_BFW = logp_BFV.topk(min(width, logp_BFV.shape[-1]), dim=-1)

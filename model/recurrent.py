@@ -117,9 +117,9 @@ class RecurrentHead(DraftHead):
             positions_BF = (last_B1 + frontier.depth).expand_as(frontier.tokens_BF)
             attend = nodes.attend(frontier)
             output_BFD = self.cell(embedded_BFD, feature_BFD, positions_BF, attend)
-            return self.children(self.readout(output_BFD), shape.width)
+            return self.guesses(self.readout(output_BFD), shape.width)
 
-        first = self.children(self.readout(output_BFD), shape.width)
+        first = self.guesses(self.readout(output_BFD), shape.width)
         return grow(state.root_B, first, step, shape)
 
 

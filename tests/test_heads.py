@@ -48,12 +48,12 @@ def forced(head: DraftHead, follow: list[int]) -> list[Tensor]:
     """Make a head draft given tokens; returns the list that its hidden states will go to."""
     hidden: list[Tensor] = []
 
-    def children(hidden_BFD: Tensor, width: int) -> Children:
+    def guesses(hidden_BFD: Tensor, width: int) -> Children:
         token = follow[len(hidden)]
         hidden.append(hidden_BFD[:, 0])
         return torch.zeros(1, 1, 1).double(), torch.full((1, 1, 1), token)
 
-    head.children = children  # type: ignore[method-assign]
+    head.guesses = guesses  # type: ignore[method-assign]
     return hidden
 
 
@@ -124,7 +124,7 @@ def test_a_tree_node_is_drafted_like_its_path(target, kind, settings):
         tokens = tree.tokens_BN[0, path].tolist()
         hidden = forced(head, tokens)
         head.draft(state, TreeShape.chain(len(path)))
-        del head.children
+        del head.guesses
         total = 0.0
         for depth, token in enumerate(tokens):
             logp_V = head.logits(hidden[depth]).log_softmax(-1)[0]

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart.model.head import HeadConfig
 from headstart.model.borrow import copy_final_norm, copy_last_layer, layer_sizes
+from headstart.model.head import HeadConfig
 from headstart.model.layers import MLP, Attend, Attention, LayerConfig, RMSNorm
 from headstart.model.recurrent import AttentionLayout, RecurrentHead
 from headstart.model.seen import Seen
