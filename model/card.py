@@ -1,0 +1,106 @@
+"""The model card of a fused checkpoint, written from what its files say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .engines import unservable
+from .head import DraftHead
+from .meta import HeadMeta, Measurement
+
+CARD = "README.md"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+TARGET_CARD = "README.target.md"  # the target's own card, kept beside ours
+
+
+def model_card(head: DraftHead, meta: HeadMeta, folder: Path) -> str:
+    """Markdown with the Hub's header. folder: the fused one, for the target's licence."""
+    data = ModelCardData(
+        base_model=meta.target if HUB_ID.fullmatch(meta.target) else None,
+        base_model_relation="finetune",
+        license=_licence(folder) or meta.license,
+        library_name="headstart",
+        pipeline_tag="text-generation",
+        tags=["speculative-decoding", "multi-token-prediction", head.kind],
+    )
+    millions = sum(parameter.numel() for parameter in head.parameters()) / 1e6
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {meta.target.split('/')[-1]} with a draft head",
+        f"The weights of {meta.target}, unchanged, and in `draft_heads/` a draft head of kind "
+        f"`{head.kind}` ({millions:.1f} M parameters) that guesses several tokens ahead. Decoding "
+        "checks the guesses with the target, so the text is what the target alone would write.",
+        _usage(head),
+        "## Measured\n\n" + (_table(meta) if meta.measured else "Not measured."),
+        "## Training\n\n" + _training(head, meta),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _usage(head: DraftHead) -> str:
+    lines = [
+        "## Use\n",
+        '    headstart generate FOLDER --prompt "..."\n',
+        "`transformers`, vLLM and SGLang open the folder as the plain target.",
+    ]
+    reason = unservable(head)
+    if head.kind == "eagle3" and reason is None:
+        lines.append(
+            "To draft with the head (a chain, not a tree), vLLM takes\n"
+            '`--speculative-config \'{"method": "eagle3", "model": "FOLDER/draft_heads", '
+            '"num_speculative_tokens": 3}\'`.'
+        )
+    elif reason is not None:
+        lines.append(f"Stock engines cannot draft with the head: {reason}.")
+    return "\n".join(lines)
+
+
+def _table(meta: HeadMeta) -> str:
+    rows = [
+        "| prompts | tokens | accepted length | acceptance by depth | speedup | conditions |",
+        "|---|--:|--:|---|--:|---|",
+        *map(_row, meta.measured),
+        "",
+        "Accepted length: tokens per forward pass of the target. Speedup: total tokens over total "
+        "time, relative to plain decoding in the same engine.",
+    ]
+    return "\n".join(rows)
+
+
+def _row(measured: Measurement) -> str:
+    depths = " ".join(f"{share:.2f}" for share in measured.acceptance)
+    speedup = "" if measured.speedup is None else f"{measured.speedup:.2f}"
+    cells = [
+        measured.prompts,
+        f"{measured.tokens:,}",
+        f"{measured.accepted_length:.2f}",
+        depths,
+        speedup,
+        measured.conditions,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _training(head: DraftHead, meta: HeadMeta) -> str:
+    facts = {
+        "kind": head.kind,
+        "layers read (0-based outputs)": ", ".join(map(str, head.layers))
+        or "the last hidden state",
+        "draft vocabulary": head.config.draft_vocab or head.config.vocab_size,
+        "steps ahead in training": meta.steps,
+        "answer tokens": None if meta.tokens is None else f"{meta.tokens:,}",
+        "data": meta.data,
+        "data sha256": meta.data_hash,
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
+
+
+def _licence(folder: Path) -> str | None:
+    card = folder / TARGET_CARD
+    if not card.exists():
+        return None
+    licence: str | None = ModelCard.load(card).data.to_dict().get("license")
+    return licence

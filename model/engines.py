@@ -1,0 +1,114 @@
+"""What stock engines want to find in a head's folder: configuration keys and tensor names.
+
+vLLM, SGLang and llama.cpp read `eagle3` heads; transformers reads `mtp` ones. A kind without an
+entry here keeps its own names and has no engine keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from .head import DraftHead
+from .heads import eagle3, mtp
+from .layers import LayerConfig
+from .target import Target
+
+LM_HEAD = "lm_head.weight"
+
+
+def engine_keys(head: DraftHead, target: PretrainedConfig) -> dict[str, Any]:
+    """Top-level keys of the head's config.json; none when no engine would draft as we do."""
+    if unservable(head):
+        return {}
+    if isinstance(head, eagle3.Head):
+        return _eagle3_keys(head, target)
+    assert isinstance(head, mtp.Head)
+    return {"num_nextn_predict_layers": 1, "num_mtp_layers": 1}
+
+
+def unservable(head: DraftHead) -> str | None:
+    """Why stock engines cannot draft with this head, or None when they can."""
+    if isinstance(head, mtp.Head):
+        return None  # one step is served, which all attention layouts have in common
+    if not isinstance(head, eagle3.Head):
+        return f"they do not read heads of kind {head.kind}"
+    if head.attention_layout != "append":
+        return f"they draft in the attention layout append, not in {head.attention_layout}"
+    if len(head.layers) == 1:
+        return "SGLang leaves out fc where a single layer is read"
+    assert isinstance(head.config, eagle3.Config)
+    if head.config.layer.qk_norm:
+        return "their EAGLE-3 layer has no norm on queries and keys"
+    return None
+
+
+def tensor_name(head: DraftHead, ours: str) -> str:
+    """The name in the file of a tensor of the head's state dict. GLM's names for kind mtp."""
+    if not isinstance(head, mtp.Head) or ours == "d2t":
+        return ours
+    prefix = f"model.layers.{head.target.num_layers}."
+    if ours.startswith("layer."):
+        return prefix + ours.removeprefix("layer.")
+    return prefix + ("shared_head." + ours if ours.startswith("norm.") else ours)
+
+
+def lm_head_rows(head: DraftHead, dtype: torch.dtype) -> Tensor | None:
+    """The target's LM head for the draft vocabulary, where engines want it in the head's file."""
+    ids = head.draft_ids
+    if ids is None or unservable(head) or not isinstance(head, eagle3.Head):
+        return None
+    weight_VD = head.target.model.get_output_embeddings().weight
+    return weight_VD[ids].to(dtype).cpu().contiguous()
+
+
+def _eagle3_keys(head: eagle3.Head, target: PretrainedConfig) -> dict[str, Any]:
+    """One folder for all: vLLM and llama.cpp count the layer whose input is tapped, SGLang the one
+    whose output is; each reads its own key."""
+    config = head.config
+    assert isinstance(config, eagle3.Config)
+    layer: LayerConfig = config.layer
+    taps = list(head.layers)
+    inputs = [tap + 1 for tap in taps]
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_size": layer.hidden_size,
+        "target_hidden_size": config.hidden_size,
+        "intermediate_size": layer.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": layer.num_attention_heads,
+        "num_key_value_heads": layer.num_key_value_heads,
+        "head_dim": layer.head_dim,
+        "rms_norm_eps": layer.rms_norm_eps,
+        "hidden_act": "silu",
+        "attention_bias": layer.attention_bias,
+        "mlp_bias": False,
+        "bias": False,
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": config.draft_vocab,
+        "max_position_embeddings": target.max_position_embeddings,
+        "rope_theta": layer.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": layer.rope_theta},
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
+        "num_aux_hidden_states": len(taps),
+        "eagle_aux_hidden_state_layer_ids": inputs,
+        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": taps},
+    }
+
+
+def config_for_mtp(target: Target) -> dict[str, Any]:
+    """What the target's own config.json needs so that transformers finds an indexed mtp head."""
+    return {
+        "num_nextn_predict_layers": 1,
+        "num_mtp_layers": 1,
+        "mtp_layer_types": ["full_attention"],
+    }

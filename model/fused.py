@@ -1,0 +1,300 @@
+"""The fused checkpoint: one folder with an untouched target and a draft head.
+
+    config.json, model*.safetensors, tokenizer...    the target's files, byte for byte
+    draft_heads/config.json                          keys for engines, and ours under "headstart"
+    draft_heads/model.safetensors                    the head, bfloat16
+    README.md                                        the model card
+
+The folder opens as the plain target everywhere. A head belongs to one target: it stores a hash of
+the target's weights, and loading it onto another is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from huggingface_hub import snapshot_download
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import gguf
+from .card import CARD, TARGET_CARD, model_card
+from .engines import LM_HEAD, engine_keys, lm_head_rows, tensor_name
+from .files import written_beside
+from .head import DraftHead, head_class
+from .meta import HeadMeta
+from .target import Target
+
+HEADS = "draft_heads"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+OURS = "headstart"
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+
+_hashes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+class HeadFile(BaseModel):
+    """What config.json says under "headstart"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: str
+    target_hash: str
+    head: dict[str, Any]
+    meta: HeadMeta
+
+
+def target_hash(target: Target) -> str:
+    """sha256 of the target's weights, whatever file they came from and in what precision.
+
+    Hashed, in order of name and once where tied: the name, the shape, and the sha256 of the values
+    rounded to bfloat16 (others than floating-point ones as they are). So float32 and bfloat16
+    copies, shards and a GGUF file saved as a folder agree; float16 may not (its range is smaller).
+    The target is frozen, so the hash is computed once.
+    """
+    if target.model not in _hashes:
+        tensors = _distinct(target.model.state_dict())
+        with ThreadPoolExecutor() as pool:
+            digests = pool.map(_digest, tensors.values())
+            lines = [
+                f"{name} {list(tensor.shape)} {digest}\n"
+                for (name, tensor), digest in zip(tensors.items(), digests, strict=True)
+            ]
+        _hashes[target.model] = hashlib.sha256("".join(lines).encode()).hexdigest()
+    return _hashes[target.model]
+
+
+def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sorted by name; of tied tensors only the first."""
+    seen: set[tuple[int, torch.Size]] = set()
+    distinct: dict[str, Tensor] = {}
+    for name in sorted(state):
+        place = (state[name].data_ptr(), state[name].shape)
+        if place not in seen:
+            seen.add(place)
+            distinct[name] = state[name]
+    return distinct
+
+
+def _digest(tensor: Tensor) -> str:
+    values = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+    flat = values.cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy()).hexdigest()
+
+
+def save_head(
+    head: DraftHead, folder: str | Path, meta: HeadMeta, *, with_lm_head: bool = False
+) -> None:
+    """Write a bound head as a folder, whole or not at all, in bfloat16.
+
+    with_lm_head: add the target's LM head rows that stock engines want to find beside the head.
+    OSError (disk full, say) leaves what was there before.
+    """
+    file = HeadFile(
+        version=version(OURS),
+        target_hash=target_hash(head.target),
+        head=head.config.model_dump(mode="json"),
+        meta=meta,
+    )
+    config = engine_keys(head, head.target.config) | {OURS: file.model_dump(mode="json")}
+    with written_beside(Path(folder), CONFIG) as part:
+        _write_head(head, part, config, with_lm_head)
+
+
+def _write_head(head: DraftHead, part: Path, config: dict[str, Any], with_lm_head: bool) -> None:
+    tensors = {
+        tensor_name(head, name): (
+            tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        )
+        .cpu()
+        .contiguous()
+        for name, tensor in head.state_dict().items()
+    }
+    rows = lm_head_rows(head, torch.bfloat16) if with_lm_head else None
+    if rows is not None:
+        tensors[LM_HEAD] = rows
+    try:
+        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # The library reports a full disk as an error of its own.
+        raise OSError(errno.EIO, f"{part / WEIGHTS} could not be written: {error}") from error
+    (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_meta(folder: str | Path) -> HeadMeta:
+    """How the head in a folder was trained and what was measured."""
+    return _read_file(_head_folder(folder)).meta
+
+
+def load_head(folder: str | Path, target: Target) -> DraftHead:
+    """The head in a folder (or in a fused one), bound to its target, in the target's dtype.
+
+    ValueError when the folder is damaged or was made for another target.
+    """
+    folder = _head_folder(folder)
+    file = _read_file(folder)
+    head_type, config_type = head_class(str(file.head.get("kind")))
+    try:
+        head = head_type(config_type.model_validate(file.head))
+    except ValidationError as error:
+        raise ValueError(f"{folder / CONFIG} does not describe a draft head: {error}") from error
+    head.bind(target)
+    found = target_hash(target)
+    if file.target_hash != found:
+        raise ValueError(
+            f"The head in {folder} was trained on {file.meta.target} with the weight hash "
+            f"{file.target_hash[:12]}, but {target.name} has {found[:12]}: for these weights its "
+            "guesses are worth little. Use the target it was trained on, or train a new head."
+        )
+    _fill(head, folder / WEIGHTS)
+    return head.to(device=target.device, dtype=target.dtype).bind(target).eval()
+
+
+def _fill(head: DraftHead, path: Path) -> None:
+    """Put a file's tensors into a head; the two must have exactly the same ones."""
+    state = head.state_dict()
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            tensor.fill_(torch.nan)  # a weight that is not loaded cannot go unseen
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}). It is missing or was cut short. Copy it again."
+        ) from error
+    rows = stored.pop(LM_HEAD, None)
+    names = {tensor_name(head, name): name for name in state}
+    missing, extra = sorted(names.keys() - stored.keys()), sorted(stored.keys() - names.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{path} does not fit a head of kind {head.kind}: "
+            f"missing {missing or 'nothing'}, unknown {extra or 'nothing'}."
+        )
+    for name, tensor in stored.items():
+        ours = state[names[name]]
+        if ours.shape != tensor.shape or ours.is_floating_point() != tensor.is_floating_point():
+            raise ValueError(
+                f"{path} holds {name} as {tensor.dtype} {list(tensor.shape)}, but the head's "
+                f"config.json asks for {ours.dtype} {list(ours.shape)}."
+            )
+        ours.copy_(tensor)
+        if not bool(ours.isfinite().all()):
+            raise ValueError(f"{path} holds values in {name} that are not finite numbers.")
+    ids = head.draft_ids
+    if ids is not None and not 0 <= int(ids[0]) <= int(ids[-1]) < head.config.vocab_size:
+        raise ValueError(f"{path}: the draft vocabulary d2t names tokens that do not exist.")
+    if rows is not None:
+        _check_lm_head(head, rows, path)
+
+
+def _check_lm_head(head: DraftHead, rows_VD: Tensor, path: Path) -> None:
+    expected_VD = lm_head_rows(head, rows_VD.dtype)
+    if expected_VD is None or not torch.equal(expected_VD, rows_VD):
+        raise ValueError(
+            f"{path} has an {LM_HEAD} of its own, not the rows of {head.target.name}. Heads that "
+            "trained their LM head are not supported."
+        )
+
+
+def _head_folder(folder: str | Path) -> Path:
+    inner = Path(folder) / HEADS
+    return inner if inner.is_dir() else Path(folder)
+
+
+def _read_file(folder: Path) -> HeadFile:
+    path = folder / CONFIG
+    try:
+        section = json.loads(path.read_text(encoding="utf-8"))[OURS]
+        return HeadFile.model_validate(section)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, ValidationError) as error:
+        raise ValueError(
+            f"{folder} holds no draft head of Headstart: {path.name} cannot be read "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def load_fused(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+) -> tuple[Target, DraftHead]:
+    """Open a fused folder: its target and its head."""
+    if not is_fused(folder):
+        raise ValueError(
+            f"{folder} is not a fused checkpoint: it has no {HEADS} folder. "
+            "Make one with `headstart fuse`."
+        )
+    target = Target.load(folder, dtype=dtype, device=device)
+    return target, load_head(folder, target)
+
+
+def is_fused(folder: str | Path) -> bool:
+    return (Path(folder) / HEADS / CONFIG).is_file()
+
+
+def fuse(
+    source: str | Path, head_folder: str | Path, out: str | Path, *, link: bool = False
+) -> None:
+    """Write a fused checkpoint, whole or not at all.
+
+    source: the target as a folder, a Hub id or a GGUF file (which is written out as a plain
+    folder). head_folder: a head trained on it. link: hard-link the target's weight files instead of
+    copying them; saves the space, but whoever changes one changes both.
+    """
+    target = Target.load(source)
+    head = load_head(head_folder, target)
+    meta = read_meta(head_folder)
+    parent = Path(out).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=parent, prefix=".plain-") as beside,
+        written_beside(Path(out), f"{HEADS}/{CONFIG}") as part,
+    ):
+        plain = _plain_folder(str(source), target, Path(beside, "target"))
+        for file in _files_to_keep(plain):
+            name = TARGET_CARD if file.name == CARD else file.name
+            _take(file, part / name, link and file.suffix == ".safetensors")
+        save_head(head, part / HEADS, meta, with_lm_head=True)
+        card = model_card(head, meta, part)
+        (part / CARD).write_text(card, encoding="utf-8")
+
+
+def _plain_folder(source: str, target: Target, spare: Path) -> Path:
+    if Path(source).suffix == gguf.SUFFIX:
+        gguf.save_plain(target, spare)
+        return spare
+    if Path(source).is_dir():
+        return Path(source)
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md"]
+    return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
+
+
+def _files_to_keep(folder: Path) -> list[Path]:
+    """Files at the root. Pickled weights are left behind where there are safetensors."""
+    files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+    if any(file.suffix == ".safetensors" for file in files):
+        files = [file for file in files if file.suffix not in PICKLES]
+    if any(file.name == TARGET_CARD for file in files):  # it was fused before: that card is ours
+        files = [file for file in files if file.name != CARD]
+    return files
+
+
+def _take(file: Path, to: Path, link: bool) -> None:
+    if link:
+        to.hardlink_to(file.resolve())
+    else:
+        shutil.copyfile(file, to)

@@ -1,0 +1,44 @@
+"""How a head was trained and what was measured: stored beside its weights, shown in its card."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Measurement(BaseModel):
+    """Real decoding on one set of prompts.
+
+    accepted_length: emitted tokens per forward pass of the target, the bonus token included.
+    acceptance: share of rounds in which the token of each depth was accepted. speedup: total tokens
+    over total time, relative to plain decoding in the same engine. conditions: machine, dtype and
+    versions, tree shape and sampling.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompts: str
+    tokens: int
+    accepted_length: float
+    acceptance: tuple[float, ...] = ()
+    speedup: float | None = None
+    conditions: str
+
+
+class HeadMeta(BaseModel):
+    """What is known about a trained head.
+
+    target: the Hub id or name of its target. steps: how many steps ahead it was trained for.
+    tokens: how many answer tokens it saw. data_hash: sha256 of the training data. temperatures: one
+    per depth, dividing its logits so that path probabilities are calibrated.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: str
+    license: str | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    data: str | None = None
+    data_hash: str | None = None
+    temperatures: tuple[float, ...] = ()
+    measured: tuple[Measurement, ...] = ()
