@@ -11,7 +11,6 @@ the target's weights, and loading it onto another is refused.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
@@ -26,7 +25,7 @@ import torch
 from huggingface_hub import snapshot_download
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from . import gguf
@@ -126,11 +125,8 @@ def _write_head(head: DraftHead, part: Path, config: dict[str, Any], with_lm_hea
     rows = lm_head_rows(head, torch.bfloat16) if with_lm_head else None
     if rows is not None:
         tensors[LM_HEAD] = rows
-    try:
-        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # The library reports a full disk as an error of its own.
-        raise OSError(errno.EIO, f"{part / WEIGHTS} could not be written: {error}") from error
+    # Through Python, so that a full disk is an OSError.
+    (part / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import shutil
 import warnings
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import headstart.model.fused as fused
 from headstart.model.card import model_card
 from headstart.model.fused import fuse, load_fused, load_head, read_meta, save_head, target_hash
 from headstart.model.head import DraftHead, kinds, make_head
@@ -137,9 +137,14 @@ def test_fused_folder_is_the_target_and_the_head(
 
 
 def test_transformers_opens_the_plain_target_silently(
-    plain: Path, saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    plain: Path,
+    saved: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fuse(plain, saved, tmp_path / "fused")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -187,11 +192,11 @@ def test_a_full_disk_leaves_the_old_head(
 ) -> None:
     before = files(saved.parent)
 
-    def full(tensors: dict, path: Path, metadata: dict) -> None:
-        path.write_bytes(b"half a fi")
+    def full(path: Path, content: bytes) -> None:
+        path.write_text(content[:99].hex())
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fused, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         save_head(trained(target, "mtp"), saved, META)
     assert files(saved.parent) == before

@@ -1,0 +1,26 @@
+"""`headstart fuse`: a target and its draft head in one folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .ui import say
+
+
+def fuse(
+    target: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.")],
+    head: Annotated[Path, typer.Argument(help="Folder of a head trained on it.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    link: Annotated[
+        bool, typer.Option(help="Hard-link the target's weights: saves space, but both are one.")
+    ] = False,
+) -> None:
+    """Write one folder: the target's files unchanged, the head in draft_heads/, a card."""
+    from headstart.model.fused import fuse as write
+
+    write(target, head, out, link=link)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    say(f"{out} ({size / 1e6:,.0f} MB)")
