@@ -1,0 +1,306 @@
+"""A target and its head as one model with transformers' own `generate`.
+
+transformers prepares everything (settings, logits processors, stopping criteria, repeated rows) and
+hands it to our loop through `generate(custom_generate=...)`, so options mean what they mean there.
+
+Legend: B batch rows, T prompt positions, L positions of prompt and answer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from headstart.model.head import DraftHead
+from headstart.model.target import Target
+from headstart.model.tree import TreeShape
+
+from .decode import DEFAULT_TREE, Stop, decode, plain
+from .sampling import Sampler
+from .stats import Stats
+
+# Options of `generate` that ask for another way of decoding, or for inputs that are not ours.
+REFUSED_OPTIONS = (
+    "assistant_model",
+    "assistant_tokenizer",
+    "custom_generate",
+    "past_key_values",
+    "inputs_embeds",
+    "synced_gpus",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "token_healing",
+)
+REFUSED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+
+class SpeculativeModel:
+    """Decodes with a target and a draft head; every token is the target's own.
+
+    last_stats: what the latest call did (tokens, passes, acceptance, time by phase).
+    """
+
+    def __init__(self, target: Target, head: DraftHead):
+        self.target, self.head = target, head.eval()
+        self.last_stats = Stats()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+    ) -> SpeculativeModel:
+        """Open a fused checkpoint: a target with its heads in `draft_heads/`."""
+        from headstart.model.fused import load_fused
+
+        return cls(*load_fused(folder, dtype=dtype, device=device))
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        tree: TreeShape | None = None,
+        speculate: bool = True,
+        seed: int | None = None,
+        streamer: BaseStreamer | None = None,
+        stop_strings: str | list[str] | None = None,
+        timing: bool = False,
+        **options: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Answer prompts, with the arguments and results of transformers' `generate`.
+
+        input_ids: B x T prompts. attention_mask: 0 for padding. tree: the shape of the guesses.
+        speculate: False decodes plainly, with the same tokens as a result. seed: of the
+        sampling; None takes one from torch's global generator. timing: measure time by phase.
+        options: any other option of `generate`, e.g. max_new_tokens, do_sample, temperature, top_p,
+        top_k, eos_token_id, stopping_criteria, return_dict_in_generate. B x L ids, padded on the
+        right. ValueError for what cannot be combined with a tree.
+        """
+        if streamer is not None and len(input_ids) > 1:
+            raise ValueError(
+                "A streamer takes one prompt at a time, because rows of a batch grow by different "
+                "numbers of tokens. Pass a batch of one, or no streamer."
+            )
+        request = self._request(
+            input_ids, attention_mask, tree, speculate, seed, timing, streamer, stop_strings, options
+        )
+        answers: list[list[int]] = [[] for _ in range(request.rows)]
+        for step in request.steps:
+            for answer, tokens in zip(answers, step, strict=True):
+                answer += tokens
+            if streamer is not None:
+                streamer.put(torch.tensor(step[0]))
+        if streamer is not None:
+            streamer.end()
+        return request.result(answers)
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        *,
+        tree: TreeShape | None = None,
+        speculate: bool = True,
+        seed: int | None = None,
+        stop_strings: str | list[str] | None = None,
+        timing: bool = False,
+        **options: Any,
+    ) -> Iterator[list[int]]:
+        """Answer one prompt (1 x T); yields, after each pass, the tokens it gave.
+
+        Arguments as in `generate`. What is wrong with them is said now, not at the first token.
+        """
+        if len(input_ids) != 1:
+            raise ValueError(
+                f"stream answers one prompt at a time, got {len(input_ids)}. Use generate for more."
+            )
+        request = self._request(
+            input_ids, None, tree, speculate, seed, timing, None, stop_strings, options
+        )
+        return (step[0] for step in request.steps)
+
+    def _request(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        tree: TreeShape | None,
+        speculate: bool,
+        seed: int | None,
+        timing: bool,
+        streamer: BaseStreamer | None,
+        stop_strings: str | list[str] | None,
+        options: dict[str, Any],
+    ) -> _Request:
+        """Let transformers prepare the call. Nothing is decoded yet."""
+        _refuse(options)
+        _check_prompts(input_ids, attention_mask)
+        options, stops = self._stop_criteria(stop_strings, options)
+        self.last_stats = stats = Stats(timing=timing)
+        pad_known = self._pad_known(options)
+
+        # transformers calls this with its own names; those that we have no use for are in `rest`.
+        def start(
+            model: PreTrainedModel,
+            input_ids: Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: StoppingCriteriaList,
+            generation_config: GenerationConfig,
+            attention_mask: Tensor | None = None,
+            **rest: Any,
+        ) -> _Request:
+            _refuse_config(generation_config)
+            if len(input_ids) > 1 and not pad_known:
+                raise ValueError(
+                    f"{self.target.name} has no padding token, so answers of different length "
+                    "cannot be put in one tensor. Pass pad_token_id, for example "
+                    "pad_token_id=tokenizer.eos_token_id, or decode one prompt at a time."
+                )
+            sampler = Sampler(
+                logits_processor,
+                sample=bool(generation_config.do_sample),
+                seed=_seed(seed) if generation_config.do_sample else 0,
+            )
+            stop = _stop([*stopping_criteria, *stops], input_ids.shape[1])
+            if speculate:
+                steps = decode(
+                    self.target,
+                    self.head,
+                    input_ids,
+                    attention_mask,
+                    sampler=sampler,
+                    stop=stop,
+                    shape=DEFAULT_TREE if tree is None else tree,
+                    stats=stats,
+                )
+            else:
+                steps = plain(
+                    self.target, input_ids, attention_mask, sampler=sampler, stop=stop, stats=stats
+                )
+            return _Request(input_ids, steps, generation_config)
+
+        request: _Request = self.target.model.generate(
+            input_ids,
+            attention_mask=attention_mask,
+            custom_generate=start,
+            streamer=streamer,  # transformers shows it the prompt
+            **options,
+        )
+        return request
+
+    def _stop_criteria(
+        self, stop_strings: str | list[str] | None, options: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[StopStringCriteria]]:
+        """Stop strings as criteria of our own: transformers does not pass a tokenizer on to a
+        decoding function, and without one it refuses stop strings."""
+        options = dict(options)
+        tokenizer = options.pop("tokenizer", None)
+        config = options.get("generation_config")
+        if config is not None and config.stop_strings is not None:
+            stop_strings = stop_strings or config.stop_strings
+            options["generation_config"] = config = copy.deepcopy(config)
+            config.stop_strings = None
+        if not stop_strings:
+            return options, []
+        if tokenizer is None:
+            tokenizer = self.target.tokenizer
+        return options, [StopStringCriteria(tokenizer, stop_strings)]
+
+    def _pad_known(self, options: dict[str, Any]) -> bool:
+        """Whether a padding token was given, or belongs to the target."""
+        configs = (options.get("generation_config"), self.target.model.generation_config)
+        known = [options.get("pad_token_id")]
+        known += [config.pad_token_id for config in configs if config is not None]
+        return any(token is not None for token in known)
+
+
+class _Request:
+    """A prepared call: the loop, not yet begun, and how its answers are returned."""
+
+    def __init__(
+        self, input_ids_BT: Tensor, steps: Iterator[list[list[int]]], config: GenerationConfig
+    ):
+        self.steps, self.rows = steps, len(input_ids_BT)
+        self._input_ids_BT, self._config = input_ids_BT, config
+
+    def result(self, answers: list[list[int]]) -> Tensor | GenerateDecoderOnlyOutput:
+        longest = max(map(len, answers))
+        pad = self._config._pad_token_tensor
+        fill = 0 if pad is None else int(pad)  # None: one row, nothing to fill
+        filled = [answer + [fill] * (longest - len(answer)) for answer in answers]
+        answers_BT = torch.tensor(filled, device=self._input_ids_BT.device)
+        ids_BL = torch.cat([self._input_ids_BT, answers_BT], 1)
+        if self._config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=ids_BL)
+        return ids_BL
+
+
+def _stop(criteria: list[Any], prompt_columns: int) -> Stop:
+    """Length and end tokens are checked by ourselves, cheaply; the rest asks the criteria."""
+    length = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
+    eos = [one.eos_token_id.tolist() for one in criteria if type(one) is EosTokenCriteria]
+    others = [one for one in criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)]
+    assert length, "transformers always sets a length"
+    return Stop(
+        min(length) - prompt_columns,
+        frozenset(token for tokens in eos for token in tokens),
+        tuple(others),
+    )
+
+
+def _seed(seed: int | None) -> int:
+    """None: a new one, which torch.manual_seed makes repeatable."""
+    return int(torch.randint(1 << 62, ())) if seed is None else seed
+
+
+def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    empty = input_ids.numel() == 0
+    if attention_mask is not None and not empty:
+        empty = bool((attention_mask != 0).sum(1).min() == 0)
+    if empty:
+        raise ValueError(
+            "A prompt is empty, so there is nothing to continue. Give at least one token, for "
+            "example the tokenizer's beginning-of-text token."
+        )
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    for name in (*REFUSED_OPTIONS, *REFUSED_OUTPUTS):
+        if options.get(name):
+            raise ValueError(
+                f"{name} is not supported: tokens come from a tree of guesses, several per pass. "
+                "Leave it away, or call target.model.generate for plain transformers."
+            )
+
+
+def _refuse_config(config: GenerationConfig) -> None:
+    """What a generation config can ask for, and this loop cannot do."""
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"{mode.value.replace('_', ' ')} is not supported: a tree is verified against one "
+            "continuation per row. Use greedy decoding (do_sample=False) or sampling "
+            "(do_sample=True) with num_beams=1 and without an assistant."
+        )
+    if config.return_dict_in_generate:
+        for name in REFUSED_OUTPUTS:
+            if getattr(config, name):
+                raise ValueError(f"{name} is not supported. Set it to False.")

@@ -1,0 +1,100 @@
+"""What a decoding run did: tokens, passes, acceptance per depth, and where the time went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+Phase = Literal["prefill", "draft", "verify", "host"]
+PHASES: tuple[Phase, ...] = ("prefill", "draft", "verify", "host")
+
+
+@dataclass
+class Stats:
+    """Counted to the end of each answer only: what follows a stop inside a path does not count.
+
+    timing: whether time is measured; off, it costs nothing. On, the device is waited for at the
+    end of every phase, which slows a GPU down a little. rows: prompts. tokens: tokens emitted,
+    end-of-text included. rounds: target forward passes after the prompt, summed over the rows that
+    took part. accepted[d]: rows and rounds in which a guess of depth d + 1 was accepted; tried[d]:
+    in which the path had come that far and the tree could go on. seconds: time by phase.
+    """
+
+    timing: bool = False
+    rows: int = 0
+    tokens: int = 0
+    rounds: int = 0
+    accepted: list[int] = field(default_factory=list)
+    tried: list[int] = field(default_factory=list)
+    seconds: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    _device: torch.device | None = None
+    _since: float = 0.0
+
+    @property
+    def tau(self) -> float:
+        """Tokens per target forward pass, the free one included; 1 for plain decoding.
+
+        The prompt's pass and the first token, which it gives, are left out of both.
+        """
+        return (self.tokens - self.rows) / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance(self) -> list[float]:
+        """For each depth, how often a guess was right when all before it were."""
+        return [hits / max(tries, 1) for hits, tries in zip(self.accepted, self.tried, strict=True)]
+
+    @property
+    def wall(self) -> float:
+        """Seconds in all phases together."""
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Emitted tokens per second, the prompt's time included; 0 without timing."""
+        return self.tokens / self.wall if self.wall else 0.0
+
+    def begin(self, rows: int, device: torch.device) -> None:
+        """A batch starts."""
+        self.rows += rows
+        self._device = device
+        self._since = time.perf_counter()
+
+    def lap(self, phase: Phase) -> None:
+        """What happened since the last lap was `phase`."""
+        if not self.timing:
+            return
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._since
+        self._since = now
+
+    def pause(self) -> None:
+        """The time since the last lap was the caller's, not ours."""
+        if self.timing:
+            self._since = time.perf_counter()
+
+    def count(self, emitted: Sequence[int], drawn: Sequence[int], depth: int | None) -> None:
+        """One pass: tokens emitted per row after cutting at a stop, and before; the tree's depth.
+
+        depth is None for the prompt's pass.
+        """
+        self.tokens += sum(emitted)
+        if depth is None:
+            return
+        self.rounds += len(emitted)
+        missing = depth - len(self.tried)
+        self.tried += [0] * missing
+        self.accepted += [0] * missing
+        for kept, full in zip(emitted, drawn, strict=True):
+            guessed = min(kept, full - 1)
+            # A path that was cut short says nothing about the depths behind the cut.
+            reached = min(guessed + 1, depth) if kept == full else guessed
+            for level in range(guessed):
+                self.accepted[level] += 1
+            for level in range(reached):
+                self.tried[level] += 1

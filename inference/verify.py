@@ -1,0 +1,79 @@
+"""Which guesses of a tree are kept. That the output is exact is decided here and nowhere else.
+
+Legend: B batch rows, N tree nodes, P places of a path, C depths (0 is the root), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headstart.model.tree import Tree
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The accepted path of every row, and what it emits.
+
+    path_BP: nodes from the root down; the first counts_B[b] >= 1 are real, the rest is 0.
+    tokens_BP: the token drawn at each of them, which is what follows it in the output: place i
+    holds the token of node path[i + 1], and the last real place the token that no node guessed.
+    """
+
+    path_BP: Tensor
+    counts_B: Tensor
+    tokens_BP: Tensor
+
+    @property
+    def next_B(self) -> Tensor:
+        """The token after the accepted path: the root of the next tree."""
+        return self.tokens_BP.gather(1, self.counts_B[:, None] - 1)[:, 0]
+
+    def first(self, places: int) -> Accepted:
+        """The same with the padding cut to `places`, the longest row's count."""
+        return Accepted(self.path_BP[:, :places], self.counts_B, self.tokens_BP[:, :places])
+
+
+def accept(tree: Tree, scores_BNV: Tensor, noise_BCV: Tensor | None = None) -> Accepted:
+    """Draw once from the target at every node and walk to the child that matches.
+
+    scores_BNV: the target's log-probabilities after each node, up to a constant per node. noise_BCV:
+    Gumbel noise per depth, so that the largest sum is a draw from the distribution; None for greedy
+    decoding, whose draw is the largest score. Pure: nothing is read but the arguments. P is N.
+
+    The token emitted after a node is always the target's own draw there, whatever the tree holds: a
+    tree can be bad, never wrong. A child is met with the target's probability of it, which no
+    lossless rule can beat for a tree that was fixed without looking at the draws. Nodes of one
+    depth share their noise, because only one of them is ever on the path; so the tokens equal
+    those of plain decoding with the same noise.
+
+    Drafts that are themselves *sampled* (not the likeliest tokens but draws from the draft's
+    distribution q) may be accepted more often than this. That needs q of each parent (N x V, after
+    the same temperature and top-p as the target, both from an fp32 softmax), uniform noise per
+    node, children drawn without replacement, and rejection: accept child c with probability
+    min(1, p(c) / q(c)), else p <- norm(max(p - q, 0)), q(c) <- 0, q <- norm(q), and try its next
+    sibling (SpecInfer, arXiv 2305.09781). How many nodes are verified must then not depend on
+    their values.
+    """
+    if noise_BCV is not None:
+        depths_BN1 = tree.depths_BN[..., None].expand_as(scores_BNV)
+        scores_BNV = scores_BNV + noise_BCV.gather(1, depths_BN1)
+    draws_BN = scores_BNV.argmax(-1)
+    if tree.nodes == 1:
+        zeros_B1 = torch.zeros_like(draws_BN)
+        return Accepted(zeros_B1, zeros_B1[:, 0] + 1, draws_BN)
+    drawn_BN = draws_BN.gather(1, tree.parents_BN.clamp(min=0))  # what the parent drew
+    missed_BN = (tree.tokens_BN != drawn_BN) | (tree.parents_BN < 0)
+    missed_BN[:, 0] = False
+    accepted_BN = ~(tree.ancestors_BNN & missed_BN[:, None]).any(-1)
+    deepest_B1 = torch.where(accepted_BN, tree.depths_BN, -1).argmax(1, keepdim=True)
+    index_B1N = deepest_B1[..., None].expand(-1, -1, tree.nodes)
+    on_path_BN = tree.ancestors_BNN.gather(1, index_B1N)[:, 0]
+    counts_B = on_path_BN.sum(1)
+    # A parent precedes its child, so the path in index order is the path from the root down.
+    order_BN = (~on_path_BN).to(torch.uint8).argsort(dim=1, stable=True)
+    places_N = torch.arange(tree.nodes, device=order_BN.device)
+    path_BN = order_BN.masked_fill(places_N >= counts_B[:, None], 0)
+    return Accepted(path_BN, counts_B, draws_BN.gather(1, path_BN))
