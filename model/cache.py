@@ -21,6 +21,8 @@ class KVLayer(CacheLayerMixin):
     """One layer's keys and values, preallocated. Key and value sizes may differ (MLA)."""
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self) -> None:
         super().__init__()

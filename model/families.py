@@ -126,6 +126,15 @@ def output_head(model: PreTrainedModel, name: str) -> nn.Linear:
     return head
 
 
+def inner_model(model: PreTrainedModel) -> nn.Module:
+    """The model below the LM head: token ids in, the LM head's input out."""
+    decoder: nn.Module = model.get_decoder()
+    if decoder is not model:
+        return decoder
+    # a few families name their prefix wrongly, and nothing is found under it
+    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
+
+
 def decoder_layers(decoder: nn.Module, config: PretrainedConfig, name: str) -> nn.ModuleList:
     """The list of decoder layers: the outermost list as long as the configuration says."""
     for module in decoder.modules():

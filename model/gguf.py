@@ -1,4 +1,4 @@
-"""Targets that come as one GGUF file (llama.cpp): opened as dense weights, saved as a plain folder."""
+"""Targets that come as one GGUF file (llama.cpp): opened as dense weights, saved as a folder."""
 
 from __future__ import annotations
 

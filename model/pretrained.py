@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -33,9 +34,10 @@ def open_pretrained(
         ) from error
     refuse_config(config, name)
     extra = gguf.model_arguments() if file else {}
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, dtype=_dtype(dtype, place), output_loading_info=True, **where, **extra
     )
+    model, report = loaded
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:5])
         raise ValueError(
@@ -83,6 +85,9 @@ def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
 
 def _tokenizer(source: str, where: dict[str, str | None]) -> PreTrainedTokenizerBase | str:
     try:
-        return AutoTokenizer.from_pretrained(source, **where)
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         return f"It could not be opened: {error}"
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up from nothing but the config
+        return "There are no tokenizer files."
+    return tokenizer

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import KVCache
-from .families import LogitsRule, Windows, decoder_layers, output_head, probe, refuse
+from .families import LogitsRule, Windows, decoder_layers, inner_model, output_head, probe, refuse
 from .pretrained import open_pretrained
 from .seen import Seen
 from .tree import Tree
@@ -36,14 +36,14 @@ class Target:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str, name: str):
-        """tokenizer: or the reason why there is none. ValueError for a model that cannot be read."""
+        """tokenizer: or the reason why there is none. ValueError if the model cannot be read."""
         refuse(model, name)
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.config = model.config.get_text_config(decoder=True)
         self._tokenizer = tokenizer
-        self._decoder = model.get_decoder()
         self._head = output_head(model, name)
+        self._decoder = inner_model(model)
         self._layers = decoder_layers(self._decoder, self.config, name)
         self._windows = Windows.of(self.config)
         self._finish = LogitsRule.of(self.config)
@@ -102,7 +102,7 @@ class Target:
     @property
     def pad_id(self) -> int:
         """A token to fill short rows with: the padding token, else an end-of-text token."""
-        pad = self._tokenizer.pad_token_id if self.has_tokenizer else self.config.pad_token_id
+        pad = self.tokenizer.pad_token_id if self.has_tokenizer else self.config.pad_token_id
         if pad is not None:
             return int(pad)
         if not self.eos_ids:
