@@ -179,8 +179,8 @@ def _rows(target: Target, tokens_BT: Tensor, mask_BT: Tensor, stop: Stop) -> lis
     limit = context_limit(target)
     if limit is not None and max(lengths) >= limit:
         raise ValueError(
-            f"A prompt has {max(lengths)} tokens, but {target.name} reads {limit} in all, prompt and "
-            "answer together. Shorten the prompt."
+            f"A prompt has {max(lengths)} tokens, but {target.name} reads {limit} in all, prompt "
+            "and answer together. Shorten the prompt."
         )
     return [
         _Row(

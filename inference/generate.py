@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ REFUSED_OPTIONS = (
     "token_healing",
 )
 REFUSED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+
+@dataclass(frozen=True)
+class _How:
+    """Our own arguments of `generate`, those that transformers does not know."""
+
+    tree: TreeShape | None
+    speculate: bool
+    seed: int | None
+    timing: bool
 
 
 class SpeculativeModel:
@@ -101,9 +112,8 @@ class SpeculativeModel:
                 "A streamer takes one prompt at a time, because rows of a batch grow by different "
                 "numbers of tokens. Pass a batch of one, or no streamer."
             )
-        request = self._request(
-            input_ids, attention_mask, tree, speculate, seed, timing, streamer, stop_strings, options
-        )
+        how = _How(tree, speculate, seed, timing)
+        request = self._request(input_ids, attention_mask, how, stop_strings, streamer, options)
         answers: list[list[int]] = [[] for _ in range(request.rows)]
         for step in request.steps:
             for answer, tokens in zip(answers, step, strict=True):
@@ -133,28 +143,24 @@ class SpeculativeModel:
             raise ValueError(
                 f"stream answers one prompt at a time, got {len(input_ids)}. Use generate for more."
             )
-        request = self._request(
-            input_ids, None, tree, speculate, seed, timing, None, stop_strings, options
-        )
+        how = _How(tree, speculate, seed, timing)
+        request = self._request(input_ids, None, how, stop_strings, None, options)
         return (step[0] for step in request.steps)
 
     def _request(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        tree: TreeShape | None,
-        speculate: bool,
-        seed: int | None,
-        timing: bool,
-        streamer: BaseStreamer | None,
+        how: _How,
         stop_strings: str | list[str] | None,
+        streamer: BaseStreamer | None,
         options: dict[str, Any],
     ) -> _Request:
         """Let transformers prepare the call. Nothing is decoded yet."""
         _refuse(options)
         _check_prompts(input_ids, attention_mask)
         options, stops = self._stop_criteria(stop_strings, options)
-        self.last_stats = stats = Stats(timing=timing)
+        self.last_stats = stats = Stats(timing=how.timing)
         pad_known = self._pad_known(options)
 
         # transformers calls this with its own names; those that we have no use for are in `rest`.
@@ -174,13 +180,16 @@ class SpeculativeModel:
                     "cannot be put in one tensor. Pass pad_token_id, for example "
                     "pad_token_id=tokenizer.eos_token_id, or decode one prompt at a time."
                 )
+            sample = bool(generation_config.do_sample)
             sampler = Sampler(
-                logits_processor,
-                sample=bool(generation_config.do_sample),
-                seed=_seed(seed) if generation_config.do_sample else 0,
+                logits_processor, sample=sample, seed=_seed(how.seed) if sample else 0
             )
             stop = _stop([*stopping_criteria, *stops], input_ids.shape[1])
-            if speculate:
+            if not how.speculate:
+                steps = plain(
+                    self.target, input_ids, attention_mask, sampler=sampler, stop=stop, stats=stats
+                )
+            else:
                 steps = decode(
                     self.target,
                     self.head,
@@ -188,12 +197,8 @@ class SpeculativeModel:
                     attention_mask,
                     sampler=sampler,
                     stop=stop,
-                    shape=DEFAULT_TREE if tree is None else tree,
+                    shape=how.tree or DEFAULT_TREE,
                     stats=stats,
-                )
-            else:
-                steps = plain(
-                    self.target, input_ids, attention_mask, sampler=sampler, stop=stop, stats=stats
                 )
             return _Request(input_ids, steps, generation_config)
 
@@ -249,7 +254,7 @@ class _Request:
         answers_BT = torch.tensor(filled, device=self._input_ids_BT.device)
         ids_BL = torch.cat([self._input_ids_BT, answers_BT], 1)
         if self._config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=ids_BL)
+            return GenerateDecoderOnlyOutput(sequences=ids_BL.long())  # type: ignore[arg-type]
         return ids_BL
 
 
@@ -272,6 +277,11 @@ def _seed(seed: int | None) -> int:
 
 
 def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    if input_ids.dim() != 2:
+        raise ValueError(
+            f"Prompts are a matrix of token ids, one row per prompt, got the shape "
+            f"{tuple(input_ids.shape)}. For one prompt pass input_ids[None]."
+        )
     empty = input_ids.numel() == 0
     if attention_mask is not None and not empty:
         empty = bool((attention_mask != 0).sum(1).min() == 0)

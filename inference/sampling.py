@@ -1,9 +1,9 @@
 """From the target's logits to draws, with the meanings of transformers' `generate`.
 
 Whatever `generate` builds (temperature, top-k, top-p, penalties, forbidden tokens) is a list of
-logits processors over (prefix, logits). A tree node stands for a prefix of its own: the row's tokens
-so far and the path to the node. Processors that are known to look at the logits only run on all
-nodes at once; the others run per prefix length.
+logits processors over (prefix, logits). A tree node stands for a prefix of its own: the row's
+tokens so far and the path to the node. Processors that are known to look at the logits only run on
+all nodes at once; the others run per prefix length.
 
 A draw is the largest of log p + Gumbel noise, with noise fixed by (seed, row, absolute position):
 whoever gets to a position, by plain steps or by a tree, draws the same token there.
@@ -18,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
@@ -147,9 +146,9 @@ class Sampler:
             for row_keys in keys
             for key in row_keys
         }
-        return torch.stack([
-            torch.stack([self._noise[key] for key in row_keys]) for row_keys in keys
-        ])
+        return torch.stack(
+            [torch.stack([self._noise[key] for key in row_keys]) for row_keys in keys]
+        )
 
     def _fresh(self, row: int, position: int, vocabulary: int, device: torch.device) -> Tensor:
         generator = torch.Generator(device)
@@ -193,9 +192,7 @@ def _by_length(tree: Tree, prefixes: Sequence[Tensor]) -> list[_Group]:
     return [_Group(nodes) for nodes in members.values()]
 
 
-def _process(
-    processor: object, ids_MT: Tensor, scores_MV: Tensor, rows: Sequence[int]
-) -> Tensor:
+def _process(processor: object, ids_MT: Tensor, scores_MV: Tensor, rows: Sequence[int]) -> Tensor:
     """Apply a processor; those of transformers that know their row by number get the right one."""
     if isinstance(processor, hf.RepetitionPenaltyLogitsProcessor):
         ignored = processor.prompt_ignore_length
@@ -203,7 +200,7 @@ def _process(
             processor = hf.RepetitionPenaltyLogitsProcessor(
                 processor.penalty, prompt_ignore_length=ignored[list(rows)]
             )
-    elif isinstance(processor, transformers.PrefixConstrainedLogitsProcessor):
+    elif isinstance(processor, hf.PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
         processor = hf.PrefixConstrainedLogitsProcessor(
             lambda index, ids_T: allowed(rows[index], ids_T), 1

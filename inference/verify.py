@@ -39,9 +39,9 @@ class Accepted:
 def accept(tree: Tree, scores_BNV: Tensor, noise_BCV: Tensor | None = None) -> Accepted:
     """Draw once from the target at every node and walk to the child that matches.
 
-    scores_BNV: the target's log-probabilities after each node, up to a constant per node. noise_BCV:
-    Gumbel noise per depth, so that the largest sum is a draw from the distribution; None for greedy
-    decoding, whose draw is the largest score. Pure: nothing is read but the arguments. P is N.
+    scores_BNV: the target's log-probabilities after each node, up to a constant per node.
+    noise_BCV: Gumbel noise per depth, so that the largest sum is a draw from the distribution; None
+    for greedy decoding, whose draw is the largest score. Pure: nothing else is read. P is N.
 
     The token emitted after a node is always the target's own draw there, whatever the tree holds: a
     tree can be bad, never wrong. A child is met with the target's probability of it, which no
