@@ -51,13 +51,16 @@ class Tree:
     def ancestors_BNN(self) -> Tensor:
         """[b, n, m] is True where node m is node n itself or one of its ancestors."""
         nodes = self.nodes
-        eye_NN = torch.eye(nodes, dtype=torch.bool, device=self.tokens_BN.device)
-        ancestors_BNN = eye_NN.repeat(self.tokens_BN.shape[0], 1, 1)
-        rows_B = torch.arange(self.tokens_BN.shape[0], device=self.tokens_BN.device)
-        for node in range(1, nodes):  # a parent precedes its child, so its row is complete
-            parent_B = self.parents_BN[:, node]
-            inherited_BN = ancestors_BNN[rows_B, parent_B.clamp(min=0)]
-            ancestors_BNN[:, node] |= inherited_BN & (parent_B >= 0)[:, None]
+        own_N = torch.arange(nodes, device=self.tokens_BN.device)
+        ancestors_BNN = (own_N[:, None] == own_N).repeat(self.tokens_BN.shape[0], 1, 1)
+        # Take over what the node `reach` levels up sees, and double the reach: log2(nodes) rounds.
+        up_BN = torch.where(self.parents_BN >= 0, self.parents_BN, own_N)
+        reach = 1
+        while reach < nodes:
+            inherited_BNN = ancestors_BNN.gather(1, up_BN[..., None].expand(-1, -1, nodes))
+            ancestors_BNN = ancestors_BNN | inherited_BNN
+            up_BN = up_BN.gather(1, up_BN)
+            reach *= 2
         return ancestors_BNN
 
     @cached_property

@@ -1,0 +1,155 @@
+"""Which path is kept: against a walk written out node by node.
+
+Legend: B batch rows, N tree nodes, C depths, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from headstart.inference.verify import accept
+from headstart.model.tree import NO_PARENT, Tree
+
+VOCAB = 6
+
+
+def tree(tokens: list[list[int]], parents: list[list[int]]) -> Tree:
+    scores = torch.zeros(len(tokens), len(tokens[0]))
+    return Tree(torch.tensor(tokens), torch.tensor(parents), scores)
+
+
+def scores(draws: list[list[int]]) -> Tensor:
+    """Scores whose largest entry after node n is draws[b][n]."""
+    return torch.nn.functional.one_hot(torch.tensor(draws), VOCAB).float()
+
+
+def random_tree(rng: random.Random, rows: int, nodes: int) -> Tree:
+    """Ragged random trees, padded at the end; siblings differ, as every head guarantees."""
+    tokens, parents = [], []
+    for _ in range(rows):
+        row_tokens, row_parents = [0], [NO_PARENT]
+        taken: dict[int, set[int]] = {}
+        for _ in range(rng.randrange(nodes)):
+            parent = rng.randrange(len(row_tokens))
+            free = sorted(set(range(VOCAB)) - taken.setdefault(parent, set()))
+            if free:
+                token = rng.choice(free)
+                taken[parent].add(token)
+                row_tokens.append(token)
+                row_parents.append(parent)
+        padding = nodes - len(row_tokens)
+        tokens.append(row_tokens + [0] * padding)
+        parents.append(row_parents + [NO_PARENT] * padding)
+    return tree(tokens, parents)
+
+
+def walk(guesses: Tree, row: int, draws: list[int]) -> tuple[list[int], list[int]]:
+    """Path and emitted tokens of one row, the slow way."""
+    tokens, parents = guesses.tokens_BN[row].tolist(), guesses.parents_BN[row].tolist()
+    path = [0]
+    while True:
+        here = path[-1]
+        met = [
+            node
+            for node in range(1, len(tokens))
+            if parents[node] == here and tokens[node] == draws[here]
+        ]
+        if not met:
+            return path, [draws[node] for node in path]
+        path.append(met[0])
+
+
+def test_a_path_to_a_leaf_and_its_bonus_token() -> None:
+    guesses = tree([[9, 1, 2, 3]], [[-1, 0, 0, 2]])
+    accepted = accept(guesses, scores([[2, 5, 3, 4]]))
+    assert accepted.path_BP.tolist() == [[0, 2, 3, 0]]
+    assert accepted.counts_B.tolist() == [3]
+    assert accepted.tokens_BP[0, :3].tolist() == [2, 3, 4]
+    assert accepted.next_B.tolist() == [4]
+    assert accepted.first(3).path_BP.tolist() == [[0, 2, 3]]
+
+
+def test_nothing_accepted_still_emits_the_targets_token() -> None:
+    accepted = accept(tree([[9, 1, 2]], [[-1, 0, 1]]), scores([[5, 2, 2]]))
+    assert accepted.counts_B.tolist() == [1]
+    assert accepted.next_B.tolist() == [5]
+
+
+def test_a_right_node_under_a_wrong_parent_is_not_accepted() -> None:
+    accepted = accept(tree([[9, 1, 2]], [[-1, 0, 1]]), scores([[2, 2, 2]]))
+    assert accepted.counts_B.tolist() == [1]
+
+
+def test_padding_is_never_accepted() -> None:
+    # Token 0 at the root would match the padding's token 0.
+    accepted = accept(tree([[9, 0, 0]], [[-1, -1, -1]]), scores([[0, 0, 0]]))
+    assert accepted.counts_B.tolist() == [1]
+    assert accepted.next_B.tolist() == [0]
+
+
+def test_plain_decoding_is_a_tree_of_one_node() -> None:
+    accepted = accept(Tree.root(torch.tensor([3, 4])), scores([[1], [2]]))
+    assert accepted.path_BP.tolist() == [[0], [0]]
+    assert accepted.counts_B.tolist() == [1, 1]
+    assert accepted.next_B.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_equals_the_walk(noisy: bool) -> None:
+    rng = random.Random(0)
+    lengths: list[int] = []
+    for _ in range(200):
+        guesses = random_tree(rng, rows=4, nodes=16)
+        logits_BNV = torch.randn(4, 16, VOCAB)
+        noise_BCV = torch.randn(4, 17, VOCAB) if noisy else None
+        drawn_BNV = logits_BNV
+        if noise_BCV is not None:
+            rows_B1 = torch.arange(4)[:, None]
+            drawn_BNV = logits_BNV + noise_BCV[rows_B1, guesses.depths_BN]
+        accepted = accept(guesses, logits_BNV, noise_BCV)
+        for row, draws in enumerate(drawn_BNV.argmax(-1).tolist()):
+            path, tokens = walk(guesses, row, draws)
+            count = int(accepted.counts_B[row])
+            assert accepted.path_BP[row, :count].tolist() == path
+            assert accepted.tokens_BP[row, :count].tolist() == tokens
+            assert accepted.path_BP[row, count:].sum() == 0
+            lengths.append(count)
+    assert max(lengths) >= 4 and min(lengths) == 1
+
+
+def test_more_nodes_never_shorten_the_path_on_the_same_draws() -> None:
+    rng = random.Random(1)
+    longer = 0
+    for _ in range(40):
+        whole = random_tree(rng, rows=3, nodes=16)
+        # Deterministic in (depth, parent's token), so that nodes keep their draws when others come.
+        noise_BCV = torch.randn(3, 17, VOCAB)
+        logits_BNV = torch.randn(VOCAB, VOCAB)[whole.tokens_BN]
+        counts = []
+        for nodes in (1, 2, 4, 8, 16):
+            part = Tree(
+                whole.tokens_BN[:, :nodes], whole.parents_BN[:, :nodes], whole.scores_BN[:, :nodes]
+            )
+            counts.append(accept(part, logits_BNV[:, :nodes], noise_BCV).counts_B)
+        grown = torch.stack(counts)
+        assert (grown.diff(dim=0) >= 0).all()
+        longer += int((grown[-1] > grown[0]).sum())
+    assert longer > 10
+
+
+def test_rows_do_not_influence_each_other() -> None:
+    rng = random.Random(2)
+    guesses = random_tree(rng, rows=5, nodes=12)
+    logits_BNV, noise_BCV = torch.randn(5, 12, VOCAB), torch.randn(5, 13, VOCAB)
+    together = accept(guesses, logits_BNV, noise_BCV)
+    for row in range(5):
+        one = slice(row, row + 1)
+        alone = Tree(guesses.tokens_BN[one], guesses.parents_BN[one], guesses.scores_BN[one])
+        accepted = accept(alone, logits_BNV[one], noise_BCV[one])
+        assert accepted.path_BP.equal(together.path_BP[one])
+        assert accepted.tokens_BP.equal(together.tokens_BP[one])
+        assert accepted.counts_B.equal(together.counts_B[one])
