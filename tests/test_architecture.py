@@ -1,0 +1,140 @@
+"""The shape of the project: who may import whom, what is shipped, how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("model", "training", "inference", "configs", "scripts")
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+
+# A package imports itself and those named here: `scripts` composes, `model` stands alone.
+MAY_IMPORT = {
+    "model": set(),
+    "training": {"model"},
+    "inference": {"model"},
+    "configs": set(),
+    "scripts": {"model", "training", "inference", "configs"},
+}
+
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+PYTHON = SOURCES + sorted((ROOT / "tests").rglob("*.py"))
+TEXTS = sorted(
+    path
+    for pattern in ("*.md", "*.toml", "Makefile", ".ci/*", "configs/**/*.yaml", "docs/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+def where(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(absolute module, names taken from it) of every import, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                package = ".".join(("headstart", *path.parent.relative_to(ROOT).parts))
+                parents = package.split(".")
+                module = ".".join([*parents[: len(parents) - node.level + 1], *module.split(".")])
+            yield module.rstrip("."), [alias.name for alias in node.names]
+
+
+def test_imports_run_one_way() -> None:
+    wrong: list[str] = []
+    for path in SOURCES:
+        mine = path.relative_to(ROOT).parts[0]
+        for module, taken in imports(path):
+            parts = module.split(".")
+            if parts[0] in PACKAGES:
+                wrong.append(f"{where(path)}: write headstart.{module}")
+            if parts[0] == "headstart":
+                used = set(parts[1:2] or taken) - {mine}
+                wrong += [f"{where(path)} uses {module}" for one in used - MAY_IMPORT[mine]]
+    assert not wrong
+
+
+def test_the_rule_sees_every_kind_of_import(tmp_path: Path) -> None:
+    source = (
+        "import headstart.a\nfrom headstart import b\ndef f():\n    from headstart.c.d import e\n"
+    )
+    path = tmp_path / "x.py"
+    path.write_text(source)
+    assert list(imports(path)) == [
+        ("headstart.a", []),
+        ("headstart", ["b"]),
+        ("headstart.c.d", ["e"]),
+    ]
+    found = dict(imports(ROOT / "model" / "head.py"))
+    assert "headstart.model.tree" in found
+
+
+def test_one_file_opens_models_and_one_is_distributed() -> None:
+    wrong: list[str] = []
+    for path in SOURCES:
+        for module, taken in imports(path):
+            model_class = any(re.search(r"^Auto|For[A-Z]\w+$|HeadModel$", name) for name in taken)
+            if module.startswith("transformers.models.") or (
+                module.startswith("transformers") and model_class
+            ):
+                wrong += [f"{where(path)} uses {module} {taken}"]
+        if "torch.distributed" in path.read_text(encoding="utf-8"):
+            wrong += [f"{where(path)} uses torch.distributed"]
+    allowed = ("model/pretrained.py uses transformers", "training/parallel.py uses torch")
+    assert [line for line in wrong if not line.startswith(allowed)] == []
+    assert wrong  # or the rule sees nothing
+
+
+def test_every_package_is_shipped_and_typed() -> None:
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {
+        path.parent.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("__init__.py")
+    }
+    with_code = {path.parent.relative_to(ROOT).as_posix() for path in SOURCES}
+    assert with_code == folders, "every folder with code needs an __init__.py"
+    wanted = {"headstart." + folder.replace("/", ".") for folder in folders}
+    assert set(tool["packages"]) == wanted
+    for name, folder in tool["package-dir"].items():
+        assert name == f"headstart.{folder}"
+    assert all((ROOT / folder / "py.typed").exists() for folder in folders)
+
+
+def test_files_and_functions_are_short() -> None:
+    long: list[str] = []
+    for path in PYTHON:
+        text = path.read_text(encoding="utf-8")
+        lengths = {where(path): (len(text.splitlines()), MAX_FILE_LINES)}
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                lengths[f"{where(path)}: {node.name}"] = (lines, MAX_FUNCTION_LINES)
+        long += [
+            f"{name} has {lines} lines" for name, (lines, most) in lengths.items() if lines > most
+        ]
+    assert not long
+
+
+def test_source_is_ascii() -> None:
+    wrong = {
+        where(path): re.findall(r"[^\x00-\x7f]", path.read_text(encoding="utf-8"))
+        for path in PYTHON
+    }
+    assert not {name: found for name, found in wrong.items() if found}
+
+
+def test_no_path_of_a_machine() -> None:
+    # A folder at the top of a disk, not one inside an address or behind another folder.
+    rule = re.compile(r"(?<![\w./:~-])/(?:home|root|tmp|opt|work|mnt|Users)/[^\s\"']*")
+    assert rule.findall("see /" + "home/me/x and https://a.b/home/c") == ["/" + "home/me/x"]
+    found = {where(path): rule.findall(path.read_text(encoding="utf-8")) for path in PYTHON + TEXTS}
+    assert not {name: paths for name, paths in found.items() if paths}
