@@ -111,9 +111,7 @@ class Oracle(DraftHead):
 
         return grow(roots_B, children(0), step, shape)
 
-    def _children(
-        self, row: int, told: int, depth: int, on_path: bool, width: int
-    ) -> list[int]:
+    def _children(self, row: int, told: int, depth: int, on_path: bool, width: int) -> list[int]:
         """Distinct tokens for a node at a depth, perhaps with the true one among them."""
         answer, place = self.answers[row], told + depth
         truth = answer[place] if on_path and place < len(answer) else None

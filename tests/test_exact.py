@@ -54,9 +54,7 @@ def batch(family: str, rows: int) -> tuple[Tensor, Tensor]:
     for seed in range(20):
         ids_BT, lengths_B = padded(prompts(LENGTHS[rows], seed))
         mask_BT = (torch.arange(ids_BT.shape[1]) < lengths_B[:, None]).long()
-        steps = plain(
-            target_of(family), ids_BT, mask_BT, sampler=Sampler(), stop=Stop(NEW_TOKENS)
-        )
+        steps = plain(target_of(family), ids_BT, mask_BT, sampler=Sampler(), stop=Stop(NEW_TOKENS))
         if all(len(set(answer)) > 3 for answer in answers(steps, rows)):
             return ids_BT, mask_BT
     raise AssertionError(f"{family} repeats itself after every prompt")
@@ -73,9 +71,7 @@ def answers(steps: Iterator[list[list[int]]], rows: int) -> list[list[int]]:
 @cache
 def reference(family: str, rows: int, sampler: str = "") -> list[list[int]]:
     drawn_by = SAMPLERS[sampler]() if sampler else Sampler()
-    steps = plain(
-        target_of(family), *batch(family, rows), sampler=drawn_by, stop=Stop(NEW_TOKENS)
-    )
+    steps = plain(target_of(family), *batch(family, rows), sampler=drawn_by, stop=Stop(NEW_TOKENS))
     told = answers(steps, rows)
     assert all(len(answer) == NEW_TOKENS and len(set(answer)) > 3 for answer in told)
     return told
