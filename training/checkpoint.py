@@ -1,0 +1,112 @@
+"""Saving a run so that it can go on bit for bit, and so that no failure costs the last save.
+
+A checkpoint is a folder: `state.safetensors` with the head's weights and the optimizer's tensors,
+`state.json` with the rest. It is written beside the old one and then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from headstart.model.files import written_beside
+
+STATE, TENSORS = "state.json", "state.safetensors"
+
+
+def could_not_save(folder: Path, error: OSError) -> OSError:
+    """What to tell the user when a checkpoint cannot be written."""
+    kept = "The one before it is intact" if folder.exists() else "There is none before it"
+    return OSError(
+        error.errno,
+        f"Could not save {folder} ({error.strerror or error}). {kept}. Free some space, then go on "
+        "with train.resume=true.",
+    )
+
+
+def save_state(
+    folder: Path, head: nn.Module, optimizer: Optimizer, facts: Mapping[str, Any]
+) -> None:
+    """facts: anything JSON can hold."""
+    tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+    try:
+        with written_beside(folder, STATE) as fresh:
+            # As bytes and through Python, so that a full disk is an OSError.
+            _write(fresh / TENSORS, safetensors.torch.save(plain))
+            _write(fresh / STATE, (json.dumps(dict(facts), indent=1) + "\n").encode())
+    except OSError as error:
+        raise could_not_save(folder, error) from error
+
+
+def load_facts(folder: Path) -> dict[str, Any] | None:
+    """What `save_state` was told, or None when there is no checkpoint."""
+    if not (folder / STATE).exists():
+        return None
+    try:
+        facts: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"The checkpoint {folder} is damaged ({STATE}: {error}). Remove the folder to "
+            "start over."
+        ) from error
+    return facts
+
+
+def load_state(folder: Path, head: nn.Module, optimizer: Optimizer) -> None:
+    """Put weights and optimizer state back. ValueError when the checkpoint is another head's."""
+    try:
+        tensors = safetensors.torch.load_file(folder / TENSORS)
+    except Exception as error:  # the format's own error type is no OSError
+        raise ValueError(
+            f"The checkpoint {folder} is damaged ({TENSORS}: {error}). Remove the folder to start "
+            "over."
+        ) from error
+    weights = {
+        name.removeprefix("head."): value
+        for name, value in tensors.items()
+        if name.startswith("head.")
+    }
+    try:
+        head.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The checkpoint {folder} belongs to another head: {error} Use the recipe it was made "
+            "with, or another train.output."
+        ) from error
+    _load_optimizer(tensors, optimizer)
+
+
+def _load_optimizer(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A loose file, e.g. a batch to look at."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    path.write_bytes(safetensors.torch.save(plain))
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

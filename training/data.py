@@ -1,0 +1,151 @@
+"""Conversations as batches: which rows, in which order, with which tokens to be predicted.
+
+The order follows from (seed, epoch) alone and the position in the data is one integer, so a run can
+go on where it stopped. Several processes share every batch by rows, so they see together what one
+process would see.
+
+Legend: B batch rows, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+POOL_BATCHES = 64  # rows of similar length are looked for among this many batches
+MIN_TOKENS = 3  # step 0 learns x[t + 2]: shorter rows teach nothing
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens_BT, padded on the right behind lengths_B; loss_mask_BT: x[t] is to be predicted."""
+
+    tokens_BT: Tensor
+    lengths_B: Tensor
+    loss_mask_BT: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            self.tokens_BT.to(device), self.lengths_B.to(device), self.loss_mask_BT.to(device)
+        )
+
+    def part(self, index: int, count: int) -> Batch:
+        """The rows of one of `count` processes.
+
+        A process without a row gets one that teaches nothing: it has to take part in every
+        exchange between the processes all the same.
+        """
+        if count == 1:
+            return self
+        rows = slice(index, None, count)
+        if index >= len(self.lengths_B):
+            idle_BT = torch.zeros_like(self.loss_mask_BT[:1, :MIN_TOKENS])
+            lengths_B = self.lengths_B[:1].clamp(max=MIN_TOKENS)
+            return Batch(self.tokens_BT[:1, :MIN_TOKENS], lengths_B, idle_BT)
+        length = int(self.lengths_B[rows].max())
+        return Batch(
+            self.tokens_BT[rows, :length], self.lengths_B[rows], self.loss_mask_BT[rows, :length]
+        )
+
+
+class Corpus:
+    """All conversations in memory, one behind the other: 5 bytes per token."""
+
+    def __init__(self, rows: Iterable[tuple[Sequence[int], Sequence[tuple[int, int]]]]):
+        tokens: list[Tensor] = []
+        masks: list[Tensor] = []
+        for row, spans in rows:
+            mask_T = torch.zeros(len(row), dtype=torch.bool)
+            for start, end in spans:
+                mask_T[start:end] = True
+            tokens.append(torch.tensor(row, dtype=torch.int32))
+            masks.append(mask_T)
+        empty = torch.zeros(0, dtype=torch.int32)
+        self.tokens = torch.cat([empty, *tokens])
+        self.trained = torch.cat([empty.bool(), *masks])
+        self.lengths = torch.tensor([len(row) for row in tokens], dtype=torch.int64)
+        self.starts = self.lengths.cumsum(0) - self.lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """Some conversations as one batch, on the CPU."""
+        lengths_B = self.lengths[list(rows)]
+        shape = (len(rows), int(lengths_B.max()))
+        tokens_BT = torch.zeros(shape, dtype=torch.int64)
+        mask_BT = torch.zeros(shape, dtype=torch.bool)
+        for place, row in enumerate(rows):
+            start, length = int(self.starts[row]), int(self.lengths[row])
+            tokens_BT[place, :length] = self.tokens[start : start + length]
+            mask_BT[place, :length] = self.trained[start : start + length]
+        return Batch(tokens_BT, lengths_B, mask_BT)
+
+    def token_counts(self, vocab_size: int) -> Tensor:
+        """How often each token is to be predicted (V)."""
+        return torch.bincount(self.tokens[self.trained].long(), minlength=vocab_size)
+
+
+def frequent_tokens(counts_V: Tensor, size: int) -> Tensor:
+    """The `size` most frequent tokens, ascending ids; among equals the smaller id."""
+    if size > len(counts_V):
+        raise ValueError(
+            f"head.draft_vocab is {size}, more than the {len(counts_V)} tokens of the target's "
+            "vocabulary. Lower it, or leave it out for the whole vocabulary."
+        )
+    return counts_V.sort(descending=True, stable=True).indices[:size].sort().values
+
+
+class Batches:
+    """Rows grouped by length under a token budget, in an order that (seed, epoch) decides.
+
+    A batch never holds more than `batch_tokens` tokens, padding included.
+    """
+
+    def __init__(self, lengths: Tensor, batch_tokens: int, seed: int):
+        assert len(lengths) and int(lengths.max()) <= batch_tokens
+        self.lengths = lengths
+        self.batch_tokens, self.seed = batch_tokens, seed
+        self._plans: dict[int, list[list[int]]] = {}
+        self._sizes: list[int] = []  # batches per epoch
+
+    def count(self, epochs: int) -> int:
+        """Batches in the first epochs."""
+        while len(self._sizes) < epochs:
+            self._sizes.append(len(self._plan(len(self._sizes))))
+        return sum(self._sizes[:epochs])
+
+    def at(self, position: int) -> list[int]:
+        """The rows of a batch. Positions run on through the epochs."""
+        epoch = 0
+        while position >= self.count(epoch + 1):
+            epoch += 1
+        return self._plan(epoch)[position - self.count(epoch)]
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        if epoch not in self._plans:
+            self._plans = {epoch: self._planned(epoch)}  # one epoch at a time is in memory
+        return self._plans[epoch]
+
+    def _planned(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.lengths), generator=generator)
+        mean = float(self.lengths.float().mean())
+        pool_rows = max(1, int(POOL_BATCHES * self.batch_tokens / mean))
+        batches: list[list[int]] = []
+        for pool in order.split(pool_rows):
+            by_length = pool[self.lengths[pool].sort(stable=True).indices]
+            batches += self._packed(by_length.tolist(), self.lengths[by_length].tolist())
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def _packed(self, rows: list[int], lengths: list[int]) -> list[list[int]]:
+        """rows in order of length, as many per batch as fit."""
+        batches: list[list[int]] = [[]]
+        for row, length in zip(rows, lengths, strict=True):
+            if (len(batches[-1]) + 1) * length > self.batch_tokens:
+                batches.append([])
+            batches[-1].append(row)
+        return [batch for batch in batches if batch]

@@ -1,0 +1,412 @@
+"""Training a draft head on what a frozen target sees.
+
+The target reads each batch in the same process and takes no part in the gradient. The loss is
+divided by the weight of all valid rows of the whole optimizer step, over micro-batches and
+processes, so neither changes what is learned. The loop knows no head kind and no objective.
+
+Legend: B batch rows, T positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headstart.model.fused import save_head
+from headstart.model.head import UNSET, DraftHead
+from headstart.model.meta import HeadMeta
+from headstart.model.seen import Seen
+from headstart.model.target import Target
+
+from .checkpoint import could_not_save, load_facts, load_state, save_state, save_tensors
+from .data import Batch, Batches, Corpus, frequent_tokens
+from .interrupt import Interrupted, StopRequest
+from .losses import Loss, loss_sum, loss_weight
+from .metrics import StepSums
+from .optim import learning_rate, make_optimizer, set_learning_rate
+from .parallel import Team, clip_gradients
+from .recipe import LossConfig, Recipe, changed_on_resume
+from .report import Log, Report
+from .sources import Conversations, held_out_batches, read_conversations
+
+Evaluate = Callable[[DraftHead], Mapping[str, float]]
+STATE = "state"
+SCORE = "accepted_length"  # what `evaluate` has to return among its figures
+
+
+@dataclass(frozen=True)
+class Result:
+    """steps: optimizer steps done. best: folder of the best head; score: its accepted length."""
+
+    steps: int
+    best: Path
+    best_step: int
+    score: float | None
+
+
+@dataclass
+class Standing:
+    """Where a run is: all that a resumed run needs besides weights and optimizer."""
+
+    step: int = 0
+    position: int = 0  # batches taken from the data
+    tokens: int = 0
+    answer_tokens: int = 0
+    best_step: int = -1
+    score: float | None = None
+
+
+def train(
+    recipe: Recipe,
+    *,
+    target: Target,
+    head: DraftHead,
+    evaluate: Evaluate | None = None,
+    log: Log | None = None,
+) -> Result:
+    """Train `head` (bound to `target`) as the recipe says.
+
+    evaluate: decodes with a head in the target's dtype and returns figures, `accepted_length` among
+    them; it chooses the best head. Without it the held-out predicted accepted length does, and
+    without held-out conversations the last head is the best. The folder train.output then holds
+    the heads `best` and `last`, `state` to go on from, and `metrics.jsonl`.
+    Raises ValueError for a wrong recipe or wrong data before long work starts, `Interrupted` after
+    Ctrl-C, FloatingPointError for a loss that is no number, MemoryError, OSError for a full disk.
+    """
+    _check(recipe, target, head)
+    run = _Run(recipe, target, head, evaluate, log)
+    with _memory_advice(recipe), StopRequest() as stop:
+        return run.until_done(stop)
+
+
+class _Run:
+    def __init__(
+        self,
+        recipe: Recipe,
+        target: Target,
+        head: DraftHead,
+        evaluate: Evaluate | None,
+        log: Log | None,
+    ):
+        self.recipe, self.target, self.head = recipe, target, head
+        self.evaluate = evaluate
+        self.team = Team(target.device)
+        self.folder = Path(recipe.train.output)
+        facts = load_facts(self.folder / STATE)
+        _check_folder(recipe, self.folder, facts)
+        data = read_conversations(recipe.data, target, recipe.train.seed)
+        self.corpus, self.holdout = data.train, data.holdout
+        self.data_hash = _fingerprint(self.corpus)
+        self.batches = Batches(self.corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
+        self.total = self._total_steps()
+        self.optimizer = make_optimizer(head, recipe.train)
+        self.at = Standing()
+        if facts is not None:
+            self._resume(facts)
+        else:
+            _choose_draft_vocab(head, self.corpus)
+        self.module = self.team.prepare(_Unrolled(head, recipe.loss.steps))
+        self.report: Report | None = None
+        if self.team.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.report = Report(recipe, self.folder, log, self.total, self.at.step)
+            self.report.note(self.at.step, _summary(data))
+
+    def until_done(self, stop: StopRequest) -> Result:
+        try:
+            self.head.train()
+            while self.at.step < self.total:
+                if self._step(stop):
+                    self._save()
+                    raise Interrupted(self._how_to_go_on())
+                every, saves = self.recipe.eval.every, self.recipe.train.save_every
+                if every and self.at.step % every == 0 and self.at.step < self.total:
+                    self._evaluate()
+                if saves and self.at.step % saves == 0 and self.at.step < self.total:
+                    self._save()
+            self._evaluate()
+            self._save()
+        finally:
+            if self.report is not None:
+                self.report.close()
+        return Result(self.at.step, self.folder / "best", self.at.best_step, self.at.score)
+
+    # --- one optimizer step
+
+    def _step(self, stop: StopRequest) -> bool:
+        """Returns True when some process was asked to stop (the step is then not done)."""
+        began = time.monotonic()
+        config, loss = self.recipe.train, self._loss_config()
+        torch.manual_seed((config.seed * 1_000_003 + self.at.step) * 1009 + self.team.index)
+        batches = self._next_batches()
+        weight, tokens, asked = self._over_team(
+            sum(loss_weight(loss, batch) for batch in batches),
+            sum(int(batch.lengths_B.sum()) for batch in batches),
+            float(stop.asked),
+        )
+        if asked:
+            return True
+        sums = StepSums.zeros(loss.steps, self.target.device)
+        for index, batch in enumerate(batches):
+            with self.team.backward_alone(self.module, index + 1 < len(batches)):
+                result = self._loss(batch, loss)
+                # Averaged over processes afterwards, hence the factor.
+                (result.total * (self.team.count / weight)).backward()
+            sums = sums + result.sums
+        sums = StepSums.unpack(self.team.sum(sums.pack()).cpu())
+        figures = sums.figures()
+        norm = clip_gradients(self.head, self.optimizer, config.clip)
+        self._must_be_finite(figures["loss"], norm, batches)
+        rate = learning_rate(config, self.at.step, self.total)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._advance(tokens, sums)
+        speed = tokens / (time.monotonic() - began)
+        extra = {"lr": rate, "gradient_norm": norm, "tokens_per_second": speed}
+        self._report_step(figures | extra | {"tokens": float(self.at.tokens)})
+        return False
+
+    def _next_batches(self) -> list[Batch]:
+        places = range(self.at.position, self.at.position + self.recipe.train.accumulate)
+        whole = [self.corpus.batch(self.batches.at(place)) for place in places]
+        device = self.target.device
+        return [batch.part(self.team.index, self.team.count).to(device) for batch in whole]
+
+    def _loss(self, batch: Batch, config: LossConfig) -> Loss:
+        seen = self.target.read(
+            batch.tokens_BT, lengths_B=batch.lengths_B, layers=self.head.layers, logits=False
+        )
+        with self._autocast():
+            hidden = self.module(seen, batch.tokens_BT)
+            return loss_sum(config, self.head, seen, hidden, batch)
+
+    def _autocast(self) -> torch.autocast:
+        halved = self.recipe.train.precision == "bfloat16"
+        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=halved)
+
+    def _advance(self, tokens: float, sums: StepSums) -> None:
+        self.at.step += 1
+        self.at.position += self.recipe.train.accumulate
+        self.at.tokens += int(tokens)
+        self.at.answer_tokens += int(sums.count_K[0])
+
+    def _over_team(self, *values: float) -> list[float]:
+        numbers = torch.tensor(values, dtype=torch.float64, device=self.target.device)
+        return [float(value) for value in self.team.sum(numbers)]
+
+    def _loss_config(self) -> LossConfig:
+        """The objective of this step: it may change for the last part of the run."""
+        config = self.recipe.loss
+        if config.finish is None or self.at.step < (1 - config.finish_part) * self.total:
+            return config
+        return config.model_copy(update={"kind": config.finish})
+
+    # --- evaluation, saving, resuming
+
+    def _evaluate(self) -> None:
+        """Measure, and keep the head when it is the best so far."""
+        self.head.eval()
+        figures = self._held_out()
+        if self.team.main and self.evaluate is not None:
+            with torch.no_grad():
+                figures |= dict(self.evaluate(self._decoding_copy()))
+            if SCORE not in figures:
+                raise ValueError(f"evaluate has to return {SCORE!r} among its figures.")
+        self.head.train()
+        score = figures.get(SCORE, figures.get("holdout_accepted_length_t0"))
+        if self.team.main:
+            if figures and self.report is not None:
+                self.report.eval(self.at.step, figures)
+            if score is None or self.at.score is None or score > self.at.score:
+                self.at.score, self.at.best_step = score, self.at.step
+                self._save_head("best")
+        self.team.wait()
+
+    @torch.no_grad()
+    def _held_out(self) -> dict[str, float]:
+        if not len(self.holdout):
+            return {}
+        sums = StepSums.zeros(self.recipe.loss.steps, self.target.device)
+        for batch in held_out_batches(self.holdout, self.recipe.data.batch_tokens):
+            part = batch.part(self.team.index, self.team.count).to(self.target.device)
+            sums = sums + self._loss(part, self.recipe.loss).sums
+        figures = StepSums.unpack(self.team.sum(sums.pack()).cpu()).figures()
+        return {f"holdout_{name}": value for name, value in figures.items()}
+
+    def _decoding_copy(self) -> DraftHead:
+        """The head as it will be loaded for decoding: in the target's dtype."""
+        copy = type(self.head)(self.head.config)
+        copy.load_state_dict(self.head.state_dict())
+        return copy.to(device=self.target.device, dtype=self.target.dtype).bind(self.target).eval()
+
+    def _save_head(self, name: str) -> None:
+        meta = HeadMeta(
+            target=self.target.name,
+            steps=self.recipe.loss.steps,
+            tokens=self.at.answer_tokens,
+            data=", ".join(self.recipe.data.paths) or None,
+            data_hash=self.data_hash,
+        )
+        try:
+            save_head(self.head, self.folder / name, meta)
+        except OSError as error:
+            raise could_not_save(self.folder / name, error) from error
+
+    def _save(self) -> None:
+        """The state to go on from, and the head as it is now."""
+        if self.team.main:
+            recipe = self.recipe.model_dump(mode="json")
+            facts = asdict(self.at) | {"data_hash": self.data_hash, "recipe": recipe}
+            save_state(self.folder / STATE, self.head, self.optimizer, facts)
+            self._save_head("last")
+        self.team.wait()
+
+    def _resume(self, facts: Mapping[str, Any]) -> None:
+        if facts["data_hash"] != self.data_hash:
+            raise ValueError(
+                f"The data has changed since {self.folder / STATE} was saved, so the run cannot "
+                "go on where it stopped. Restore the data, or start anew in another train.output."
+            )
+        load_state(self.folder / STATE, self.head, self.optimizer)
+        self.head.bind(self.target)  # forgets what it worked out from the old weights
+        names = Standing.__dataclass_fields__
+        self.at = Standing(**{name: facts[name] for name in names})
+
+    def _total_steps(self) -> int:
+        config = self.recipe.train
+        if config.steps is not None:
+            return config.steps
+        total = self.batches.count(config.epochs) // config.accumulate
+        if not total:
+            raise ValueError(
+                f"The data makes {self.batches.count(config.epochs)} batches in {config.epochs} "
+                f"epochs, fewer than the {config.accumulate} of one optimizer step. Lower "
+                "train.accumulate or data.batch_tokens, or bring more data."
+            )
+        return total
+
+    def _report_step(self, figures: Mapping[str, float]) -> None:
+        if self.report is not None:
+            keep = self.at.step % self.recipe.train.log_every == 0 or self.at.step == self.total
+            self.report.train(self.at.step, figures, keep=keep)
+
+    def _must_be_finite(self, loss: float, norm: float, batches: list[Batch]) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        path = self.folder / f"bad_batch_step{self.at.step}_process{self.team.index}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for index, batch in enumerate(batches):
+            tensors |= {f"{index}.{name}": value for name, value in vars(batch).items()}
+        save_tensors(path, tensors)
+        rows = [self.batches.at(self.at.position + index) for index in range(len(batches))]
+        raise FloatingPointError(
+            f"Step {self.at.step}: the loss is {loss} and the gradient norm {norm}. Nothing was "
+            f"updated. The batch (conversations {rows}) is saved in {path}. Lower train.lr, or use "
+            "train.precision=float32; when it fails at step 0, the head's weights are not numbers."
+        )
+
+    def _how_to_go_on(self) -> str:
+        return (
+            f"Stopped after step {self.at.step} of {self.total}; saved in {self.folder / STATE}. "
+            "Go on with the same recipe and train.resume=true."
+        )
+
+
+class _Unrolled(nn.Module):
+    """The training computation as a module's forward, which is where gradients are averaged."""
+
+    def __init__(self, head: DraftHead, steps: int):
+        super().__init__()
+        self.head, self.steps = head, steps
+
+    def forward(self, seen: Seen, tokens_BT: Tensor) -> list[Tensor]:
+        return self.head.unroll(seen, tokens_BT, self.steps)
+
+
+def _check(recipe: Recipe, target: Target, head: DraftHead) -> None:
+    """What can be known to be wrong before data is read."""
+    steps = recipe.loss.steps
+    if head.max_depth is not None and head.max_depth != steps:
+        raise ValueError(
+            f"The {head.kind} head drafts {head.max_depth} tokens, but loss.steps is {steps}: "
+            f"parts of it would stay untrained. Set loss.steps={head.max_depth}, or make the head for "
+            f"{steps} tokens."
+        )
+    if recipe.train.precision == "float32" and target.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"train.precision is float32, but the target is in {target.dtype}. Set "
+            "target.dtype=float32 or train.precision=bfloat16."
+        )
+
+
+def _check_folder(recipe: Recipe, folder: Path, facts: Mapping[str, Any] | None) -> None:
+    if not recipe.train.resume:
+        if facts is not None:
+            raise ValueError(
+                f"{folder} already holds a run (step {facts['step']}). Go on with "
+                "train.resume=true, or choose another train.output."
+            )
+        return
+    if facts is None:
+        raise ValueError(
+            f"train.resume is set, but {folder / STATE} holds no run to go on from. Leave "
+            "train.resume out to start one, or correct train.output."
+        )
+    changed = changed_on_resume(facts["recipe"], recipe)
+    if changed:
+        raise ValueError(
+            "\n  ".join([f"The run in {folder} was made with other settings:", *changed])
+            + "\nGo on with the same settings, or start anew in another train.output."
+        )
+
+
+def _choose_draft_vocab(head: DraftHead, corpus: Corpus) -> None:
+    """A fresh head proposes what the target says most."""
+    size = head.config.draft_vocab
+    if size is not None and head.d2t is not None and bool(head.d2t[0] == UNSET):
+        head.set_draft_vocab(frequent_tokens(corpus.token_counts(head.config.vocab_size), size))
+
+
+def _fingerprint(corpus: Corpus) -> str:
+    digest = hashlib.sha256()
+    for values in (corpus.lengths, corpus.tokens, corpus.trained):
+        digest.update(values.numpy().data)
+    return digest.hexdigest()
+
+
+def _summary(data: Conversations) -> str:
+    tokens, trained = len(data.train.tokens), int(data.train.trained.sum())
+    text = f"{len(data.train)} conversations, {tokens} tokens, {trained} of them to predict"
+    if data.dropped:
+        text += f"; {data.dropped} dropped, which have nothing to predict"
+    if data.broken:
+        text += f"; {len(data.broken)} broken lines left out, the first: {data.broken[0]}"
+    return text
+
+
+@contextmanager
+def _memory_advice(recipe: Recipe) -> Iterator[None]:
+    """Say which setting to lower when memory runs out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError on a CPU
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        data, loss = recipe.data, recipe.loss
+        raise MemoryError(
+            f"Out of memory. Lower data.batch_tokens (now {data.batch_tokens}; raise "
+            "train.accumulate by the same factor to learn the same), then data.max_length (now "
+            f"{data.max_length}) or loss.chunk_rows (now {loss.chunk_rows}). "
+            "The last checkpoint is intact: go on with train.resume=true."
+        ) from error

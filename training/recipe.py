@@ -1,0 +1,317 @@
+"""A recipe: everything that decides a training run, in one YAML file.
+
+Unknown keys are refused by their full name, and single values can be set as `section.key=value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticUndefined
+
+from headstart.model.head import head_class
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TargetConfig(Section):
+    """The frozen model. name: Hub id, folder or .gguf; or random: settings of a tiny random one.
+
+    dtype: of the target's own weights; auto is float32 on a CPU and bfloat16 on a GPU.
+    """
+
+    name: str | None = None
+    random: dict[str, Any] | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    revision: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.name is None) == (self.random is None):
+            raise ValueError("give either name (a model to load) or random (sizes of a random one)")
+        return self
+
+
+class HeadSection(BaseModel):
+    """The kind, and that kind's own settings (see `Config` in headstart/model/heads/<kind>.py)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    kind: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class DataConfig(Section):
+    """Conversations to learn from.
+
+    path: a JSONL file, several of them, a folder of data, or a data set on the Hub (its `split`);
+    or random_rows: so many made-up sequences, for a random target. batch_tokens: rows times the
+    longest row, so the memory of a batch. max_length: longer conversations are cut. holdout:
+    conversations kept out of training to measure the loss on. skip_broken: leave broken lines out
+    instead of stopping.
+    """
+
+    path: str | tuple[str, ...] | None = None
+    random_rows: int | None = Field(default=None, ge=1)
+    split: str = "train"
+    max_length: int = Field(default=2048, ge=3)
+    batch_tokens: int = Field(default=4096, ge=3)
+    holdout: int = Field(default=0, ge=0)
+    skip_broken: bool = False
+
+    @model_validator(mode="after")
+    def _row_fits(self) -> Self:
+        if self.batch_tokens < self.max_length:
+            raise ValueError(
+                f"batch_tokens ({self.batch_tokens}) is less than max_length ({self.max_length}): "
+                "a long conversation would fit no batch; raise one or lower the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.random_rows is None):
+            raise ValueError("give either path (what to read) or random_rows (how many to make up)")
+        return self
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        if self.path is None:
+            return ()
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+
+class LossConfig(Section):
+    """The objective (training/losses.py says what each kind is).
+
+    steps: drafted tokens to train for. step_decay: weight of each step relative to the one before.
+    eta: how fast `lk` moves from KL to TV as acceptance grows. chunk_rows: rows whose logits are in
+    memory at once. finish: the kind for the last `finish_part` of the run, if it is to change.
+    """
+
+    kind: Literal["kl", "tv", "lk", "e2e_tv"] = "lk"
+    steps: int = Field(default=3, ge=1)
+    step_decay: float = Field(default=1.0, gt=0, le=1)
+    eta: float = Field(default=3.0, ge=0)
+    chunk_rows: int = Field(default=1024, ge=1)
+    finish: Literal["kl", "tv", "lk", "e2e_tv"] | None = None
+    finish_part: float = Field(default=0.25, ge=0, le=1)
+
+
+class WandbConfig(Section):
+    project: str
+    name: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class TrainConfig(Section):
+    """How to optimise.
+
+    output: folder of the run. epochs: passes over the data, unless steps says how many optimizer
+    steps. accumulate: batches per optimizer step. lr falls as a cosine to lr_floor * lr after a
+    linear warm-up over the part `warmup` of the run. precision: of the head's matrix products; its
+    weights are always float32. save_every: steps between checkpoints to resume from (0: only at
+    the end).
+    """
+
+    output: str
+    epochs: int = Field(default=1, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    lr: float = Field(default=6e-4, gt=0)
+    lr_floor: float = Field(default=0.1, ge=0, le=1)
+    warmup: float = Field(default=0.04, ge=0, le=1)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    seed: int = 0
+    log_every: int = Field(default=10, ge=1)
+    save_every: int = Field(default=500, ge=0)
+    resume: bool = False
+    wandb: WandbConfig | None = None
+
+
+class EvalConfig(Section):
+    """Real decoding during training, by which the best head is chosen.
+
+    every: optimizer steps between two evaluations (0: only at the end). prompts: a prompt JSONL;
+    without one the held-out loss decides. count: prompts used. nodes, depth, width: the tree.
+    """
+
+    every: int = Field(default=0, ge=0)
+    prompts: str | None = None
+    count: int = Field(default=32, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    nodes: int = Field(default=8, ge=2)
+    depth: int = Field(default=4, ge=1)
+    width: int = Field(default=4, ge=1)
+
+
+class Recipe(Section):
+    target: TargetConfig
+    head: HeadSection
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a word; here it is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe. overrides: `section.key=value`, values in YAML.
+
+    ValueError names the file and every wrong key by its full name.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"Cannot read the recipe {path}: {error.strerror}.") from error
+    values = _parse(text, str(path))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no recipe: it should hold sections such as `target:`.")
+    for override in overrides:
+        _override(values, override)
+    return make_recipe(values, str(path))
+
+
+def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
+    """A recipe from nested values. ValueError names every wrong key by its full name."""
+    unknown = list(_unknown_keys(Recipe, values, ""))
+    unknown += _unknown_head_keys(values.get("head"))
+    if unknown:
+        raise ValueError("\n  ".join([f"Unknown keys in {source}:", *unknown]))
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{_dotted(item['loc'])}: {item['msg']}" for item in error.errors()]
+        raise ValueError("\n  ".join([f"Wrong values in {source}:", *lines])) from error
+
+
+# These may differ when a run goes on: they change what is reported and kept, not what is learned.
+FREE_ON_RESUME = ("train.output", "train.resume", "train.log_every", "train.save_every")
+FREE_SECTIONS = ("eval.", "train.wandb")
+
+
+def changed_on_resume(before: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """Settings that differ from those a run was started with, and matter."""
+    old, new = _flat(before, ""), _flat(recipe.model_dump(mode="json"), "")
+    return [
+        f"{key}: was {old.get(key)}, is {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and key not in FREE_ON_RESUME
+        and not key.startswith(FREE_SECTIONS)
+    ]
+
+
+def _flat(values: Mapping[str, Any], path: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{path}{key}.")
+        else:
+            flat[f"{path}{key}"] = value
+    return flat
+
+
+def explain(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; what the recipe itself does not say is marked as default."""
+    lines: list[str] = []
+    for name, section in recipe:
+        lines.append(f"{name}:")
+        lines += [f"  {line}" for line in _explain_section(section)]
+    return "\n".join(lines) + "\n"
+
+
+def _explain_section(section: BaseModel) -> Iterator[str]:
+    values = section.model_dump(mode="json")
+    given = set(section.model_fields_set)
+    if isinstance(section, HeadSection):
+        given |= set(section.settings)
+        fields = head_class(section.kind)[1].model_fields
+        for name, field in fields.items():
+            if name not in values and field.default is not PydanticUndefined:
+                values[name] = field.default
+    for name, value in values.items():
+        text = yaml.safe_dump({name: value}, default_flow_style=None, width=1000).strip()
+        yield from text.splitlines() if name in given else [f"{text}  # default"]
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {error}") from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"{override!r} sets nothing: write section.key=value, e.g. train.lr=1e-3.")
+    *sections, name = key.strip().split(".")
+    place = values
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if inner is None:
+            inner = place[section] = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"{key} cannot be set: {section} is a value, not a section.")
+        place = inner
+    place[name] = _parse(text, override)
+
+
+def _unknown_keys(model: type[BaseModel], values: Any, path: str) -> Iterator[str]:
+    if not isinstance(values, Mapping) or model.model_config.get("extra") == "allow":
+        return
+    for key, value in values.items():
+        if key not in model.model_fields:
+            yield _nearest(path, str(key), list(model.model_fields))
+            continue
+        for inner in _section_types(model.model_fields[key].annotation):
+            yield from _unknown_keys(inner, value, f"{path}{key}.")
+
+
+def _section_types(annotation: Any) -> list[type[BaseModel]]:
+    """The sections in an annotation such as `Section` or `Section | None`."""
+    options = (annotation, *getattr(annotation, "__args__", ()))
+    return [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _unknown_head_keys(values: Any) -> list[str]:
+    if not isinstance(values, Mapping) or not isinstance(values.get("kind"), str):
+        return []
+    known = [name for name in head_class(values["kind"])[1].model_fields]
+    return [_nearest("head.", str(key), known) for key in values if key not in known]
+
+
+def _nearest(path: str, key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {path}{close[0]}?" if close else f"there are: {', '.join(known)}"
+    return f"{path}{key} ({hint})"
+
+
+def _dotted(place: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, place)) or "the recipe"

@@ -1,0 +1,117 @@
+"""Where the figures of a run go: a callback, `metrics.jsonl`, and Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .recipe import Recipe
+
+Figures = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the caller is told. eta: seconds that are left, or None before the first step.
+
+    kind: "train" after every optimizer step, "eval" after an evaluation, "note" for a message.
+    """
+
+    kind: Literal["train", "eval", "note"]
+    step: int
+    total: int
+    metrics: Figures
+    eta: float | None
+    message: str = ""
+
+
+Log = Callable[[Progress], None]
+
+
+class Report:
+    """Written by the main process only; `metrics.jsonl` holds one JSON object per line."""
+
+    def __init__(self, recipe: Recipe, folder: Path, log: Log | None, total: int, step: int):
+        self.log, self.total, self.first = log, total, step
+        self.began = time.monotonic()
+        self.path = folder / "metrics.jsonl"
+        _keep_until(self.path, step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.run = _start_wandb(recipe, folder)
+
+    def train(self, step: int, figures: Figures, *, keep: bool) -> None:
+        """step: optimizer steps done. keep: write it down, beside telling the callback."""
+        if keep:
+            self._write("train", step, figures)
+        self._tell("train", step, figures)
+
+    def eval(self, step: int, figures: Figures) -> None:
+        self._write("eval", step, figures)
+        self._tell("eval", step, figures)
+
+    def note(self, step: int, message: str) -> None:
+        self._tell("note", step, {}, message)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.run is not None:
+            self.run.finish()
+
+    def _write(self, kind: str, step: int, figures: Figures) -> None:
+        line = {"step": step, "kind": kind, **figures}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        if self.run is not None:
+            self.run.log({f"{kind}/{name}": value for name, value in figures.items()}, step=step)
+
+    def _tell(
+        self,
+        kind: Literal["train", "eval", "note"],
+        step: int,
+        figures: Figures,
+        message: str = "",
+    ) -> None:
+        if self.log is not None:
+            self.log(Progress(kind, step, self.total, figures, self._eta(step), message))
+
+    def _eta(self, step: int) -> float | None:
+        if step <= self.first:
+            return None
+        passed = time.monotonic() - self.began
+        return passed / (step - self.first) * (self.total - step)
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop lines behind the step that a run goes on from: they will come again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        whole = line.endswith("}")  # a crash may have cut the last line
+        if step and whole and json.loads(line)["step"] <= step:
+            kept.append(line)
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _start_wandb(recipe: Recipe, folder: Path) -> Any:
+    config = recipe.train.wandb
+    if config is None:
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            "train.wandb is set, but wandb is not installed. Run `pip install wandb`, or leave "
+            "train.wandb out."
+        ) from error
+    return wandb.init(
+        project=config.project,
+        name=config.name,
+        mode=config.mode,
+        dir=folder,
+        config=recipe.model_dump(mode="json"),
+    )

@@ -1,0 +1,217 @@
+"""Where conversations come from: JSONL files, folders, data sets on the Hub.
+
+A line holds `tokens` and `spans` (what to predict, [start, end) pairs), or only `messages`, which
+the target's own chat template renders. Everything is read and checked before training starts.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from headstart.model.target import Target
+
+from .data import MIN_TOKENS, Batch, Corpus
+from .recipe import DataConfig
+from .render import Rendered, render
+
+Line = tuple[str, Mapping[str, Any]]  # where it stands, for messages, and what it holds
+# 4 bytes per token: there may be billions. array is no generic type at run time.
+Row: TypeAlias = "tuple[array[int], list[tuple[int, int]]]"
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """train and held-out conversations; dropped: how many had nothing to predict."""
+
+    train: Corpus
+    holdout: Corpus
+    dropped: int
+    broken: tuple[str, ...]
+
+
+class BrokenLine(ValueError):
+    """A line that is no conversation; the message names file and line."""
+
+
+def read_conversations(config: DataConfig, target: Target, seed: int) -> Conversations:
+    """Read, render, check and split. ValueError says which file and line is wrong, and how."""
+    rows: list[Row] = []
+    broken: list[str] = []
+    dropped = 0
+    for where, value in _lines(config, target, broken):
+        try:
+            found = [_checked(row, where, target) for row in _rendered(value, where, target)]
+        except BrokenLine as error:
+            if not config.skip_broken:
+                raise
+            broken.append(str(error))
+            continue
+        for row in found:
+            cut = _cut(row, config.max_length)
+            teaches = any(end > MIN_TOKENS - 1 for _, end in cut.spans)
+            if teaches:
+                rows.append((array("i", cut.tokens), cut.spans))
+            dropped += not teaches
+    if not rows:
+        raise ValueError(
+            f"Nothing to train on in {', '.join(config.paths) or 'the made-up rows'}: {dropped} "
+            "conversations were read and none has a token to predict within its first "
+            f"{config.max_length} tokens. Check "
+            "`spans` (they mark the answers), the roles in `messages`, and data.max_length."
+        )
+    return _split(rows, config, seed, dropped, tuple(broken))
+
+
+def _split(
+    rows: list[Row], config: DataConfig, seed: int, dropped: int, broken: tuple[str, ...]
+) -> Conversations:
+    if config.holdout >= len(rows):
+        raise ValueError(
+            f"data.holdout is {config.holdout}, but there are only {len(rows)} conversations. "
+            "Lower it, or bring more data."
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    held, kept = order[: config.holdout], sorted(order[config.holdout :])
+
+    def corpus(indices: list[int]) -> Corpus:
+        return Corpus(rows[index] for index in indices)
+
+    return Conversations(corpus(kept), corpus(sorted(held)), dropped, broken)
+
+
+def _lines(config: DataConfig, target: Target, broken: list[str]) -> Iterator[Line]:
+    if config.random_rows is not None:
+        yield from _random_rows(config.random_rows, config.max_length, target.vocab_size)
+    for path in config.paths:
+        if path.endswith((".jsonl", ".json")):
+            yield from _json_lines(Path(path), config.skip_broken, broken)
+        else:
+            yield from _dataset(path, config.split)
+
+
+def _json_lines(path: Path, skip_broken: bool, broken: list[str]) -> Iterator[Line]:
+    """Our own reader, so that a broken line can be named."""
+    try:
+        file = path.open(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"Cannot read the data file {path}: {error.strerror}.") from error
+    empty = True
+    with file:
+        for number, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            empty = False
+            where = f"{path}:{number}"
+            try:
+                yield where, json.loads(text)
+            except json.JSONDecodeError as error:
+                message = f"{where} is not valid JSON: {error}."
+                if not skip_broken:
+                    raise BrokenLine(
+                        f"{message} Repair the line, or set data.skip_broken=true to leave such "
+                        "lines out."
+                    ) from error
+                broken.append(message)
+    if empty:
+        raise ValueError(f"The data file {path} is empty. It should hold one JSON object per line.")
+
+
+def _dataset(path: str, split: str) -> Iterator[Line]:
+    """A folder or a data set on the Hub, through `datasets`."""
+    from datasets import load_dataset  # slow to import, and only needed here
+
+    try:
+        rows = load_dataset(path, split=split)
+    except Exception as error:  # the library and the network raise many kinds
+        raise ValueError(
+            f"Cannot open the data {path!r} (split {split!r}): {error} Give a .jsonl file, a "
+            "folder of data, or the name of a data set on the Hub, and one of its splits."
+        ) from error
+    for number, row in enumerate(rows):
+        yield f"{path} row {number}", row
+
+
+def _random_rows(count: int, max_length: int, vocab_size: int) -> Iterator[Line]:
+    """Made-up sequences for a made-up target: runs that step through the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(max_length, 64)
+    for number in range(count):
+        start, step = torch.randint(1, vocab_size, (2,), generator=generator).tolist()
+        tokens = [(start + step * place) % vocab_size for place in range(length)]
+        yield f"made-up row {number}", {"tokens": tokens, "spans": [[length // 4, length]]}
+
+
+def _rendered(value: Any, where: str, target: Target) -> list[Rendered]:
+    if not isinstance(value, Mapping):
+        raise BrokenLine(f"{where} holds {type(value).__name__}, not a JSON object.")
+    if value.get("tokens") is not None and value.get("spans") is not None:
+        return [_from_tokens(value, where)]
+    if value.get("messages") is None:
+        raise BrokenLine(
+            f"{where} has neither `tokens` with `spans` nor `messages` (it has: "
+            f"{', '.join(map(str, value))}). One of them is needed."
+        )
+    messages = value["messages"]
+    well_formed = isinstance(messages, list) and all(
+        isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in messages
+    )
+    if not well_formed:
+        raise BrokenLine(f"{where}: `messages` should be a list of objects with role and content.")
+    tokenizer: PreTrainedTokenizerBase = target.tokenizer
+    try:
+        return render([dict(message) for message in messages], tokenizer)
+    except ValueError as error:
+        raise BrokenLine(f"{where}: {error}") from error
+
+
+def _from_tokens(value: Mapping[str, Any], where: str) -> Rendered:
+    tokens, spans = value["tokens"], value["spans"]
+    if not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
+        raise BrokenLine(f"{where}: `tokens` should be a list of whole numbers.")
+    pairs: list[tuple[int, int]] = []
+    for span in spans:
+        fits = isinstance(span, list | tuple) and len(span) == 2
+        if not fits or not 0 <= span[0] <= span[1] <= len(tokens):
+            raise BrokenLine(
+                f"{where}: the span {span} does not lie within the {len(tokens)} tokens. A span is "
+                "[start, end) with 0 <= start <= end <= number of tokens."
+            )
+        pairs.append((span[0], span[1]))
+    return Rendered(tokens, pairs)
+
+
+def _checked(row: Rendered, where: str, target: Target) -> Rendered:
+    if row.tokens and not 0 <= min(row.tokens) <= max(row.tokens) < target.vocab_size:
+        wrong = next(t for t in row.tokens if not 0 <= t < target.vocab_size)
+        raise BrokenLine(
+            f"{where}: token {wrong} is not in the vocabulary of {target.name} (0 to "
+            f"{target.vocab_size - 1}). The data was made with another tokenizer: make it again "
+            "with this target."
+        )
+    return row
+
+
+def _cut(row: Rendered, length: int) -> Rendered:
+    spans = [(start, min(end, length)) for start, end in row.spans if start < min(end, length)]
+    return Rendered(row.tokens[:length], spans)
+
+
+def held_out_batches(corpus: Corpus, batch_tokens: int) -> Iterator[Batch]:
+    """All of a corpus, longest rows first, under the token budget."""
+    rows: list[int] = []
+    for row in corpus.lengths.sort(descending=True, stable=True).indices.tolist():
+        longest = int(corpus.lengths[rows[0]]) if rows else 0
+        if rows and (len(rows) + 1) * longest > batch_tokens:
+            yield corpus.batch(rows)
+            rows = []
+        rows.append(row)
+    if rows:
+        yield corpus.batch(rows)
