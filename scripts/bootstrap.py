@@ -171,8 +171,8 @@ def install(*arguments: str) -> None:
 
 
 def pip(*arguments: str) -> None:
-    command = [PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *arguments]
-    if subprocess.run(command, cwd=ROOT).returncode:
+    command = [str(PYTHON), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    if subprocess.run([*command, *arguments], cwd=ROOT).returncode:
         sys.exit("pip failed (see above). Check the network, then run the same command again.")
 
 
