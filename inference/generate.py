@@ -29,6 +29,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from headstart.model.fused import load_fused
 from headstart.model.head import DraftHead
 from headstart.model.target import Target
 from headstart.model.tree import TreeShape
@@ -81,8 +82,6 @@ class SpeculativeModel:
         device: torch.device | str | None = None,
     ) -> SpeculativeModel:
         """Open a fused checkpoint: a target with its heads in `draft_heads/`."""
-        from headstart.model.fused import load_fused
-
         return cls(*load_fused(folder, dtype=dtype, device=device))
 
     def generate(
@@ -163,17 +162,18 @@ class SpeculativeModel:
         self.last_stats = stats = Stats(timing=how.timing)
         pad_known = self._pad_known(options)
 
-        # transformers calls this with its own names; those that we have no use for are in `rest`.
+        # A parameter of another name than those of transformers' own loops would be taken out of
+        # the options on the way, before they are prepared.
         def start(
             model: PreTrainedModel,
             input_ids: Tensor,
             logits_processor: LogitsProcessorList,
             stopping_criteria: StoppingCriteriaList,
             generation_config: GenerationConfig,
-            attention_mask: Tensor | None = None,
-            **rest: Any,
+            **model_kwargs: Any,
         ) -> _Request:
             _refuse_config(generation_config)
+            mask_BT = model_kwargs["attention_mask"]  # None where nothing is padded
             if len(input_ids) > 1 and not pad_known:
                 raise ValueError(
                     f"{self.target.name} has no padding token, so answers of different length "
@@ -187,14 +187,14 @@ class SpeculativeModel:
             stop = _stop([*stopping_criteria, *stops], input_ids.shape[1])
             if not how.speculate:
                 steps = plain(
-                    self.target, input_ids, attention_mask, sampler=sampler, stop=stop, stats=stats
+                    self.target, input_ids, mask_BT, sampler=sampler, stop=stop, stats=stats
                 )
             else:
                 steps = decode(
                     self.target,
                     self.head,
                     input_ids,
-                    attention_mask,
+                    mask_BT,
                     sampler=sampler,
                     stop=stop,
                     shape=how.tree or DEFAULT_TREE,
