@@ -139,37 +139,46 @@ class _Unrolled:
             return grouped_attention(queries, self.keys[0], self.values[0], None, causal=True)
         self.keys.append(keys)
         self.values.append(values)
+        # Tuples: a chunk that is recomputed later must not see the steps that came after it.
+        chain = (tuple(self.keys), tuple(self.values))
         positions = queries.shape[2]
         if positions <= QUERY_CHUNK:
-            return self._chain(queries, 0)
-        chunks = range(0, positions, QUERY_CHUNK)
+            return _attend_chain(queries, 0, *chain)
         # Recomputed in the backward pass, so that no T x T matrix outlives its chunk.
         parts = [
-            checkpoint(self._chain, queries[:, :, at : at + QUERY_CHUNK], at, use_reentrant=False)
-            for at in chunks
+            checkpoint(
+                _attend_chain,
+                queries[:, :, at : at + QUERY_CHUNK],
+                at,
+                *chain,
+                use_reentrant=False,
+            )
+            for at in range(0, positions, QUERY_CHUNK)
         ]
         return torch.cat(parts, 2)
 
-    def _chain(self, queries: Tensor, at: int) -> Tensor:
-        """Queries from position `at` on: step-0 keys up to themselves, later keys of their own."""
-        batch, heads, rows, channels = queries.shape
-        groups = self.keys[0].shape[1]
-        until = at + rows
-        queries = queries.reshape(batch, groups, heads // groups, rows, channels)
-        queries = queries * channels**-0.5
-        keys_BGTC, values_BGTC = self.keys[0][:, :, :until], self.values[0][:, :, :until]
-        own_keys = [keys[:, :, None, at:until] for keys in self.keys[1:]]
-        own_values = [values[:, :, None, at:until] for values in self.values[1:]]
-        scores = queries @ keys_BGTC[:, :, None].transpose(-1, -2)
-        places = torch.arange(until, device=queries.device)
-        future_TT = places[None, :] > places[at:, None]
-        scores = scores.masked_fill(future_TT, float("-inf"))
-        chain = torch.stack([(queries * keys).sum(-1) for keys in own_keys], -1)
-        weights = torch.cat([scores, chain], -1).softmax(-1).to(values_BGTC.dtype)
-        attended = weights[..., :until] @ values_BGTC[:, :, None]
-        for index, values in enumerate(own_values):
-            attended = attended + weights[..., until + index, None] * values
-        return attended.reshape(batch, heads, rows, channels)
+
+def _attend_chain(
+    queries: Tensor, at: int, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]
+) -> Tensor:
+    """Queries from position `at` on: step-0 keys up to themselves, later keys of their own."""
+    batch, heads, rows, channels = queries.shape
+    groups = keys[0].shape[1]
+    until = at + rows
+    queries = queries.reshape(batch, groups, heads // groups, rows, channels)
+    queries = queries * channels**-0.5
+    first_keys, first_values = keys[0][:, :, None, :until], values[0][:, :, None, :until]
+    own_keys = [later[:, :, None, at:until] for later in keys[1:]]
+    own_values = [later[:, :, None, at:until] for later in values[1:]]
+    scores = queries @ first_keys.transpose(-1, -2)
+    places = torch.arange(until, device=queries.device)
+    scores = scores.masked_fill(places[None, :] > places[at:, None], float("-inf"))
+    chain = torch.stack([(queries * later).sum(-1) for later in own_keys], -1)
+    weights = torch.cat([scores, chain.to(scores.dtype)], -1).softmax(-1).to(first_values.dtype)
+    attended = weights[..., :until] @ first_values
+    for index, later in enumerate(own_values):
+        attended = attended + weights[..., until + index, None] * later
+    return attended.reshape(batch, heads, rows, channels)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,137 @@
+"""How well and how fast a head decodes, beside plain decoding in the same engine.
+
+Every prompt is decoded by every contestant in turn before the next prompt comes, so that a machine
+whose speed drifts treats them alike. Figures are sums over all prompts: total tokens by total
+passes, total tokens by total seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from headstart.model.head import DraftHead
+from headstart.model.target import Target
+from headstart.model.tree import TreeShape
+
+from .decode import DEFAULT_TREE, Stop, decode, plain
+from .sampling import Sampler
+from .stats import Stats
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A head and the tree it drafts."""
+
+    head: DraftHead
+    shape: TreeShape = DEFAULT_TREE
+
+
+@dataclass
+class Result:
+    """Sums over the prompts. identical: answers equal to the plain ones, of `prompts`.
+
+    differences: for each unequal answer, its prompt's place and the first place that differs.
+    """
+
+    stats: Stats = field(default_factory=lambda: Stats(timing=True))
+    prompts: int = 0
+    identical: int = 0
+    differences: list[tuple[int, int]] = field(default_factory=list)
+
+    def summary(self, baseline: Result | None) -> dict[str, Any]:
+        """JSON-ready figures; the speed-up is total tokens by total time over the baseline's."""
+        stats = self.stats
+        speed = stats.tokens_per_second
+        return {
+            "prompts": self.prompts,
+            "identical": self.identical,
+            "tokens": stats.tokens,
+            "accepted_length": round(stats.tau, 4),
+            "acceptance_per_depth": [round(rate, 4) for rate in stats.acceptance],
+            "tokens_per_second": round(speed, 2),
+            "speedup": round(speed / baseline.stats.tokens_per_second, 4) if baseline else 1.0,
+            "seconds": {phase: round(value, 3) for phase, value in stats.seconds.items()},
+            "first_differences": self.differences,
+        }
+
+
+def measure(
+    target: Target,
+    contestants: Mapping[str, Contestant],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    report: Callable[[int], None] = lambda done: None,
+) -> dict[str, Result]:
+    """Greedy decoding, one prompt at a time: plain and every contestant, in turn.
+
+    prompts: token ids. report: told how many prompts are done. The first prompt runs once
+    unmeasured to warm up.
+    """
+    results = {name: Result() for name in (PLAIN, *contestants)}
+    stop = Stop(max_new_tokens, frozenset(target.eos_ids))
+    for name in results:
+        _run(target, contestants.get(name), prompts[0], Stop(8, stop.eos), Stats())
+    for place, prompt in enumerate(prompts):
+        expected: list[int] = []
+        # Who goes first changes from prompt to prompt.
+        names = list(results)
+        turned = [PLAIN, *names[1 + place % max(len(names) - 1, 1) :], *names[1:]]
+        for name in dict.fromkeys(turned):
+            result = results[name]
+            answer = _run(target, contestants.get(name), prompt, stop, result.stats)
+            expected = answer if name == PLAIN else expected
+            result.prompts += 1
+            result.identical += answer == expected
+            if answer != expected:
+                result.differences.append((place, _first_difference(answer, expected)))
+        report(place + 1)
+    return results
+
+
+def accepted_length(
+    target: Target,
+    head: DraftHead,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    shape: TreeShape = DEFAULT_TREE,
+    temperature: float = 0.0,
+) -> Stats:
+    """Only what the head does, without the plain runs: for checks during training."""
+    stats = Stats()
+    stop = Stop(max_new_tokens, frozenset(target.eos_ids))
+    for prompt in prompts:
+        _run(target, Contestant(head, shape), prompt, stop, stats, Sampler.of(temperature))
+    return stats
+
+
+def _run(
+    target: Target,
+    contestant: Contestant | None,
+    prompt: Sequence[int],
+    stop: Stop,
+    stats: Stats,
+    sampler: Sampler | None = None,
+) -> list[int]:
+    tokens_BT = torch.tensor([list(prompt)])
+    sampler = sampler or Sampler()  # greedy
+    if contestant is None:
+        rounds = plain(target, tokens_BT, sampler=sampler, stop=stop, stats=stats)
+    else:
+        head, shape = contestant.head, contestant.shape
+        rounds = decode(
+            target, head, tokens_BT, sampler=sampler, stop=stop, shape=shape, stats=stats
+        )
+    return [token for emitted in rounds for token in emitted[0]]
+
+
+def _first_difference(left: Sequence[int], right: Sequence[int]) -> int:
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(left), len(right)))

@@ -1,0 +1,40 @@
+"""The `headstart` command. Each command is a function in a file of its own."""
+
+from __future__ import annotations
+
+import typer
+
+from .data import data
+from .demo import demo
+from .evaluate import evaluate
+from .fuse import fuse
+from .generate import generate
+from .inspect_ import inspect_data, inspect_head
+from .train import train
+from .ui import friendly
+
+app = typer.Typer(
+    help="Train draft heads on a frozen language model, fuse both, and decode exactly with a tree.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+inspect = typer.Typer(help="Look into data and checkpoints.", no_args_is_help=True)
+
+app.command()(friendly(demo))
+app.command()(friendly(data))
+app.command()(friendly(train))
+app.command()(friendly(fuse))
+app.command()(friendly(generate))
+app.command("eval")(friendly(evaluate))
+inspect.command("data")(friendly(inspect_data))
+inspect.command("head")(friendly(inspect_head))
+app.add_typer(inspect, name="inspect")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

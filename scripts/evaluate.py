@@ -1,0 +1,143 @@
+"""`headstart eval`: accepted length, speed and exactness of a fused checkpoint."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .ui import console, progress
+
+if TYPE_CHECKING:
+    from headstart.inference.measure import Contestant, Result
+    from headstart.model.target import Target
+
+
+def evaluate(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Fused checkpoint; the shipped one if left out.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompt JSONL; the shipped held-out ones if left out.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    nodes: Annotated[int | None, typer.Option(min=2, help="Nodes of the tree.")] = None,
+    depth: Annotated[int | None, typer.Option(min=1)] = None,
+    width: Annotated[int | None, typer.Option(min=1)] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """Decode prompts plainly and with the head, in turn, and compare."""
+    from headstart.inference.measure import Contestant
+    from headstart.model.fused import load_fused
+
+    from .generate import tree_shape
+    from .shipped import shipped_checkpoint
+
+    target, head = load_fused(folder or shipped_checkpoint(), dtype=dtype)
+    contestants = {head.kind: Contestant(head, tree_shape(nodes, depth, width))}
+    results = compare(target, contestants, prompts, limit, max_new_tokens)
+    figures = report(target, contestants, results)
+    if out is not None:
+        out.write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures))
+
+
+def compare(
+    target: Target,
+    contestants: Mapping[str, Contestant],
+    prompts: str | None,
+    limit: int | None,
+    max_new_tokens: int,
+) -> dict[str, Result]:
+    """Decode the first turns of a prompt file with everyone, in turn."""
+    from headstart.inference.answer import prompt_ids
+    from headstart.inference.measure import measure
+
+    from .prompts import read_prompts, shipped_prompts
+
+    found, _ = read_prompts([prompts or str(shipped_prompts("heldout"))])
+    ids = [
+        prompt_ids(target, [*one.before, {"role": "user", "content": one.turns[0]}])
+        for one in found[:limit]
+    ]
+    with progress("decoding", len(ids)) as update:
+        return measure(target, contestants, ids, max_new_tokens=max_new_tokens, report=update)
+
+
+def report(
+    target: Target, contestants: Mapping[str, Contestant], results: Mapping[str, Result]
+) -> dict[str, Any]:
+    """Show the table; the figures with their conditions."""
+    console.print(table(results))
+    figures = summaries(results)
+    shapes = {
+        name: {"nodes": one.shape.nodes, "depth": one.shape.depth, "width": one.shape.width}
+        for name, one in contestants.items()
+    }
+    return {"conditions": conditions(target), "trees": shapes, "results": figures}
+
+
+def summaries(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
+    from headstart.inference.measure import PLAIN
+
+    return {name: result.summary(results[PLAIN]) for name, result in results.items()}
+
+
+def table(results: Mapping[str, Result]) -> Table:
+    """A row each: exactness, acceptance, speed, and where the time went."""
+    shown = Table(title="Held-out prompts, greedy, batch 1", title_justify="left")
+    for column in ("", "identical", "accepted length", "acceptance per depth", "tokens/s"):
+        shown.add_column(column, justify="left" if not column else "right")
+    shown.add_column("speed-up", justify="right")
+    shown.add_column("draft / verify / host / prompt", justify="right")
+    for name, figures in summaries(results).items():
+        seconds = figures["seconds"]
+        total = sum(seconds.values())
+        split = [seconds[phase] / total for phase in ("draft", "verify", "host", "prefill")]
+        shown.add_row(
+            name,
+            f"{figures['identical']}/{figures['prompts']}",
+            f"{figures['accepted_length']:.2f}",
+            " ".join(f"{rate:.2f}" for rate in figures["acceptance_per_depth"]) or "-",
+            f"{figures['tokens_per_second']:.1f}",
+            f"{figures['speedup']:.2f}x",
+            " / ".join(f"{part:.0%}" for part in split),
+        )
+    return shown
+
+
+def conditions(target: Target) -> dict[str, Any]:
+    """What a figure was measured on."""
+    import torch
+
+    device = target.device
+    cuda = device.type == "cuda"
+    return {
+        "target": target.name,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("headstart", "torch", "transformers")},
+    }
+
+
+def _processor() -> str:
+    """The name of the CPU and what speeds up its matrix products."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else name
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

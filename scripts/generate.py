@@ -1,0 +1,166 @@
+"""`headstart generate`: stream an answer from a fused checkpoint, or chat with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .ui import coloured, console, legend, say
+
+if TYPE_CHECKING:
+    from headstart.inference.generate import SpeculativeModel
+    from headstart.model.tree import TreeShape
+
+
+def generate(
+    folder_or_prompt: Annotated[
+        str | None, typer.Argument(help="Fused checkpoint; the shipped one if left out.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
+    chat: Annotated[bool, typer.Option(help="Keep a conversation; an empty line ends it.")] = False,
+    raw: Annotated[bool, typer.Option(help="Continue the text, without a chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    seed: int = 0,
+    plain: Annotated[bool, typer.Option(help="Without speculation, to compare.")] = False,
+    nodes: Annotated[int | None, typer.Option(min=2, help="Nodes of the tree.")] = None,
+    depth: Annotated[int | None, typer.Option(min=1)] = None,
+    width: Annotated[int | None, typer.Option(min=1)] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+) -> None:
+    """Answer a prompt; the colour tells how many tokens one step of the target gave."""
+    from headstart.inference.generate import SpeculativeModel
+
+    from .shipped import shipped_checkpoint
+
+    folder, prompt = _arguments(folder_or_prompt, prompt, chat)
+    model = SpeculativeModel.from_pretrained(folder or shipped_checkpoint(), dtype=dtype)
+    messages: list[dict[str, str]] = []
+    console.print(legend())
+    while True:
+        if prompt is None:
+            prompt = console.input("[bold]> [/]").strip()
+            if not prompt:
+                return
+        messages.append({"role": "user", "content": prompt})
+        ids = _prompt_ids(model, messages, prompt, raw)
+        answer = stream(
+            model,
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            tree=tree_shape(nodes, depth, width),
+            speculate=not plain,
+        )
+        messages.append({"role": "assistant", "content": answer})
+        if not chat:
+            return
+        prompt = None
+
+
+def tree_shape(nodes: int | None, depth: int | None, width: int | None) -> TreeShape:
+    """The default tree with some settings changed."""
+    from headstart.inference.decode import DEFAULT_TREE
+    from headstart.model.tree import TreeShape
+
+    return TreeShape.dynamic(
+        nodes or DEFAULT_TREE.nodes, depth or DEFAULT_TREE.depth, width or DEFAULT_TREE.width
+    )
+
+
+def stream(
+    model: SpeculativeModel,
+    ids: list[int],
+    *,
+    max_new_tokens: int,
+    tree: TreeShape,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    speculate: bool = True,
+) -> str:
+    """Print an answer as it comes; its text."""
+    steps = model.stream(
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        tree=tree,
+        speculate=speculate,
+    )
+    answer = ""
+    for piece, tokens in pieces(model, steps):
+        console.print(coloured(piece, tokens), end="")
+        answer += piece
+    stats = model.last_stats
+    console.print()
+    say(
+        f"[dim]{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
+        f"accepted length {stats.tau:.2f}[/]"
+    )
+    return answer
+
+
+def pieces(model: SpeculativeModel, steps: Iterable[list[int]]) -> Iterable[tuple[str, int]]:
+    """The text that each step adds, and how many tokens it came from.
+
+    A character can be spread over several tokens, so text is taken from the whole answer, and held
+    back while it ends in a broken character.
+    """
+    tokenizer = model.target.tokenizer
+    tokens: list[int] = []
+    shown = held = 0
+    for step in steps:
+        tokens += step
+        held += len(step)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if step and not text.endswith("�"):
+            yield text[shown:], held
+            shown, held = len(text), 0
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    if len(text) > shown:
+        yield text[shown:], held
+
+
+def _arguments(first: str | None, second: str | None, chat: bool) -> tuple[Path | None, str | None]:
+    """Which of the two arguments is the folder: `generate FOLDER PROMPT` or `generate PROMPT`."""
+    if second is not None:
+        return Path(first or ""), second
+    if first is None:
+        if not chat:
+            raise ValueError(
+                'There is nothing to answer. Run `headstart generate "your prompt"`, or add --chat.'
+            )
+        return None, None
+    if Path(first).is_dir():
+        if not chat:
+            raise ValueError(
+                f'{first} is a folder and no prompt follows. Run `headstart generate {first} "your '
+                'prompt"`, or add --chat.'
+            )
+        return Path(first), None
+    return None, first
+
+
+def _prompt_ids(
+    model: SpeculativeModel, messages: list[dict[str, str]], prompt: str, raw: bool
+) -> list[int]:
+    from headstart.inference.answer import prompt_ids
+
+    if not prompt.strip():
+        raise ValueError("The prompt is empty. Write what is to be answered.")
+    if raw:
+        ids: list[int] = model.target.tokenizer(prompt)["input_ids"]
+        return ids
+    return prompt_ids(model.target, messages)

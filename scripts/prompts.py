@@ -1,0 +1,77 @@
+"""Prompt files: JSON lines with `prompt`, `turns` or `messages`, or a data set of such rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from headstart.inference.answer import Message, Prompt
+from headstart.training.sources import read_lines
+
+
+def shipped_prompts(name: str) -> Path:
+    """A prompt file that comes with the package: `train` or `heldout`."""
+    return Path(str(resources.files("headstart.configs") / "prompts" / f"{name}.jsonl"))
+
+
+def read_prompts(
+    paths: Sequence[str], *, split: str = "train", skip_broken: bool = False
+) -> tuple[list[Prompt], list[str]]:
+    """Prompts of JSONL files, local data sets or Hub data sets, and notes on lines left out.
+
+    ValueError names the file and line of what cannot be read, unless skip_broken.
+    """
+    prompts: dict[str, Prompt] = {}
+    broken: list[str] = []
+    for where, value in _lines(paths, split, skip_broken, broken):
+        try:
+            prompt = _prompt(where, value, len(prompts))
+            if prompt.id in prompts:
+                raise ValueError(
+                    f"{where} repeats the id {prompt.id!r}. Give every prompt its own."
+                )
+        except ValueError as error:
+            if not skip_broken:
+                raise
+            broken.append(str(error))
+            continue
+        prompts[prompt.id] = prompt
+    if not prompts:
+        raise ValueError(f"There is no prompt in {', '.join(paths)}. Check the files.")
+    return list(prompts.values()), broken
+
+
+def _lines(
+    paths: Sequence[str], split: str, skip_broken: bool, broken: list[str]
+) -> Iterator[tuple[str, Any]]:
+    for path in paths:
+        yield from read_lines(path, split=split, skip_broken=skip_broken, broken=broken)
+
+
+def _prompt(where: str, value: Any, number: int) -> Prompt:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} holds {type(value).__name__}, not a JSON object.")
+    before, turns = _turns(where, value)
+    if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise ValueError(f"{where} has an empty prompt. Give it some text or remove the line.")
+    name = str(value.get("id", f"prompt-{number}"))
+    source = value.get("source") or value.get("category")
+    return Prompt(name, turns, before, None if source is None else str(source))
+
+
+def _turns(where: str, value: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """System messages, and the user's messages in order (answers of others are left out)."""
+    if isinstance(value.get("prompt"), str):
+        return (), (value["prompt"],)
+    if isinstance(value.get("turns"), list):
+        return (), tuple(value["turns"])
+    if isinstance(value.get("messages"), list):
+        messages = value["messages"]
+        system = tuple(dict(one) for one in messages if one.get("role") == "system")
+        return system, tuple(one["content"] for one in messages if one.get("role") == "user")
+    raise ValueError(
+        f"{where} has none of `prompt` (text), `turns` (list of texts) and `messages` "
+        f"(it has: {', '.join(map(str, value))})."
+    )

@@ -1,0 +1,128 @@
+"""`headstart train`: train a draft head as a recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .ui import progress, say
+
+if TYPE_CHECKING:
+    from headstart.model.head import DraftHead
+    from headstart.model.target import Target
+    from headstart.training.recipe import EvalConfig, Recipe
+    from headstart.training.report import Progress
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: key.sub=value.")
+    ] = None,
+    explain: Annotated[bool, typer.Option(help="Print the resolved recipe and stop.")] = False,
+) -> None:
+    """Train a head; Ctrl-C saves, and train.resume=true goes on."""
+    from headstart.training import recipe as recipes
+
+    resolved = recipes.load_recipe(find_recipe(recipe), overrides or [])
+    if explain:
+        say(recipes.explain(resolved))
+        return
+    run_recipe(resolved)
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file: as given, or one that is shipped."""
+    folder = Path(str(resources.files("headstart.configs")))
+    for path in (Path(name), folder / name, folder / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    shipped = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise ValueError(f"There is no recipe {name!r}. Give a YAML file, or one of: {shipped}.")
+
+
+def run_recipe(recipe: Recipe, target: Target | None = None) -> Path:
+    """Train as the recipe says, showing progress; the folder of the best head."""
+    from headstart.model.head import make_head
+    from headstart.training.loop import train as run
+
+    target = target or open_target(recipe)
+    head = make_head(target, recipe.head.kind, recipe.head.settings)
+    head.init_from_target()
+    with _bar() as log:
+        result = run(
+            recipe, target=target, head=head, evaluate=evaluator(recipe.eval, target), log=log
+        )
+    length = "" if result.score is None else f", accepted length {result.score:.2f}"
+    say(f"best head: {result.best} (step {result.best_step}{length})")
+    return result.best
+
+
+def open_target(recipe: Recipe) -> Target:
+    from headstart.model.pretrained import random_model
+    from headstart.model.target import Target
+
+    config = recipe.target
+    if config.random is not None:
+        return Target.wrap(random_model(config.random, recipe.train.seed))
+    assert config.name is not None
+    return Target.load(config.name, dtype=config.dtype, revision=config.revision)
+
+
+def evaluator(
+    config: EvalConfig, target: Target
+) -> Callable[[DraftHead], Mapping[str, float]] | None:
+    """Real decoding of held-out prompts, or None where the recipe names no prompts."""
+    if config.prompts is None:
+        return None
+    from headstart.inference.answer import prompt_ids
+    from headstart.inference.measure import accepted_length
+    from headstart.model.tree import TreeShape
+
+    from .prompts import read_prompts
+
+    prompts, _ = read_prompts([config.prompts])
+    ids = [
+        prompt_ids(target, [*one.before, {"role": "user", "content": one.turns[0]}])
+        for one in prompts[: config.count]
+    ]
+    shape = TreeShape.dynamic(config.nodes, config.depth, config.width)
+
+    def evaluate(head: DraftHead) -> Mapping[str, float]:
+        stats = accepted_length(
+            target,
+            head,
+            ids,
+            max_new_tokens=config.max_new_tokens,
+            shape=shape,
+            temperature=config.temperature,
+        )
+        depths = {f"accepted_{d}": rate for d, rate in enumerate(stats.acceptance, start=1)}
+        return {"accepted_length": stats.tau, **depths}
+
+    return evaluate
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[Progress], None]]:
+    best = "-"
+    with progress("training", None) as update:
+
+        def log(at: Progress) -> None:
+            nonlocal best
+            if at.kind == "note":
+                say(at.message)
+                return
+            if at.kind == "eval" and "accepted_length" in at.metrics:
+                best = f"{at.metrics['accepted_length']:.3f}"
+                say(f"step {at.step}: accepted length {best} on held-out prompts")
+            loss = at.metrics.get("loss")
+            note = f"accepted length {best}"
+            update(at.step, note if loss is None else f"loss {loss:.3f}  {note}", at.total)
+
+        yield log

@@ -1,0 +1,113 @@
+"""What the commands show: bars, coloured streams, and mistakes without tracebacks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec, Protocol
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+P = ParamSpec("P")
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+INTERRUPTED = 130  # the shell's exit status for Ctrl-C
+
+
+class Update(Protocol):
+    """Tell a bar how much is done, what to write behind it, and a new total."""
+
+    def __call__(self, done: int, note: str = "", total: int | None = None) -> None: ...
+
+
+@contextmanager
+def progress(title: str, total: int | None) -> Iterator[Update]:
+    """A bar with elapsed and remaining time."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task(title, total=total, note="")
+
+        def update(done: int, note: str = "", total: int | None = total) -> None:
+            bars.update(task, completed=done, note=note, total=total)
+
+        yield update
+
+
+def say(text: str) -> None:
+    console.print(text)
+
+
+# Colours of a streamed answer by how many tokens one step accepted: more tokens, warmer colour.
+STEP_STYLES = ("dim", "green", "cyan", "yellow", "magenta", "bold red")
+
+
+def coloured(text: str, tokens: int) -> Text:
+    """Text that one step gave, in the colour of its number of tokens."""
+    return Text(text, style=STEP_STYLES[min(tokens, len(STEP_STYLES)) - 1])
+
+
+def legend() -> Text:
+    text = Text("tokens per step: ")
+    for tokens, style in enumerate(STEP_STYLES, start=1):
+        more = "+" if tokens == len(STEP_STYLES) else ""
+        text.append(f" {tokens}{more} ", style=style)
+    return text
+
+
+def friendly(command: Callable[P, None]) -> Callable[P, None]:
+    """A user's mistake ends in a message (what, why, what to do), Ctrl-C in exit status 130.
+
+    HEADSTART_DEBUG=1 shows tracebacks all the same.
+    """
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        if os.environ.get("HEADSTART_DEBUG"):
+            return command(*args, **kwargs)
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            note = str(stop) or "What was finished is kept; the same command goes on from there."
+            errors.print(f"\nStopped. {note}", style="yellow")
+            sys.exit(INTERRUPTED)
+        except (ValueError, FileNotFoundError, FileExistsError) as mistake:
+            _fail(str(mistake))
+        except OSError as trouble:
+            if trouble.errno != errno.ENOSPC:
+                raise
+            _fail(
+                f"The disk is full: {trouble}. Files that were complete before are untouched. "
+                "Free some space and run the same command again."
+            )
+
+    return wrapped
+
+
+def _fail(message: str) -> None:
+    errors.print(Panel(Text(message), title="headstart", title_align="left", border_style="red"))
+    sys.exit(2)
