@@ -26,20 +26,22 @@ def model_arguments() -> dict[str, Any]:
 
 
 def take_output_weight(model: PreTrainedModel, file: Path) -> None:
-    """Where the file has its own `output.weight` but the model ties it to the embedding: use it.
+    """Where the model ties embedding and LM head but the file has `output.weight`: use that.
 
-    For a few architectures transformers ties the two whatever the file says, and then reads the
-    embedding, which llama.cpp stores with fewer bits.
+    For a few architectures transformers ties the two whatever the file says. The matrix is then the
+    same, but llama.cpp stores the embedding in fewer bits. (Where it does not tie them, it reads
+    both by itself.)
     """
+    if not model.config.tie_word_embeddings:
+        return
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     assert isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding)
-    if head.weight is not embedding.weight:
-        return
     for tensor in GGUFReader(file).tensors:
         if tensor.name == OUTPUT:
             weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
             with torch.no_grad():
-                head.weight.copy_(weight.view_as(head.weight))
+                embedding.weight.copy_(weight.view_as(embedding.weight))
+            head.weight = embedding.weight
 
 
 def save_plain(target: Target, folder: str | Path) -> None:
