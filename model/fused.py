@@ -91,7 +91,7 @@ def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _digest(tensor: Tensor) -> str:
     values = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
     flat = values.cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def save_head(
