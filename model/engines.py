@@ -15,7 +15,6 @@ from transformers import PretrainedConfig
 from .head import DraftHead
 from .heads import eagle3, mtp
 from .layers import LayerConfig
-from .target import Target
 
 LM_HEAD = "lm_head.weight"
 
@@ -102,13 +101,4 @@ def _eagle3_keys(head: eagle3.Head, target: PretrainedConfig) -> dict[str, Any]:
         "num_aux_hidden_states": len(taps),
         "eagle_aux_hidden_state_layer_ids": inputs,
         "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": taps},
-    }
-
-
-def config_for_mtp(target: Target) -> dict[str, Any]:
-    """What the target's own config.json needs so that transformers finds an indexed mtp head."""
-    return {
-        "num_nextn_predict_layers": 1,
-        "num_mtp_layers": 1,
-        "mtp_layer_types": ["full_attention"],
     }

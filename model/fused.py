@@ -33,6 +33,7 @@ from .card import CARD, TARGET_CARD, model_card
 from .engines import LM_HEAD, engine_keys, lm_head_rows, tensor_name
 from .files import written_beside
 from .head import DraftHead, head_class
+from .indexed import write_index
 from .meta import HeadMeta
 from .target import Target
 
@@ -243,13 +244,19 @@ def is_fused(folder: str | Path) -> bool:
 
 
 def fuse(
-    source: str | Path, head_folder: str | Path, out: str | Path, *, link: bool = False
+    source: str | Path,
+    head_folder: str | Path,
+    out: str | Path,
+    *,
+    link: bool = False,
+    index: bool = False,
 ) -> None:
     """Write a fused checkpoint, whole or not at all.
 
     source: the target as a folder, a Hub id or a GGUF file (which is written out as a plain
     folder). head_folder: a head trained on it. link: hard-link the target's weight files instead of
-    copying them; saves the space, but whoever changes one changes both.
+    copying them; saves the space, but whoever changes one changes both. index: list the head among
+    the target's own weights, for transformers' `generate(use_mtp=True)` (see `indexed.py`).
     """
     target = Target.load(source)
     head = load_head(head_folder, target)
@@ -265,6 +272,8 @@ def fuse(
             name = TARGET_CARD if file.name == CARD else file.name
             _take(file, part / name, link and file.suffix == ".safetensors")
         save_head(head, part / HEADS, meta, with_lm_head=True)
+        if index:
+            write_index(head, part)
         card = model_card(head, meta, part)
         (part / CARD).write_text(card, encoding="utf-8")
 

@@ -17,10 +17,13 @@ def fuse(
     link: Annotated[
         bool, typer.Option(help="Hard-link the target's weights: saves space, but both are one.")
     ] = False,
+    index: Annotated[
+        bool, typer.Option(help="List an mtp head in the index, for transformers' use_mtp.")
+    ] = False,
 ) -> None:
     """Write one folder: the target's files unchanged, the head in draft_heads/, a card."""
     from headstart.model.fused import fuse as write
 
-    write(target, head, out, link=link)
+    write(target, head, out, link=link, index=index)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     say(f"{out} ({size / 1e6:,.0f} MB)")

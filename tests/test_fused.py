@@ -347,3 +347,56 @@ def test_model_card_tells_what_was_measured(target: Target, tmp_path: Path, plai
     assert row in card
     unmeasured = META.model_copy(update={"measured": ()})
     assert "Not measured." in model_card(trained(target, "eagle3"), unmeasured, tmp_path)
+
+
+def knowing(plain: Path, folder: Path) -> tuple[Target, DraftHead]:
+    """A target that looks at the last token only, and an mtp head that knows what it will say."""
+    model = LlamaForCausalLM.from_pretrained(plain, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    model.save_pretrained(folder)
+    target = Target.load(folder)
+    head = make_head(target, "mtp", {})
+    head.init_from_target()
+    with torch.no_grad():
+        head.eh_proj.weight.copy_(torch.eye(48, 96))
+    return target, head
+
+
+def test_transformers_drafts_with_an_indexed_head(plain: Path, tmp_path: Path) -> None:
+    """`use_mtp` writes what plain greedy decoding writes, in half the forward passes."""
+    target, head = knowing(plain, tmp_path / "plain")
+    save_head(head, tmp_path / "head", META)
+    fuse(tmp_path / "plain", tmp_path / "head", tmp_path / "fused", index=True)
+    assert target_hash(Target.load(tmp_path / "fused")) == target_hash(target)
+    prompt = torch.arange(3, 12)[None]
+    settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = target.model.generate(prompt, **settings)
+    assert len(expected[0, 9:].unique()) > 3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "fused", trust_remote_code=True)
+    forwards = 0
+
+    def count(*_: object) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    model.model.layers[0].register_forward_hook(count)
+    assert torch.equal(model.generate(prompt, use_mtp=True, **settings), expected)
+    assert forwards <= 13
+
+
+def test_an_index_that_transformers_reads_differently_is_refused(
+    plain: Path, target: Target, tmp_path: Path
+) -> None:
+    layer = make_head(target, "mtp", {}).config.layer.model_copy(update={"rope_theta": 50.0})
+    head = trained(target, "mtp", layer=layer.model_dump())
+    save_head(head, tmp_path / "head", META)
+    with pytest.raises(ValueError, match="computes this head differently"):
+        fuse(plain, tmp_path / "head", tmp_path / "fused", index=True)
+    save_head(trained(target, "eagle3"), tmp_path / "other", META)
+    with pytest.raises(ValueError, match="Only heads of kind mtp"):
+        fuse(plain, tmp_path / "other", tmp_path / "fused", index=True)
+    assert not (tmp_path / "fused").exists()
