@@ -5,8 +5,8 @@ stopping rules, and a comparison of their speed is a fair one.
 
 A round: the head drafts a tree, the target reads it in one pass, `accept` keeps a path, the host
 cuts what the path emits at the first stop, finished rows leave the batch, and cache and head take
-in the path. The prompt is a round too: its root is the last prompt token. The loop waits for the
-device once per round, for the numbers of `_emitted`.
+in the path. The prompt is a round too: its root is the last prompt token. Here the loop waits for
+the device once per round, for the numbers of `_emitted`.
 
 Legend: B batch rows, N tree nodes, T prompt positions, P places of a path, D hidden size,
 V vocabulary.
@@ -236,7 +236,7 @@ class _Loop:
             self.stats.lap("verify")
             tree, depth = self._draft(read)
             self.stats.lap("draft")
-            read, drawn = self._verify(tree, depth)
+            read, drawn = self._verify(tree)
             self.stats.lap("verify")
 
     def _prompt(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[_Read, list[list[int]]]:
@@ -248,7 +248,7 @@ class _Loop:
         )
         last_B1 = lengths_B[:, None] - 1
         logits_B1V = target.unembed(seen.at(last_B1).last_BTD)
-        accepted = self._accept(Tree.root(tokens_BT.gather(1, last_B1)[:, 0]), 0, logits_B1V)
+        accepted = self._accept(Tree.root(tokens_BT.gather(1, last_B1)[:, 0]), logits_B1V)
         drawn = _emitted(accepted)
         path_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         next_BT = tokens_BT.roll(-1, dims=1).scatter(1, last_B1, accepted.tokens_BP)
@@ -289,25 +289,23 @@ class _Loop:
         self.state = self.head.advance(self.state, read.seen, read.next_BP, read.counts_B)
         return self.head.draft(self.state, self.shape.limited(depth)), depth
 
-    def _verify(self, tree: Tree, depth: int) -> tuple[_Read, list[list[int]]]:
+    def _verify(self, tree: Tree) -> tuple[_Read, list[list[int]]]:
         """Let the target read the tree, and keep a path of it."""
         seen = self.target.read(tree, self.cache, layers=self.layers)
         assert seen.logits_BTV is not None
-        accepted = self._accept(tree, depth, seen.logits_BTV)
+        accepted = self._accept(tree, seen.logits_BTV)
         drawn = _emitted(accepted)
         accepted = accepted.first(max(map(len, drawn)))
         path_BP = accepted.path_BP
         return _Read(path_BP, accepted.counts_B, seen.at(path_BP), accepted.tokens_BP), drawn
 
-    def _accept(self, tree: Tree, depth: int, logits_BNV: Tensor) -> Accepted:
+    def _accept(self, tree: Tree, logits_BNV: Tensor) -> Accepted:
         prefixes: list[Tensor] = []
         if self.sampler.reads_prefix:
             prefixes = [torch.tensor(row.given, device=logits_BNV.device) for row in self.rows]
         numbers = [row.number for row in self.rows]
         positions = [row.length for row in self.rows]  # of the token after the root
-        scores_BNV = self.sampler.scores(tree, logits_BNV, prefixes, numbers)
-        noise_BCV = self.sampler.noise(numbers, positions, depth + 1, logits_BNV)
-        return accept(tree, scores_BNV, noise_BCV)
+        return accept(tree, self.sampler.draw(tree, logits_BNV, numbers, positions, prefixes))
 
 
 def _emitted(accepted: Accepted) -> list[list[int]]:

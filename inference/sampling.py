@@ -2,14 +2,14 @@
 
 Whatever `generate` builds (temperature, top-k, top-p, penalties, forbidden tokens) is a list of
 logits processors over (prefix, logits). A tree node stands for a prefix of its own: the row's
-tokens so far and the path to the node. Processors that are known to look at the logits only run on
-all nodes at once; the others run per prefix length.
+tokens so far and the path to the node. Processing costs much more than reading off the largest
+logit (top-p sorts the vocabulary), so it is done for the nodes that the accepted path comes to, and
+for no others.
 
 A draw is the largest of log p + Gumbel noise, with noise fixed by (seed, row, absolute position):
 whoever gets to a position, by plain steps or by a tree, draws the same token there.
 
-Legend: B batch rows, N tree nodes, C depths (0 is the root), M nodes of one length, T positions,
-V vocabulary.
+Legend: B batch rows, N tree nodes, M nodes of different rows, T positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ REFUSED: tuple[type, ...] = (
     hf.WhisperTimeStampLogitsProcessor,
     hf.WhisperNoSpeechDetection,
 )
+NOT_DRAWN = -1
 MASK64 = (1 << 64) - 1
 
 
@@ -74,7 +75,6 @@ class Sampler:
                     "the option away, or decode with transformers' own generate."
                 )
         self.reads_prefix = any(type(one) not in BLIND for one in self.processors)
-        self._noise: dict[tuple[int, int, int, torch.device], Tensor] = {}
 
     @staticmethod
     def of(
@@ -99,62 +99,84 @@ class Sampler:
             processors.append(hf.TopPLogitsWarper(float(top_p)))
         return Sampler(processors, sample=True, seed=seed)
 
-    def scores(
-        self, tree: Tree, logits_BNV: Tensor, prefixes: Sequence[Tensor], rows: Sequence[int]
+    def draw(
+        self,
+        tree: Tree,
+        logits_BNV: Tensor,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        prefixes: Sequence[Tensor],
     ) -> Tensor:
-        """Processed logits: log-probabilities up to a constant per node, float32.
+        """B x N: the token drawn after each node that a row comes to by its draws.
 
-        prefixes: each row's tokens so far (1-D, the root is the last); read only where
-        `reads_prefix`. rows: the number that each row had in the batch at the start.
+        Nodes that are not come to hold -1, which no token equals (where a draw is simply the
+        largest logit, all nodes are drawn at). rows: the number that each row had in the batch at
+        the start. positions: of the token after the root. prefixes: each row's tokens so far (1-D,
+        the root is the last); read only where `reads_prefix`.
         """
-        scores_BNV = logits_BNV.float()
-        groups: list[_Group] | None = None
+        if not self.processors and not self.sample:
+            return logits_BNV.argmax(-1)
+        draws_BN = torch.full_like(tree.tokens_BN, NOT_DRAWN)
+        walking = list(range(len(rows)))
+        at_M = torch.zeros_like(tree.tokens_BN[:, 0])
+        texts = list(prefixes)
+        for depth in range(tree.nodes):
+            numbers = [rows[row] for row in walking]
+            ids = [texts[row] for row in walking] if self.reads_prefix else []
+            scores_MV = self.scores(logits_BNV[walking, at_M], ids, numbers)
+            if self.sample:
+                places = [positions[row] + depth for row in walking]
+                scores_MV = scores_MV + self.noise(numbers, places, scores_MV)
+            drawn_M = scores_MV.argmax(-1)
+            draws_BN[walking, at_M] = drawn_M
+            if tree.nodes == 1:
+                break
+            right_MN = tree.tokens_BN[walking] == drawn_M[:, None]
+            met_MN = right_MN & (tree.parents_BN[walking] == at_M[:, None])
+            going = [place for place, met in enumerate(met_MN.any(1).tolist()) if met]
+            if not going:
+                break
+            at_M = met_MN[going].int().argmax(1)
+            walking = [walking[place] for place in going]
+            if self.reads_prefix:
+                for row, drawn_1 in zip(walking, drawn_M[going].split(1), strict=True):
+                    texts[row] = torch.cat([texts[row], drawn_1])
+        return draws_BN
+
+    def scores(self, logits_MV: Tensor, prefixes: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        """Processed logits: log-probabilities up to a constant per row, float32.
+
+        prefixes: the M texts; read only where `reads_prefix`. rows: as in `draw`.
+        """
+        scores_MV = logits_MV.float()
+        groups = _by_length(prefixes)
+        nothing_M0 = torch.empty(len(rows), 0, dtype=torch.int64, device=logits_MV.device)
         for processor in self.processors:
             if type(processor) in BLIND:
-                flat = scores_BNV.flatten(0, 1)
-                none = torch.empty(len(flat), 0, dtype=torch.int64, device=flat.device)
-                scores_BNV = processor(none, flat).view_as(scores_BNV)  # type: ignore[operator]
+                scores_MV = _process(processor, nothing_M0, scores_MV, rows)
                 continue
-            if groups is None:
-                groups = _by_length(tree, prefixes)
-                scores_BNV = scores_BNV.clone()  # written to below; the logits are not ours
-            for group in groups:
-                numbers = [rows[row] for row in group.rows]
-                at = (group.rows, group.nodes)
-                scores_BNV[at] = _process(processor, group.ids_MT, scores_BNV[at], numbers)
-        return scores_BNV
+            parts = [
+                _process(
+                    processor,
+                    torch.stack([prefixes[place] for place in group]),
+                    scores_MV[group],
+                    [rows[place] for place in group],
+                )
+                for group in groups
+            ]
+            order = [place for group in groups for place in group]
+            scores_MV = torch.empty_like(scores_MV)
+            scores_MV[order] = torch.cat(parts)
+        return scores_MV
 
-    def noise(
-        self, rows: Sequence[int], positions: Sequence[int], depths: int, logits_BNV: Tensor
-    ) -> Tensor | None:
-        """Gumbel noise B x depths x V for the tokens at positions[b], positions[b] + 1, ..., or
-        None for greedy.
-
-        What a tree did not use up is kept for the next round, so that noise is made once per
-        position.
-        """
-        if not self.sample:
-            return None
-        vocabulary, device = logits_BNV.shape[-1], logits_BNV.device
-        keys = [
-            [(row, position + depth, vocabulary, device) for depth in range(depths)]
-            for row, position in zip(rows, positions, strict=True)
-        ]
-        before = self._noise
-        self._noise = {
-            key: before[key] if key in before else self._fresh(*key)
-            for row_keys in keys
-            for key in row_keys
-        }
-        return torch.stack(
-            [torch.stack([self._noise[key] for key in row_keys]) for row_keys in keys]
-        )
-
-    def _fresh(self, row: int, position: int, vocabulary: int, device: torch.device) -> Tensor:
-        generator = torch.Generator(device)
-        generator.manual_seed(_mixed(self.seed, row, position))
-        waiting_V = torch.empty(vocabulary, device=device).exponential_(generator=generator)
-        return -waiting_V.clamp_min(torch.finfo(torch.float32).tiny).log()
+    def noise(self, rows: Sequence[int], positions: Sequence[int], like_MV: Tensor) -> Tensor:
+        """Gumbel noise M x V for the tokens at absolute positions of rows."""
+        waiting_MV = torch.empty_like(like_MV)
+        for waiting_V, row, position in zip(waiting_MV, rows, positions, strict=True):
+            generator = torch.Generator(like_MV.device)
+            generator.manual_seed(_mixed(self.seed, row, position))
+            waiting_V.exponential_(generator=generator)
+        return -waiting_MV.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 def _mixed(*numbers: int) -> int:
@@ -168,28 +190,12 @@ def _mixed(*numbers: int) -> int:
     return state
 
 
-class _Group:
-    """Nodes, of any rows, whose prefixes have one length."""
-
-    def __init__(self, members: list[tuple[int, int, Tensor]]):
-        self.rows = [row for row, _, _ in members]
-        self.nodes = [node for _, node, _ in members]
-        self.ids_MT = torch.stack([ids_T for _, _, ids_T in members])
-
-
-def _by_length(tree: Tree, prefixes: Sequence[Tensor]) -> list[_Group]:
-    members: dict[int, list[tuple[int, int, Tensor]]] = defaultdict(list)
-    tokens, parents = torch.stack([tree.tokens_BN, tree.parents_BN]).tolist()
-    for row, prefix_T in enumerate(prefixes):
-        paths: list[list[int]] = [[]]
-        for node in range(tree.nodes):
-            parent = parents[row][node]
-            if node:
-                paths.append([*paths[parent], tokens[row][node]] if parent >= 0 else [])
-            if node == 0 or parent >= 0:  # not padding
-                ids_T = torch.cat([prefix_T, prefix_T.new_tensor(paths[node])])
-                members[len(ids_T)].append((row, node, ids_T))
-    return [_Group(nodes) for nodes in members.values()]
+def _by_length(prefixes: Sequence[Tensor]) -> list[list[int]]:
+    """Places of prefixes that have one length: processors want a matrix."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for place, prefix_T in enumerate(prefixes):
+        groups[len(prefix_T)].append(place)
+    return list(groups.values())
 
 
 def _process(processor: object, ids_MT: Tensor, scores_MV: Tensor, rows: Sequence[int]) -> Tensor:

@@ -1,6 +1,6 @@
 """Which guesses of a tree are kept. That the output is exact is decided here and nowhere else.
 
-Legend: B batch rows, N tree nodes, P places of a path, C depths (0 is the root), V vocabulary.
+Legend: B batch rows, N tree nodes, P places of a path.
 """
 
 from __future__ import annotations
@@ -36,12 +36,11 @@ class Accepted:
         return Accepted(self.path_BP[:, :places], self.counts_B, self.tokens_BP[:, :places])
 
 
-def accept(tree: Tree, scores_BNV: Tensor, noise_BCV: Tensor | None = None) -> Accepted:
-    """Draw once from the target at every node and walk to the child that matches.
+def accept(tree: Tree, draws_BN: Tensor) -> Accepted:
+    """Walk from the root to the child that matches the draw, as far as it goes.
 
-    scores_BNV: the target's log-probabilities after each node, up to a constant per node.
-    noise_BCV: Gumbel noise per depth, so that the largest sum is a draw from the distribution; None
-    for greedy decoding, whose draw is the largest score. Pure: nothing else is read. P is N.
+    draws_BN: for each node one draw from the target's distribution after it (`Sampler.draw`; greedy
+    decoding draws the likeliest token), -1 where the walk cannot come by. Pure. P is N.
 
     The token emitted after a node is always the target's own draw there, whatever the tree holds: a
     tree can be bad, never wrong. A child is met with the target's probability of it, which no
@@ -57,10 +56,6 @@ def accept(tree: Tree, scores_BNV: Tensor, noise_BCV: Tensor | None = None) -> A
     sibling (SpecInfer, arXiv 2305.09781). How many nodes are verified must then not depend on
     their values.
     """
-    if noise_BCV is not None:
-        depths_BN1 = tree.depths_BN[..., None].expand_as(scores_BNV)
-        scores_BNV = scores_BNV + noise_BCV.gather(1, depths_BN1)
-    draws_BN = scores_BNV.argmax(-1)
     if tree.nodes == 1:
         zeros_B1 = torch.zeros_like(draws_BN)
         return Accepted(zeros_B1, zeros_B1[:, 0] + 1, draws_BN)

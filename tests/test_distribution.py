@@ -144,10 +144,9 @@ def test_follows_the_targets_distribution(target: Target, head: DraftHead, name:
 
 def test_neighbouring_draws_are_independent() -> None:
     """Noise of neighbouring rows and positions: pairs of draws from a uniform law."""
-    logits = torch.empty(1, 1, VOCAB)
-    noise = Sampler(sample=True).noise(list(range(3000)), [0] * 3000, 2, logits)
-    assert noise is not None
-    draws = noise.argmax(-1)
+    rows, positions = [row for row in range(3000) for _ in range(2)], [0, 1] * 3000
+    noise_MV = Sampler(sample=True).noise(rows, positions, torch.empty(6000, VOCAB))
+    draws = noise_MV.argmax(-1).view(3000, 2)
     uniform = {pair: 1 / VOCAB**2 for pair in product(range(VOCAB), repeat=2)}
     by_position = Counter(tuple(pair) for pair in draws.tolist())
     by_row = Counter(tuple(pair) for pair in draws[:, 0].reshape(-1, 2).tolist())

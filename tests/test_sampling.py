@@ -1,6 +1,6 @@
 """Processed logits and noise: a tree node gets what its prefix would get.
 
-Legend: B batch rows, N tree nodes, C depths, T positions, V vocabulary.
+Legend: B batch rows, N tree nodes, M texts, T positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,19 +32,15 @@ TREE = Tree(
     torch.tensor([[-1, 0, 0, 2, 3], [-1, 0, 1, -1, -1]]),
     torch.zeros(2, 5),
 )
-PATHS = [[[], [1], [2], [2, 1], [2, 1, 5]], [[], [6], [6, 7]]]  # behind the root, padding left out
 PREFIXES = [torch.tensor([1, 2, 9, 3]), torch.tensor([0, 0, 0, 5, 6, 7, 6, 4])]
+TEXTS = [[1, 2, 9, 3], [4, 4, 1, 2, 5], [2, 2, 9, 8], [0, 0, 5, 6, 7, 6, 4, 6]]
 
 
-def one_by_one(processors: LogitsProcessorList, logits_BNV: Tensor) -> Tensor:
-    """Every node's prefix through the list, alone."""
-    expected_BNV = torch.full_like(logits_BNV, torch.nan)
-    for row, paths in enumerate(PATHS):
-        for node, path in enumerate(paths):
-            ids_T = torch.cat([PREFIXES[row], torch.tensor(path, dtype=torch.int64)])
-            scores = processors(ids_T[None], logits_BNV[row, node][None].clone())
-            expected_BNV[row, node] = scores[0]
-    return expected_BNV
+def one_by_one(processors: list[LogitsProcessor], logits_MV: Tensor) -> Tensor:
+    """Every text through the processors, alone."""
+    through = LogitsProcessorList(processors)
+    rows = zip(TEXTS, logits_MV.clone(), strict=True)
+    return torch.cat([through(torch.tensor([text]), logits_V[None]) for text, logits_V in rows])
 
 
 class Shifted(LogitsProcessor):
@@ -66,16 +62,59 @@ class Shifted(LogitsProcessor):
     ],
     ids=lambda processors: "+".join(type(one).__name__[:12] for one in processors),
 )
-def test_a_node_gets_what_its_prefix_gets(processors: list[LogitsProcessor]) -> None:
-    logits_BNV = torch.randn(2, 5, VOCAB) * 3
-    before = logits_BNV.clone()
-    scores_BNV = Sampler(processors).scores(TREE, logits_BNV, PREFIXES, [0, 1])
-    expected_BNV = one_by_one(LogitsProcessorList(processors), logits_BNV)
-    real_BN = ~expected_BNV.isnan().any(-1)
-    assert real_BN.sum() == 8
-    torch.testing.assert_close(scores_BNV[real_BN], expected_BNV[real_BN], rtol=0, atol=0)
-    assert not scores_BNV[real_BN].equal(before[real_BN])
-    assert logits_BNV.equal(before), "the logits were written to"
+def test_a_text_gets_what_it_gets_alone(processors: list[LogitsProcessor]) -> None:
+    logits_MV = torch.randn(4, VOCAB) * 3
+    before = logits_MV.clone()
+    texts = [torch.tensor(text) for text in TEXTS]
+    scores_MV = Sampler(processors).scores(logits_MV, texts, [0, 1, 2, 3])
+    torch.testing.assert_close(scores_MV, one_by_one(processors, before), rtol=0, atol=0)
+    assert not scores_MV.equal(before)
+    assert logits_MV.equal(before), "the logits were written to"
+
+
+def test_a_tree_is_drawn_from_along_the_path_only() -> None:
+    """Row 0 goes by node 2 to node 3 and on to node 4; row 1 stays at the root."""
+    logits_BNV = torch.zeros(2, 5, VOCAB)
+    for node, token in ((0, 2), (2, 1), (3, 5), (4, 9)):
+        logits_BNV[0, node, token] = 5
+    logits_BNV[1, 0, 8] = 5
+    seen: list[tuple[int, list[int]]] = []
+
+    def allowed(row: int, ids_T: Tensor) -> list[int]:
+        seen.append((row, ids_T.tolist()))
+        return list(range(VOCAB))
+
+    sampler = Sampler([PrefixConstrainedLogitsProcessor(allowed, 1)])
+    draws_BN = sampler.draw(TREE, logits_BNV, [4, 7], [4, 5], PREFIXES)
+    assert draws_BN.tolist() == [[2, -1, 1, 5, 9], [8, -1, -1, -1, -1]]
+    assert seen == [
+        (4, [1, 2, 9, 3]),
+        (7, PREFIXES[1].tolist()),
+        (4, [1, 2, 9, 3, 2]),
+        (4, [1, 2, 9, 3, 2, 1]),
+        (4, [1, 2, 9, 3, 2, 1, 5]),
+    ]
+    assert Sampler().draw(TREE, logits_BNV, [4, 7], [4, 5], [])[0].tolist() == [2, 0, 1, 5, 9]
+
+
+def test_draws_are_those_of_plain_steps() -> None:
+    """At each node of the path: the node's own logits with the noise of its position."""
+    torch.manual_seed(3)
+    deep = 0
+    for seed in range(60):
+        sampler = Sampler.of(1.0, top_k=4, seed=seed)
+        logits_BNV = torch.randn(2, 5, VOCAB)
+        draws_BN = sampler.draw(TREE, logits_BNV, [1, 0], [6, 9], PREFIXES)
+        for row, (number, position) in enumerate([(1, 6), (0, 9)]):
+            for node, drawn in enumerate(draws_BN[row].tolist()):
+                if drawn >= 0:
+                    depth = int(TREE.depths_BN[row, node])
+                    root = Tree.root(TREE.tokens_BN[row, node][None])
+                    logits = logits_BNV[row, node][None, None]
+                    alone = sampler.draw(root, logits, [number], [position + depth], [])
+                    assert alone.tolist() == [[drawn]]
+                    deep += depth > 0
+    assert deep >= 10
 
 
 def test_prefixes_are_read_only_where_they_matter() -> None:
@@ -85,30 +124,14 @@ def test_prefixes_are_read_only_where_they_matter() -> None:
 
 
 def test_left_padding_of_each_row_is_not_penalised() -> None:
-    logits_BNV = torch.randn(2, 5, VOCAB)
+    logits_MV = torch.randn(2, VOCAB)
     shared = RepetitionPenaltyLogitsProcessor(1.7, prompt_ignore_length=torch.tensor([9, 0, 3]))
-    # The two rows left of a batch of three: numbers 1 and 2.
-    scores_BNV = Sampler([shared]).scores(TREE, logits_BNV, PREFIXES, [1, 2])
+    # Two rows are left of a batch of three: numbers 1 and 2.
+    scores_MV = Sampler([shared]).scores(logits_MV, PREFIXES, [1, 2])
     for row, ignored in enumerate([0, 3]):
         own = RepetitionPenaltyLogitsProcessor(1.7, prompt_ignore_length=ignored)
-        expected_BNV = one_by_one(LogitsProcessorList([own]), logits_BNV)
-        nodes = len(PATHS[row])
-        assert scores_BNV[row, :nodes].equal(expected_BNV[row, :nodes])
-    assert scores_BNV[1, 0, 0] == logits_BNV[1, 0, 0]  # token 0 occurs as padding only
-
-
-def test_allowed_tokens_know_their_row() -> None:
-    asked: list[tuple[int, list[int]]] = []
-
-    def allowed(row: int, ids_T: Tensor) -> list[int]:
-        asked.append((row, ids_T.tolist()))
-        return [row]
-
-    sampler = Sampler([PrefixConstrainedLogitsProcessor(allowed, 1)])
-    scores_BNV = sampler.scores(TREE, torch.randn(2, 5, VOCAB), PREFIXES, [4, 7])
-    assert scores_BNV[0].argmax(-1).tolist() == [4] * 5
-    assert scores_BNV[1, :3].argmax(-1).tolist() == [7] * 3
-    assert (4, [1, 2, 9, 3, 2, 1, 5]) in asked and len(asked) == 8
+        assert scores_MV[row].equal(own(PREFIXES[row][None], logits_MV[row][None])[0])
+    assert scores_MV[1, 0] == logits_MV[1, 0]  # token 0 occurs as padding only
 
 
 def test_processors_with_a_memory_are_refused() -> None:
@@ -125,45 +148,29 @@ def test_processors_with_a_memory_are_refused() -> None:
 
 
 def test_noise_depends_on_seed_row_and_position_only() -> None:
-    logits = torch.empty(1, 1, VOCAB)
+    def noise(seed: int, rows: list[int], positions: list[int]) -> Tensor:
+        like_MV = torch.empty(len(rows), VOCAB)
+        return Sampler(sample=True, seed=seed).noise(rows, positions, like_MV)
 
-    def noise(seed: int, rows: list[int], positions: list[int], depths: int) -> Tensor:
-        noise_BCV = Sampler(sample=True, seed=seed).noise(rows, positions, depths, logits)
-        assert noise_BCV is not None
-        return noise_BCV
-
-    base = noise(0, [2], [10], 4)
-    assert base.shape == (1, 4, VOCAB)
-    assert noise(0, [2], [12], 1)[0, 0].equal(base[0, 2])
-    assert noise(0, [1, 2], [5, 11], 2)[1].equal(base[0, 1:3])
-    for other in (noise(1, [2], [10], 4), noise(0, [3], [10], 4), noise(0, [2], [14], 4)):
-        assert not torch.isclose(other, base).any()
+    base = noise(0, [2, 2, 1], [10, 11, 10])
+    assert noise(0, [1, 2], [10, 11]).equal(base[[2, 1]])
+    same = torch.isclose(base[:, None], base[None]).any(-1)
+    assert same.equal(torch.eye(3, dtype=torch.bool))
+    assert not torch.isclose(noise(1, [2, 2, 1], [10, 11, 10]), base).any()
 
 
-def test_unused_noise_is_kept_for_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[tuple[int, int]] = []
-    fresh = Sampler._fresh
-
-    def counted(self: Sampler, row: int, position: int, *rest: object) -> Tensor:
-        made.append((row, position))
-        return fresh(self, row, position, *rest)
-
-    monkeypatch.setattr(Sampler, "_fresh", counted)
-    sampler, logits = Sampler.of(1.0), torch.empty(1, 1, VOCAB)
-    first = sampler.noise([0], [7], 3, logits)
-    second = sampler.noise([0], [8], 3, logits)
-    assert first is not None and second is not None and second[0, :2].equal(first[0, 1:])
-    assert made == [(0, 7), (0, 8), (0, 9), (0, 10)]
-
-
-def test_greedy_makes_no_noise() -> None:
-    assert Sampler.of(0.0).noise([0], [7], 3, torch.empty(1, 1, VOCAB)) is None
+def test_greedy_makes_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Sampler, "noise")
+    logits_BNV = torch.randn(2, 5, VOCAB)
+    for greedy in (Sampler.of(0.0), Sampler.of(0.0, repetition_penalty=1.2)):
+        assert greedy.draw(TREE, logits_BNV, [0, 1], [4, 8], PREFIXES).shape == (2, 5)
     assert Sampler.of(0.0, top_k=3).processors == []
+    with pytest.raises(AttributeError):
+        Sampler.of(1.0).draw(TREE, logits_BNV, [0, 1], [4, 8], PREFIXES)
 
 
 def test_noise_is_gumbel() -> None:
-    noise = Sampler(sample=True).noise([0], [0], 40, torch.empty(1, 1, 5000))
-    assert noise is not None
+    noise = Sampler(sample=True).noise([0] * 40, list(range(40)), torch.empty(40, 5000))
     values = noise.flatten().double()
     assert abs(values.mean() - 0.5772) < 0.01  # Euler's constant
     assert abs(values.var() - math.pi**2 / 6) < 0.03

@@ -1,15 +1,13 @@
 """Which path is kept: against a walk written out node by node.
 
-Legend: B batch rows, N tree nodes, C depths, V vocabulary.
+Legend: B batch rows, N tree nodes.
 """
 
 from __future__ import annotations
 
 import random
 
-import pytest
 import torch
-from torch import Tensor
 
 from headstart.inference.verify import accept
 from headstart.model.tree import NO_PARENT, Tree
@@ -20,11 +18,6 @@ VOCAB = 6
 def tree(tokens: list[list[int]], parents: list[list[int]]) -> Tree:
     scores = torch.zeros(len(tokens), len(tokens[0]))
     return Tree(torch.tensor(tokens), torch.tensor(parents), scores)
-
-
-def scores(draws: list[list[int]]) -> Tensor:
-    """Scores whose largest entry after node n is draws[b][n]."""
-    return torch.nn.functional.one_hot(torch.tensor(draws), VOCAB).float()
 
 
 def random_tree(rng: random.Random, rows: int, nodes: int) -> Tree:
@@ -65,7 +58,7 @@ def walk(guesses: Tree, row: int, draws: list[int]) -> tuple[list[int], list[int
 
 def test_a_path_to_a_leaf_and_its_bonus_token() -> None:
     guesses = tree([[9, 1, 2, 3]], [[-1, 0, 0, 2]])
-    accepted = accept(guesses, scores([[2, 5, 3, 4]]))
+    accepted = accept(guesses, torch.tensor([[2, 5, 3, 4]]))
     assert accepted.path_BP.tolist() == [[0, 2, 3, 0]]
     assert accepted.counts_B.tolist() == [3]
     assert accepted.tokens_BP[0, :3].tolist() == [2, 3, 4]
@@ -74,44 +67,45 @@ def test_a_path_to_a_leaf_and_its_bonus_token() -> None:
 
 
 def test_nothing_accepted_still_emits_the_targets_token() -> None:
-    accepted = accept(tree([[9, 1, 2]], [[-1, 0, 1]]), scores([[5, 2, 2]]))
+    accepted = accept(tree([[9, 1, 2]], [[-1, 0, 1]]), torch.tensor([[5, 2, 2]]))
     assert accepted.counts_B.tolist() == [1]
     assert accepted.next_B.tolist() == [5]
 
 
 def test_a_right_node_under_a_wrong_parent_is_not_accepted() -> None:
-    accepted = accept(tree([[9, 1, 2]], [[-1, 0, 1]]), scores([[2, 2, 2]]))
+    accepted = accept(tree([[9, 1, 2]], [[-1, 0, 1]]), torch.tensor([[2, 2, 2]]))
     assert accepted.counts_B.tolist() == [1]
+
+
+def test_nodes_without_a_draw_are_never_accepted() -> None:
+    accepted = accept(tree([[9, 1, 2]], [[-1, 0, 1]]), torch.tensor([[1, -1, -1]]))
+    assert accepted.counts_B.tolist() == [2] and accepted.path_BP[0, :2].tolist() == [0, 1]
+    accepted = accept(tree([[9, 1, 2]], [[-1, 0, 1]]), torch.tensor([[2, -1, 0]]))
+    assert accepted.counts_B.tolist() == [1] and accepted.next_B.tolist() == [2]
 
 
 def test_padding_is_never_accepted() -> None:
     # Token 0 at the root would match the padding's token 0.
-    accepted = accept(tree([[9, 0, 0]], [[-1, -1, -1]]), scores([[0, 0, 0]]))
+    accepted = accept(tree([[9, 0, 0]], [[-1, -1, -1]]), torch.tensor([[0, 0, 0]]))
     assert accepted.counts_B.tolist() == [1]
     assert accepted.next_B.tolist() == [0]
 
 
 def test_plain_decoding_is_a_tree_of_one_node() -> None:
-    accepted = accept(Tree.root(torch.tensor([3, 4])), scores([[1], [2]]))
+    accepted = accept(Tree.root(torch.tensor([3, 4])), torch.tensor([[1], [2]]))
     assert accepted.path_BP.tolist() == [[0], [0]]
     assert accepted.counts_B.tolist() == [1, 1]
     assert accepted.next_B.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("noisy", [False, True])
-def test_equals_the_walk(noisy: bool) -> None:
+def test_equals_the_walk() -> None:
     rng = random.Random(0)
     lengths: list[int] = []
     for _ in range(200):
         guesses = random_tree(rng, rows=4, nodes=16)
-        logits_BNV = torch.randn(4, 16, VOCAB)
-        noise_BCV = torch.randn(4, 17, VOCAB) if noisy else None
-        drawn_BNV = logits_BNV
-        if noise_BCV is not None:
-            rows_B1 = torch.arange(4)[:, None]
-            drawn_BNV = logits_BNV + noise_BCV[rows_B1, guesses.depths_BN]
-        accepted = accept(guesses, logits_BNV, noise_BCV)
-        for row, draws in enumerate(drawn_BNV.argmax(-1).tolist()):
+        draws_BN = torch.randint(VOCAB, (4, 16))
+        accepted = accept(guesses, draws_BN)
+        for row, draws in enumerate(draws_BN.tolist()):
             path, tokens = walk(guesses, row, draws)
             count = int(accepted.counts_B[row])
             assert accepted.path_BP[row, :count].tolist() == path
@@ -126,15 +120,13 @@ def test_more_nodes_never_shorten_the_path_on_the_same_draws() -> None:
     longer = 0
     for _ in range(40):
         whole = random_tree(rng, rows=3, nodes=16)
-        # Deterministic in (depth, parent's token), so that nodes keep their draws when others come.
-        noise_BCV = torch.randn(3, 17, VOCAB)
-        logits_BNV = torch.randn(VOCAB, VOCAB)[whole.tokens_BN]
+        draws_BN = torch.randint(VOCAB, (3, 16))
         counts = []
         for nodes in (1, 2, 4, 8, 16):
             part = Tree(
                 whole.tokens_BN[:, :nodes], whole.parents_BN[:, :nodes], whole.scores_BN[:, :nodes]
             )
-            counts.append(accept(part, logits_BNV[:, :nodes], noise_BCV).counts_B)
+            counts.append(accept(part, draws_BN[:, :nodes]).counts_B)
         grown = torch.stack(counts)
         assert (grown.diff(dim=0) >= 0).all()
         longer += int((grown[-1] > grown[0]).sum())
@@ -144,12 +136,12 @@ def test_more_nodes_never_shorten_the_path_on_the_same_draws() -> None:
 def test_rows_do_not_influence_each_other() -> None:
     rng = random.Random(2)
     guesses = random_tree(rng, rows=5, nodes=12)
-    logits_BNV, noise_BCV = torch.randn(5, 12, VOCAB), torch.randn(5, 13, VOCAB)
-    together = accept(guesses, logits_BNV, noise_BCV)
+    draws_BN = torch.randint(VOCAB, (5, 12))
+    together = accept(guesses, draws_BN)
     for row in range(5):
         one = slice(row, row + 1)
         alone = Tree(guesses.tokens_BN[one], guesses.parents_BN[one], guesses.scores_BN[one])
-        accepted = accept(alone, logits_BNV[one], noise_BCV[one])
+        accepted = accept(alone, draws_BN[one])
         assert accepted.path_BP.equal(together.path_BP[one])
         assert accepted.tokens_BP.equal(together.tokens_BP[one])
         assert accepted.counts_B.equal(together.counts_B[one])
