@@ -35,7 +35,7 @@ from .data import Batch
 from .metrics import StepSums
 from .recipe import LossConfig
 
-BLOCK_BYTES = 1 << 20  # of one fp32 row block on a CPU: it should stay in the core's cache
+BLOCK_BYTES = 1 << 19  # of one fp32 row block on a CPU: several of them fit in a core's cache
 
 
 @dataclass(frozen=True)
@@ -226,8 +226,9 @@ class _Rows:
         with torch.autocast(logits_RW.device.type, enabled=False):
             for block in _blocks(logits_RW):
                 results.append(self._block(config, logits_RW, teacher, weights_R, block))
-        self.loss_R, self.alpha_R = (torch.cat(part) for part in zip(*results, strict=True))
-        self.top_R = logits_RW.argmax(-1)
+        self.loss_R, self.alpha_R, self.top_R = (
+            torch.cat(part) for part in zip(*results, strict=True)
+        )
 
     def _block(
         self,
@@ -236,12 +237,13 @@ class _Rows:
         teacher: _Teacher,
         weights_R: Tensor,
         rows: slice,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         p, mass = teacher.p_RW[rows], teacher.mass_R[rows]
         q = logits_RW[rows].log_softmax(-1, dtype=p.dtype)
         kl = teacher.negentropy_R[rows] - _row_dot(p, q) / mass
         q.exp_()
-        below = (q <= p).to(p.dtype)
+        top = q.max(-1).indices  # several times faster than argmax on a CPU
+        below = torch.le(q, p, out=torch.empty_like(p))
         below_q = _row_dot(below, q)
         alpha = below_q + mass - _row_dot(below, p)
         kl_weight, tv_weight = _mix(config, alpha)
@@ -252,7 +254,7 @@ class _Rows:
             slope = torch.addcmul((kl_part + tv_part * below_q)[:, None], below, -tv_part[:, None])
             slope.mul_(q).addcmul_(p, (kl_part / mass)[:, None], value=-1)
             self.gradient_RW[rows] = slope
-        return loss, alpha
+        return loss, alpha, top
 
 
 def _mix(config: LossConfig, alpha_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,22 +274,22 @@ def _teacher(logits_RV: Tensor, draft_ids_W: Tensor | None) -> _Teacher:
     width = logits_RV.shape[-1] if draft_ids_W is None else len(draft_ids_W)
     p_RW = logits_RV.new_empty(len(logits_RV), width, dtype=wide)
     tiny = torch.finfo(wide).tiny
-    mass, negentropy = [], []
+    results = []
     with torch.autocast(logits_RV.device.type, enabled=False):
         for rows in _blocks(logits_RV):
             p = logits_RV[rows].softmax(-1, dtype=wide)
+            top = p.max(-1).indices
             if draft_ids_W is not None:
                 p = p.index_select(-1, draft_ids_W)
             p_RW[rows] = p
-            total = p.sum(-1).clamp(min=tiny)
-            mass.append(total)
-            negentropy.append(_row_dot(p, p.clamp(min=tiny).log()) / total - total.log())
-    return _Teacher(p_RW, torch.cat(mass), torch.cat(negentropy), logits_RV.argmax(-1))
+            mass = p.sum(-1).clamp(min=tiny)
+            negentropy = _row_dot(p, p.clamp(min=tiny).log()) / mass - mass.log()
+            results.append((mass, negentropy, top))
+    return _Teacher(p_RW, *(torch.cat(part) for part in zip(*results, strict=True)))
 
 
 def _row_dot(left_RW: Tensor, right_RW: Tensor) -> Tensor:
-    """Sum over W of the product, without writing the product."""
-    return torch.bmm(left_RW[:, None], right_RW[..., None])[:, 0, 0]
+    return (left_RW * right_RW).sum(-1)  # on a CPU faster than a batched matrix product
 
 
 def _blocks(values_RV: Tensor) -> Iterator[slice]:
