@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -47,6 +49,23 @@ def open_pretrained(
     if file:
         gguf.take_output_weight(model, Path(source) / file)
     return model.to(place), _tokenizer(source, where)
+
+
+def random_model(settings: Mapping[str, Any], seed: int) -> PreTrainedModel:
+    """A small float32 model with random weights, to try things on.
+
+    settings: `model_type` and whatever that type's configuration knows (hidden_size, ...).
+    """
+    sizes = dict(settings)
+    kind = sizes.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"A random target needs a model_type that transformers knows, got {kind!r}. "
+            "For example: {model_type: llama, hidden_size: 64, num_hidden_layers: 2}."
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
 
 
 def _source(name: str) -> tuple[str, str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -89,15 +89,25 @@ def stream(
     speculate: bool = True,
 ) -> str:
     """Print an answer as it comes; its text."""
+    import torch
+
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        # top_k 0 is off: transformers' own default would be 50.
+        sampling = {
+            "do_sample": True,
+            "temperature": temperature,
+            "top_k": top_k or 0,
+            "top_p": top_p or 1.0,
+        }
     steps = model.stream(
-        ids,
+        torch.tensor([ids]),
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
         seed=seed,
         tree=tree,
         speculate=speculate,
+        timing=True,
+        **sampling,
     )
     answer = ""
     for piece, tokens in pieces(model, steps):

@@ -91,10 +91,20 @@ def _lines(config: DataConfig, target: Target, broken: list[str]) -> Iterator[Li
     if config.random_rows is not None:
         yield from _random_rows(config.random_rows, config.max_length, target.vocab_size)
     for path in config.paths:
-        if path.endswith((".jsonl", ".json")):
-            yield from _json_lines(Path(path), config.skip_broken, broken)
-        else:
-            yield from _dataset(path, config.split)
+        yield from read_lines(
+            path, split=config.split, skip_broken=config.skip_broken, broken=broken
+        )
+
+
+def read_lines(path: str, *, split: str, skip_broken: bool, broken: list[str]) -> Iterator[Line]:
+    """The objects of a JSONL file, or the rows of a local data set or one on the Hub.
+
+    A line that is no JSON raises ValueError, or goes to `broken` when they are to be skipped.
+    """
+    if path.endswith((".jsonl", ".json")):
+        yield from _json_lines(Path(path), skip_broken, broken)
+    else:
+        yield from _dataset(path, split)
 
 
 def _json_lines(path: Path, skip_broken: bool, broken: list[str]) -> Iterator[Line]:
