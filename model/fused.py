@@ -267,10 +267,11 @@ def fuse(
         tempfile.TemporaryDirectory(dir=parent, prefix=".plain-") as beside,
         written_beside(Path(out), f"{HEADS}/{CONFIG}") as part,
     ):
-        plain = _plain_folder(str(source), target, Path(beside, "target"))
+        spare = Path(beside, "target")
+        plain = _plain_folder(str(source), target, spare)
         for file in _files_to_keep(plain):
             name = TARGET_CARD if file.name == CARD else file.name
-            _take(file, part / name, link and file.suffix == ".safetensors")
+            _take(file, part / name, (link or plain == spare) and file.suffix == ".safetensors")
         save_head(head, part / HEADS, meta, with_lm_head=True)
         if index:
             write_index(head, part)

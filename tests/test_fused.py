@@ -347,3 +347,21 @@ def test_model_card_tells_what_was_measured(target: Target, tmp_path: Path, plai
     assert row in card
     unmeasured = META.model_copy(update={"measured": ()})
     assert "Not measured." in model_card(trained(target, "eagle3"), unmeasured, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_gguf_target_becomes_a_plain_folder(smollm2: Path, tmp_path: Path) -> None:
+    """The real model: written out, hashed alike, and its tokenizer comes along."""
+    target = Target.load(smollm2)
+    head = make_head(target, "medusa", {"draft_vocab": 64})
+    head.set_draft_vocab(torch.arange(64))
+    save_head(head, tmp_path / "head", META)
+    fuse(smollm2, tmp_path / "head", tmp_path / "fused")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fused", output_loading_info=True
+    )
+    assert not any(report.values())
+    assert target_hash(Target.wrap(model)) == target_hash(target)
+    tokens = torch.tensor([target.tokenizer("The capital of France is")["input_ids"]])
+    assert torch.equal(model(tokens).logits, target.model(tokens).logits)
+    assert load_fused(tmp_path / "fused")[0].tokenizer.decode(tokens[0]).endswith("France is")
