@@ -215,13 +215,14 @@ def _read_branches(target: Target, text_1T: Tensor) -> Tensor:
     """The last four positions again, read as one branch of a tree whose other branch is noise."""
     cache = target.new_cache(1)
     target.read(text_1T[:, :3], cache, logits=False)
-    cache.commit(torch.arange(3, device=target.device)[None], torch.tensor([3]))
+    counts_B = torch.tensor([3], device=target.device)
+    cache.commit(torch.arange(3, device=target.device)[None], counts_B)
     root, one, two, three = text_1T[0, 3:].tolist()
     tokens_BN = torch.tensor([[root, two, one, root, two]], device=target.device)
     parents_BN = torch.tensor([[-1, 0, 0, 1, 2]], device=target.device)
     tree = Tree(tokens_BN, parents_BN, torch.zeros(1, 5, device=target.device))
     first = target.read(tree, cache, logits=False).last_BTD[:, [0, 2, 4]]
-    cache.commit(torch.tensor([[0, 2, 4]], device=target.device), torch.tensor([3]))
+    cache.commit(torch.tensor([[0, 2, 4]], device=target.device), counts_B)
     last_token = torch.tensor([[three]], device=target.device)
     return torch.cat([first, target.read(last_token, cache, logits=False).last_BTD], 1)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from families import VOCAB, build, prompts
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from headstart.model.gguf import save_plain
 from headstart.model.target import Target
-from tests.families import VOCAB, build, prompts
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "falcon": gguf.MODEL_ARCH.FALCON}
 

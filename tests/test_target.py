@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import BASE, FAMILIES, VOCAB, WINDOW, build, padded, prompts
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,7 +27,6 @@ from headstart.model.cache import BLOCK, KVCache
 from headstart.model.seen import Seen
 from headstart.model.target import Target
 from headstart.model.tree import NO_PARENT, Tree
-from tests.families import BASE, FAMILIES, VOCAB, WINDOW, build, padded, prompts
 
 LENGTHS = {1: [2 * WINDOW + 3], 3: [2 * WINDOW + 3, 5, 14]}
 
