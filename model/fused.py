@@ -131,9 +131,9 @@ def _write_head(head: DraftHead, part: Path, config: dict[str, Any], with_lm_hea
     (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def read_meta(folder: str | Path) -> HeadMeta:
-    """How the head in a folder was trained and what was measured."""
-    return _read_file(_head_folder(folder)).meta
+def read_head_file(folder: str | Path) -> HeadFile:
+    """What the head in a folder (or in a fused one) is, how it was trained, what was measured."""
+    return _read_file(_head_folder(folder))
 
 
 def load_head(folder: str | Path, target: Target) -> DraftHead:
@@ -260,7 +260,7 @@ def fuse(
     """
     target = Target.load(source)
     head = load_head(head_folder, target)
-    meta = read_meta(head_folder)
+    meta = read_head_file(head_folder).meta
     parent = Path(out).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with (

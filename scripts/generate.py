@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from headstart.model.tree import TreeShape
 
 
+BROKEN = "\ufffd"  # what a tokenizer writes for an unfinished character
+
+
 def generate(
     folder_or_prompt: Annotated[
         str | None, typer.Argument(help="Fused checkpoint; the shipped one if left out.")
@@ -135,7 +138,7 @@ def pieces(model: SpeculativeModel, steps: Iterable[list[int]]) -> Iterable[tupl
         tokens += step
         held += len(step)
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if step and not text.endswith("�"):
+        if step and not text.endswith(BROKEN):
             yield text[shown:], held
             shown, held = len(text), 0
     text = tokenizer.decode(tokens, skip_special_tokens=True)

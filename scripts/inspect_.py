@@ -44,15 +44,14 @@ def inspect_head(
     folder: Annotated[Path, typer.Argument(help="A head's folder, or a fused checkpoint.")],
 ) -> None:
     """Print what a head is, how it was trained and what was measured."""
-    from headstart.model.fused import describe, read_meta
+    from headstart.model.fused import read_head_file
 
-    config = describe(folder)
-    meta = read_meta(folder)
+    file = read_head_file(folder)
     shown = Table("", str(folder))
-    for name, value in config["head"].items():
+    for name, value in file.head.items():
         shown.add_row(f"head.{name}", str(value))
-    shown.add_row("target weights", config["target_hash"])
-    shown.add_row("written by", f"headstart {config['version']}")
-    for name, value in meta:
+    shown.add_row("target weights", file.target_hash)
+    shown.add_row("written by", f"headstart {file.version}")
+    for name, value in file.meta:
         shown.add_row(name, "\n".join(map(str, value)) if isinstance(value, tuple) else str(value))
     console.print(shown)

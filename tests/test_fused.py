@@ -15,7 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from headstart.model.card import model_card
-from headstart.model.fused import fuse, load_fused, load_head, read_meta, save_head, target_hash
+from headstart.model.fused import (
+    fuse,
+    load_fused,
+    load_head,
+    read_head_file,
+    save_head,
+    target_hash,
+)
 from headstart.model.head import DraftHead, kinds, make_head
 from headstart.model.meta import HeadMeta, Measurement
 from headstart.model.target import Target
@@ -100,7 +107,7 @@ def test_save_load_save_keeps_every_byte(
     other = Target.load(plain, dtype=dtype)
     again = load_head(tmp_path / "one", other)
     assert {p.dtype for p in again.parameters()} == {dtype}
-    save_head(again, tmp_path / "two", read_meta(tmp_path / "one"))
+    save_head(again, tmp_path / "two", read_head_file(tmp_path / "one").meta)
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert again.layers == head.layers and again.max_depth == head.max_depth
     assert torch.equal(again.draft_ids, head.draft_ids)
@@ -126,7 +133,7 @@ def test_fused_folder_is_the_target_and_the_head(
 
     again_target, again = load_fused(out)
     assert target_hash(again_target) == target_hash(target)
-    assert again.kind == kind and read_meta(out) == META
+    assert again.kind == kind and read_head_file(out).meta == META
     assert all(
         torch.equal(tensor, head.state_dict()[name].to(torch.bfloat16).to(tensor.dtype))
         for name, tensor in again.state_dict().items()
