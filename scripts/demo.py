@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from headstart.model.target import Target
 
 RECIPE = "demo"
-ANSWER_TOKENS = 160
+ANSWER_TOKENS = 128
 SHOWN_PROMPT = "Explain why the sky is blue, and give an example that a child would understand."
 
 
@@ -30,8 +30,8 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("outputs/demo"),
     prompts: Annotated[int, typer.Option(min=8, help="Training prompts to answer.")] = 440,
-    heldout: Annotated[int, typer.Option(min=1, help="Held-out prompts to compare on.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens per compared answer.")] = 128,
+    heldout: Annotated[int, typer.Option(min=1, help="Held-out prompts to compare on.")] = 12,
+    max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens per compared answer.")] = 96,
 ) -> None:
     """Train, fuse and decode on a real model, in at most a quarter of an hour on two cores."""
     from headstart.model.fused import fuse as write
