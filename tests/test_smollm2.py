@@ -1,0 +1,70 @@
+"""A real model with the shipped head: exact, and worth its while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from headstart.inference.answer import prompt_ids
+from headstart.inference.measure import PLAIN, Contestant, measure
+from headstart.model.fused import fuse, load_fused, load_head
+from headstart.model.target import Target
+from headstart.model.tree import TreeShape
+from headstart.scripts.prompts import read_prompts, shipped_prompts
+from headstart.scripts.shipped import shipped_head
+
+pytestmark = pytest.mark.slow
+SHAPES = {
+    "chain": TreeShape.chain(3),
+    "static": TreeShape.static([[0], [1], [0, 0], [0, 1], [0, 0, 0]]),
+    "dynamic": TreeShape.dynamic(nodes=8, depth=4, width=3),
+}
+PROMPTS = 10
+TOKENS = 40
+MEGABYTES = 12  # what the shipped head may weigh
+
+
+@pytest.fixture(scope="module", autouse=True)
+def both_cores() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def target(smollm2: Path) -> Target:
+    return Target.load(smollm2, dtype="float32")
+
+
+def test_real_prompts_are_answered_identically(target):
+    head = load_head(shipped_head(), target)
+    prompts, _ = read_prompts([str(shipped_prompts("heldout"))])
+    ids = [
+        prompt_ids(target, [{"role": "user", "content": one.turns[0]}])
+        for one in prompts[:: len(prompts) // PROMPTS][:PROMPTS]
+    ]
+    contestants = {name: Contestant(head, shape) for name, shape in SHAPES.items()}
+    results = measure(target, contestants, ids, max_new_tokens=TOKENS)
+    for name in SHAPES:
+        assert results[name].prompts == PROMPTS
+        assert results[name].identical == PROMPTS, (name, results[name].differences)
+        # A head that guesses nothing would be exact too.
+        assert results[name].stats.tau > 1.3
+    assert results[PLAIN].stats.tau == 1
+
+
+def test_shipped_head_is_small():
+    size = sum(file.stat().st_size for file in shipped_head().iterdir())
+    assert size <= MEGABYTES * 1e6
+
+
+def test_gguf_and_head_fuse_into_one_folder(smollm2, target, tmp_path):
+    fuse(smollm2, shipped_head(), tmp_path / "fused")
+    again, head = load_fused(tmp_path / "fused", dtype="float32")
+    tokens_BT = torch.tensor([prompt_ids(target, [{"role": "user", "content": "Hello!"}])])
+    ours, theirs = again.read(tokens_BT), target.read(tokens_BT)
+    assert torch.equal(ours.logits_BTV, theirs.logits_BTV)
+    assert head.kind == load_head(shipped_head(), target).kind
