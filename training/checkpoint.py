@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from headstart.model.files import written_beside
 
+FOLDER = "state"  # within the folder of the run
 STATE, TENSORS = "state.json", "state.safetensors"
 
 

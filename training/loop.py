@@ -9,11 +9,9 @@ Legend: B batch rows, T positions, D hidden size.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,24 +20,24 @@ import torch
 from torch import Tensor, nn
 
 from headstart.model.fused import save_head
-from headstart.model.head import UNSET, DraftHead
+from headstart.model.head import DraftHead
 from headstart.model.meta import HeadMeta
 from headstart.model.seen import Seen
 from headstart.model.target import Target
 
-from .checkpoint import could_not_save, load_facts, load_state, save_state, save_tensors
-from .data import Batch, Batches, Corpus, frequent_tokens
+from .checkpoint import FOLDER, could_not_save, load_facts, load_state, save_state, save_tensors
+from .checks import check_fit, check_folder, choose_draft_vocab, fingerprint, memory_advice, summary
+from .data import Batch, Batches
 from .interrupt import Interrupted, StopRequest
 from .losses import Loss, loss_sum, loss_weight
 from .metrics import StepSums
 from .optim import learning_rate, make_optimizer, set_learning_rate
 from .parallel import Team, clip_gradients
-from .recipe import LossConfig, Recipe, changed_on_resume
+from .recipe import LossConfig, Recipe
 from .report import Log, Report
-from .sources import Conversations, held_out_batches, read_conversations
+from .sources import held_out_batches, read_conversations
 
 Evaluate = Callable[[DraftHead], Mapping[str, float]]
-STATE = "state"
 SCORE = "accepted_length"  # what `evaluate` has to return among its figures
 
 
@@ -82,9 +80,9 @@ def train(
     Raises ValueError for a wrong recipe or wrong data before long work starts, `Interrupted` after
     Ctrl-C, FloatingPointError for a loss that is no number, MemoryError, OSError for a full disk.
     """
-    _check(recipe, target, head)
+    check_fit(recipe, target, head)
     run = _Run(recipe, target, head, evaluate, log)
-    with _memory_advice(recipe), StopRequest() as stop:
+    with memory_advice(recipe), StopRequest() as stop:
         return run.until_done(stop)
 
 
@@ -101,11 +99,11 @@ class _Run:
         self.evaluate = evaluate
         self.team = Team(target.device)
         self.folder = Path(recipe.train.output)
-        facts = load_facts(self.folder / STATE)
-        _check_folder(recipe, self.folder, facts)
+        facts = load_facts(self.folder / FOLDER)
+        check_folder(recipe, self.folder, facts)
         data = read_conversations(recipe.data, target, recipe.train.seed)
         self.corpus, self.holdout = data.train, data.holdout
-        self.data_hash = _fingerprint(self.corpus)
+        self.data_hash = fingerprint(self.corpus)
         self.batches = Batches(self.corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
         self.total = self._total_steps()
         self.optimizer = make_optimizer(head, recipe.train)
@@ -113,13 +111,13 @@ class _Run:
         if facts is not None:
             self._resume(facts)
         else:
-            _choose_draft_vocab(head, self.corpus)
+            choose_draft_vocab(head, self.corpus)
         self.module = self.team.prepare(_Unrolled(head, recipe.loss.steps))
         self.report: Report | None = None
         if self.team.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.report = Report(recipe, self.folder, log, self.total, self.at.step)
-            self.report.note(self.at.step, _summary(data))
+            self.report.note(self.at.step, summary(data))
 
     def until_done(self, stop: StopRequest) -> Result:
         try:
@@ -164,7 +162,7 @@ class _Run:
             sums = sums + result.sums
         sums = StepSums.unpack(self.team.sum(sums.pack()).cpu())
         figures = sums.figures()
-        norm = clip_gradients(self.head, self.optimizer, config.clip)
+        norm = clip_gradients(self.optimizer, config.clip)
         self._must_be_finite(figures["loss"], norm, batches)
         rate = learning_rate(config, self.at.step, self.total)
         set_learning_rate(self.optimizer, rate)
@@ -267,17 +265,17 @@ class _Run:
         if self.team.main:
             recipe = self.recipe.model_dump(mode="json")
             facts = asdict(self.at) | {"data_hash": self.data_hash, "recipe": recipe}
-            save_state(self.folder / STATE, self.head, self.optimizer, facts)
+            save_state(self.folder / FOLDER, self.head, self.optimizer, facts)
             self._save_head("last")
         self.team.wait()
 
     def _resume(self, facts: Mapping[str, Any]) -> None:
         if facts["data_hash"] != self.data_hash:
             raise ValueError(
-                f"The data has changed since {self.folder / STATE} was saved, so the run cannot "
+                f"The data has changed since {self.folder / FOLDER} was saved, so the run cannot "
                 "go on where it stopped. Restore the data, or start anew in another train.output."
             )
-        load_state(self.folder / STATE, self.head, self.optimizer)
+        load_state(self.folder / FOLDER, self.head, self.optimizer)
         self.head.bind(self.target)  # forgets what it worked out from the old weights
         names = Standing.__dataclass_fields__
         self.at = Standing(**{name: facts[name] for name in names})
@@ -317,7 +315,7 @@ class _Run:
 
     def _how_to_go_on(self) -> str:
         return (
-            f"Stopped after step {self.at.step} of {self.total}; saved in {self.folder / STATE}. "
+            f"Stopped after step {self.at.step} of {self.total}; saved in {self.folder / FOLDER}. "
             "Go on with the same recipe and train.resume=true."
         )
 
@@ -331,82 +329,3 @@ class _Unrolled(nn.Module):
 
     def forward(self, seen: Seen, tokens_BT: Tensor) -> list[Tensor]:
         return self.head.unroll(seen, tokens_BT, self.steps)
-
-
-def _check(recipe: Recipe, target: Target, head: DraftHead) -> None:
-    """What can be known to be wrong before data is read."""
-    steps = recipe.loss.steps
-    if head.max_depth is not None and head.max_depth != steps:
-        raise ValueError(
-            f"The {head.kind} head drafts {head.max_depth} tokens, but loss.steps is {steps}: "
-            f"parts of it would stay untrained. Set loss.steps={head.max_depth}, or make the head for "
-            f"{steps} tokens."
-        )
-    if recipe.train.precision == "float32" and target.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"train.precision is float32, but the target is in {target.dtype}. Set "
-            "target.dtype=float32 or train.precision=bfloat16."
-        )
-
-
-def _check_folder(recipe: Recipe, folder: Path, facts: Mapping[str, Any] | None) -> None:
-    if not recipe.train.resume:
-        if facts is not None:
-            raise ValueError(
-                f"{folder} already holds a run (step {facts['step']}). Go on with "
-                "train.resume=true, or choose another train.output."
-            )
-        return
-    if facts is None:
-        raise ValueError(
-            f"train.resume is set, but {folder / STATE} holds no run to go on from. Leave "
-            "train.resume out to start one, or correct train.output."
-        )
-    changed = changed_on_resume(facts["recipe"], recipe)
-    if changed:
-        raise ValueError(
-            "\n  ".join([f"The run in {folder} was made with other settings:", *changed])
-            + "\nGo on with the same settings, or start anew in another train.output."
-        )
-
-
-def _choose_draft_vocab(head: DraftHead, corpus: Corpus) -> None:
-    """A fresh head proposes what the target says most."""
-    size = head.config.draft_vocab
-    if size is not None and head.d2t is not None and bool(head.d2t[0] == UNSET):
-        head.set_draft_vocab(frequent_tokens(corpus.token_counts(head.config.vocab_size), size))
-
-
-def _fingerprint(corpus: Corpus) -> str:
-    digest = hashlib.sha256()
-    for values in (corpus.lengths, corpus.tokens, corpus.trained):
-        digest.update(values.numpy().data)
-    return digest.hexdigest()
-
-
-def _summary(data: Conversations) -> str:
-    tokens, trained = len(data.train.tokens), int(data.train.trained.sum())
-    text = f"{len(data.train)} conversations, {tokens} tokens, {trained} of them to predict"
-    if data.dropped:
-        text += f"; {data.dropped} dropped, which have nothing to predict"
-    if data.broken:
-        text += f"; {len(data.broken)} broken lines left out, the first: {data.broken[0]}"
-    return text
-
-
-@contextmanager
-def _memory_advice(recipe: Recipe) -> Iterator[None]:
-    """Say which setting to lower when memory runs out."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError on a CPU
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and "can't allocate memory" not in str(error):
-            raise
-        data, loss = recipe.data, recipe.loss
-        raise MemoryError(
-            f"Out of memory. Lower data.batch_tokens (now {data.batch_tokens}; raise "
-            "train.accumulate by the same factor to learn the same), then data.max_length (now "
-            f"{data.max_length}) or loss.chunk_rows (now {loss.chunk_rows}). "
-            "The last checkpoint is intact: go on with train.resume=true."
-        ) from error

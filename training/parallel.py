@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class Team:
@@ -21,7 +19,11 @@ class Team:
     """
 
     def __init__(self, device: torch.device):
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        # The others wait while the main process decodes, which may take long.
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patience]
+        )
         ours = self.accelerator.device
         if ours.type != device.type or (ours.index or 0) != (device.index or 0):
             raise ValueError(
@@ -67,7 +69,7 @@ def local_device() -> torch.device:
     return torch.device(Accelerator().device)
 
 
-def clip_gradients(module: nn.Module, optimizer: Optimizer, limit: float) -> float:
+def clip_gradients(optimizer: Optimizer, limit: float) -> float:
     """Scale the gradients down to a norm of at most `limit`; returns the norm before."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return float(nn.utils.clip_grad_norm_(parameters, limit))

@@ -61,13 +61,20 @@ def read_conversations(config: DataConfig, target: Target, seed: int) -> Convers
                 rows.append((array("i", cut.tokens), cut.spans))
             dropped += not teaches
     if not rows:
-        raise ValueError(
-            f"Nothing to train on in {', '.join(config.paths) or 'the made-up rows'}: {dropped} "
-            "conversations were read and none has a token to predict within its first "
-            f"{config.max_length} tokens. Check "
-            "`spans` (they mark the answers), the roles in `messages`, and data.max_length."
-        )
+        raise _nothing_to_train_on(config, dropped, broken)
     return _split(rows, config, seed, dropped, tuple(broken))
+
+
+def _nothing_to_train_on(config: DataConfig, dropped: int, broken: list[str]) -> ValueError:
+    message = (
+        f"Nothing to train on in {', '.join(config.paths) or 'the made-up rows'}: {dropped} "
+        "conversations were read and none has a token to predict within its first "
+        f"{config.max_length} tokens. Check `spans` (they mark the answers), the roles in "
+        "`messages`, and data.max_length."
+    )
+    if broken:
+        message += f" {len(broken)} lines were left out as broken, the first: {broken[0]}"
+    return ValueError(message)
 
 
 def _split(
@@ -184,18 +191,23 @@ def _rendered(value: Any, where: str, target: Target) -> list[Rendered]:
 
 def _from_tokens(value: Mapping[str, Any], where: str) -> Rendered:
     tokens, spans = value["tokens"], value["spans"]
-    if not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
+    if not _whole_numbers(tokens):
         raise BrokenLine(f"{where}: `tokens` should be a list of whole numbers.")
+    if not isinstance(spans, list):
+        raise BrokenLine(f"{where}: `spans` should be a list of [start, end) pairs.")
     pairs: list[tuple[int, int]] = []
     for span in spans:
-        fits = isinstance(span, list | tuple) and len(span) == 2
-        if not fits or not 0 <= span[0] <= span[1] <= len(tokens):
+        if not _whole_numbers(span) or len(span) != 2 or not 0 <= span[0] <= span[1] <= len(tokens):
             raise BrokenLine(
                 f"{where}: the span {span} does not lie within the {len(tokens)} tokens. A span is "
                 "[start, end) with 0 <= start <= end <= number of tokens."
             )
         pairs.append((span[0], span[1]))
     return Rendered(tokens, pairs)
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)
 
 
 def _checked(row: Rendered, where: str, target: Target) -> Rendered:
