@@ -43,7 +43,7 @@ def model_card(head: DraftHead, meta: HeadMeta, folder: Path) -> str:
 def _usage(head: DraftHead) -> str:
     lines = [
         "## Use\n",
-        '    headstart generate FOLDER --prompt "..."\n',
+        '    headstart generate FOLDER "..."\n',
         "`transformers`, vLLM and SGLang open the folder as the plain target.",
     ]
     reason = unservable(head)

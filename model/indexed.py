@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -56,7 +57,7 @@ def _list_weights(folder: Path, added: dict[str, str]) -> None:
         (folder / SINGLE).rename(folder / RENAMED)
         with safe_open(folder / RENAMED, framework="pt") as file:
             names = dict.fromkeys(file.keys(), RENAMED)
-        index = {"metadata": {}, "weight_map": names}
+        index: dict[str, Any] = {"weight_map": names}
     else:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     index["weight_map"] |= added
@@ -117,6 +118,7 @@ def _transformers_step(
     finally:
         model.config.name_or_path = before
     positions = torch.arange(1, tokens_BT.shape[1], device=tokens_BT.device)[None]
+    assert layer.rotary_emb is not None
     embedded_BTD = model.get_input_embeddings()(tokens_BT[:, 1:])
     hidden: torch.Tensor = layer.layers[0](
         embedded_BTD,
