@@ -153,6 +153,15 @@ def _chain_length(accepted: list[float]) -> float:
     return length
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_without_labels_gives_no_gradient(case, kind):
+    head, seen, batch = case
+    empty = replace(batch, loss_mask_BT=torch.zeros_like(batch.loss_mask_BT))
+    config = LossConfig(kind=kind, steps=STEPS)
+    value, grads = gradients(seen, lambda hidden: loss_sum(config, head, seen, hidden, empty).total)
+    assert float(value) == 0 and not any(bool(grad.any()) for grad in grads)
+
+
 def test_logits_never_exceed_a_chunk(case, monkeypatch):
     head, seen, batch = case
     rows: list[int] = []

@@ -145,14 +145,13 @@ class _Run:
         began = time.monotonic()
         config, loss = self.recipe.train, self._loss_config()
         torch.manual_seed((config.seed * 1_000_003 + self.at.step) * 1009 + self.team.index)
-        batches = self._next_batches()
-        weight, tokens, asked = self._over_team(
-            sum(loss_weight(loss, batch) for batch in batches),
-            sum(int(batch.lengths_B.sum()) for batch in batches),
-            float(stop.asked),
-        )
-        if asked:
+        if self._anyone(stop.asked):
             return True
+        whole = self._next_batches()
+        # Every process knows the whole batches, so nothing has to be added up.
+        weight = sum(loss_weight(loss, batch) for batch in whole)
+        tokens = sum(int(batch.lengths_B.sum()) for batch in whole)
+        batches = [self._part(batch) for batch in whole]
         sums = StepSums.zeros(loss.steps, self.target.device)
         for index, batch in enumerate(batches):
             with self.team.backward_alone(self.module, index + 1 < len(batches)):
@@ -176,9 +175,11 @@ class _Run:
 
     def _next_batches(self) -> list[Batch]:
         places = range(self.at.position, self.at.position + self.recipe.train.accumulate)
-        whole = [self.corpus.batch(self.batches.at(place)) for place in places]
-        device = self.target.device
-        return [batch.part(self.team.index, self.team.count).to(device) for batch in whole]
+        return [self.corpus.batch(self.batches.at(place)) for place in places]
+
+    def _part(self, batch: Batch) -> Batch:
+        """Our rows of a batch, where the target is."""
+        return batch.part(self.team.index, self.team.count).to(self.target.device)
 
     def _loss(self, batch: Batch, config: LossConfig) -> Loss:
         seen = self.target.read(
@@ -192,15 +193,15 @@ class _Run:
         halved = self.recipe.train.precision == "bfloat16"
         return torch.autocast(self.target.device.type, torch.bfloat16, enabled=halved)
 
-    def _advance(self, tokens: float, sums: StepSums) -> None:
+    def _advance(self, tokens: int, sums: StepSums) -> None:
         self.at.step += 1
         self.at.position += self.recipe.train.accumulate
-        self.at.tokens += int(tokens)
+        self.at.tokens += tokens
         self.at.answer_tokens += int(sums.count_K[0])
 
-    def _over_team(self, *values: float) -> list[float]:
-        numbers = torch.tensor(values, dtype=torch.float64, device=self.target.device)
-        return [float(value) for value in self.team.sum(numbers)]
+    def _anyone(self, asked: bool) -> bool:
+        """Whether any process was asked to stop: all stop together."""
+        return bool(self.team.sum(torch.tensor(float(asked), device=self.target.device)) > 0)
 
     def _loss_config(self) -> LossConfig:
         """The objective of this step: it may change for the last part of the run."""
@@ -236,8 +237,7 @@ class _Run:
             return {}
         sums = StepSums.zeros(self.recipe.loss.steps, self.target.device)
         for batch in held_out_batches(self.holdout, self.recipe.data.batch_tokens):
-            part = batch.part(self.team.index, self.team.count).to(self.target.device)
-            sums = sums + self._loss(part, self.recipe.loss).sums
+            sums = sums + self._loss(self._part(batch), self.recipe.loss).sums
         figures = StepSums.unpack(self.team.sum(sums.pack()).cpu()).figures()
         return {f"holdout_{name}": value for name, value in figures.items()}
 

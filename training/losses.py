@@ -175,6 +175,8 @@ class _Chunks:
         """weights_KBT: how much each row's loss counts in the gradient."""
         spare_K1 = weights_KBT.new_zeros(len(weights_KBT), 1)
         weights_KF = torch.cat([weights_KBT.flatten(1), spare_K1], 1)
+        if not len(self.rows_R):  # a process may have nothing to learn in a batch
+            return
         for rows_R in self.rows_R.split(self.config.chunk_rows):
             teacher = self._teach(rows_R)
             for step in range(self.shape[0]):
