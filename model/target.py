@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import KVCache
 from .families import LogitsRule, Windows, decoder_layers, inner_model, output_head, probe, refuse
+from .packed import pack_linears
 from .pretrained import open_pretrained
 from .seen import Seen
 from .tree import Tree
@@ -52,6 +53,7 @@ class Target:
         self.num_layers = len(self._layers)
         self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
         probe(self)
+        pack_linears(model)
 
     @classmethod
     def load(

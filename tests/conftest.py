@@ -13,7 +13,6 @@ import torch
 
 from headstart.scripts.fetch_smollm2 import fetch_smollm2
 
-
 # Tiny models are slower with threads than without, most of all on a busy machine.
 torch.set_num_threads(1)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from headstart.model.head import DraftHead, kinds, make_head
 from headstart.model.seen import Seen
 from headstart.model.target import Target
 from headstart.model.tree import Children, TreeShape
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 POSITIONS, STEPS, VOCAB = 17, 4, 97
 CASES = [("medusa", {}), ("eagle3", {"fc_norm": True, "norm_output": True})]

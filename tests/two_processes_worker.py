@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
-from headstart.training.loop import train
-from headstart.training.recipe import Recipe, make_recipe
 from safetensors.torch import save_file
 from tiny_run import tiny_head, tiny_recipe, tiny_target
+
+from headstart.training.loop import train
+from headstart.training.recipe import Recipe, make_recipe
 
 
 def two_process_recipe(folder: Path, data: Path, kind: str) -> Recipe:

@@ -1,0 +1,69 @@
+"""Packed weights give what the default kernel gives, and only where they are meant to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from headstart.model import packed
+from headstart.model.packed import ROWS, pack_linears
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
+)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every packed product."""
+    seen: list[int] = []
+    product = packed._product
+    monkeypatch.setattr(
+        packed,
+        "_product",
+        lambda hidden, *rest: seen.append(hidden[..., 0].numel()) or product(hidden, *rest),
+    )
+    return seen
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(130, 128), (128, 192), (1031, 64)])
+@pytest.mark.parametrize("rows", [(1,), (3,), (4,), (2, 5), (64,), (65,), (3, 70)])
+def test_packed_equals_default(calls, shape, bias, rows):
+    layer = nn.Linear(*shape[::-1], bias=bias).requires_grad_(False)
+    hidden = torch.randn(*rows, shape[1])
+    expected = nn.functional.linear(hidden.double(), layer.weight.double())
+    expected = expected + layer.bias.double() if bias else expected
+    pack_linears(nn.Sequential(layer))
+    with torch.no_grad():
+        got = layer(hidden)
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    count = hidden[..., 0].numel()
+    assert calls == ([count] if count in ROWS else [])
+
+
+def test_weights_stay_as_they_are(calls):
+    layer = nn.Linear(128, 256)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    pack_linears(nn.Sequential(layer))
+    with torch.no_grad():
+        layer(torch.randn(8, 128))
+    assert calls == [8]
+    assert layer.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_gradients_take_the_default_kernel(calls):
+    layer = nn.Linear(128, 256).requires_grad_(False)
+    pack_linears(nn.Sequential(layer))
+    hidden = torch.randn(8, 128, requires_grad=True)
+    layer(hidden).sum().backward()
+    assert calls == [] and hidden.grad is not None
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Linear(128, 256).bfloat16()])
+def test_small_and_half_precision_layers_are_left_alone(layer):
+    pack_linears(nn.Sequential(layer))
+    assert "forward" not in vars(layer)
