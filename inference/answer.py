@@ -134,7 +134,7 @@ def _batch(
 
 
 def _record(target: Target, turn: _Turn, tokens: list[int]) -> dict[str, Any]:
-    text = target.tokenizer.decode(tokens, skip_special_tokens=True)
+    text = target.text(tokens)
     begin = len(turn.tokens)
     ended = bool(tokens) and tokens[-1] in target.eos_ids
     record = {
@@ -150,8 +150,7 @@ def _record(target: Target, turn: _Turn, tokens: list[int]) -> dict[str, Any]:
 def _next(target: Target, turn: _Turn, tokens: list[int]) -> list[_Turn]:
     if turn.number + 1 == len(turn.prompt.turns):
         return []
-    text = target.tokenizer.decode(tokens, skip_special_tokens=True)
-    messages = (*turn.messages, {"role": "assistant", "content": text})
+    messages = (*turn.messages, {"role": "assistant", "content": target.text(tokens)})
     return [_Turn(turn.prompt, turn.number + 1, messages, [])]
 
 

@@ -175,11 +175,7 @@ class SpeculativeModel:
             _refuse_config(generation_config)
             mask_BT = model_kwargs["attention_mask"]  # None where nothing is padded
             if len(input_ids) > 1 and not pad_known:
-                raise ValueError(
-                    f"{self.target.name} has no padding token, so answers of different length "
-                    "cannot be put in one tensor. Pass pad_token_id, for example "
-                    "pad_token_id=tokenizer.eos_token_id, or decode one prompt at a time."
-                )
+                raise _no_padding(self.target.name)
             sample = bool(generation_config.do_sample)
             sampler = Sampler(
                 logits_processor, sample=sample, seed=_seed(how.seed) if sample else 0
@@ -235,6 +231,14 @@ class SpeculativeModel:
         known = [options.get("pad_token_id")]
         known += [config.pad_token_id for config in configs if config is not None]
         return any(token is not None for token in known)
+
+
+def _no_padding(name: str) -> ValueError:
+    return ValueError(
+        f"{name} has no padding token, so answers of different length cannot be put in one tensor. "
+        "Pass pad_token_id, for example pad_token_id=tokenizer.eos_token_id, or decode one prompt "
+        "at a time."
+    )
 
 
 class _Request:

@@ -31,7 +31,7 @@ def pack_linears(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and _worth_it(module.weight):
             # On the instance: the model's code and classes stay untouched.
-            module.forward = packed_linear(module)  # type: ignore[method-assign]
+            module.forward = packed_linear(module)  # type: ignore[method-assign, assignment]
 
 
 def packed_linear(module: nn.Linear) -> Callable[[Tensor], Tensor]:

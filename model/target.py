@@ -9,7 +9,7 @@ R any leading dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -159,6 +159,12 @@ class Target:
                 use_cache=cache is not None,
             ).last_hidden_state
         return Seen(self.unembed(last_BTD) if logits else None, last_BTD, hidden)
+
+    def text(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Tokens as text; special: with the special ones."""
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=not special)
+        assert isinstance(text, str)  # a list only for a batch
+        return text
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Input embeddings R x D of tokens R."""

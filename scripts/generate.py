@@ -131,17 +131,16 @@ def pieces(model: SpeculativeModel, steps: Iterable[list[int]]) -> Iterable[tupl
     A character can be spread over several tokens, so text is taken from the whole answer, and held
     back while it ends in a broken character.
     """
-    tokenizer = model.target.tokenizer
     tokens: list[int] = []
     shown = held = 0
     for step in steps:
         tokens += step
         held += len(step)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        text = model.target.text(tokens)
         if step and not text.endswith(BROKEN):
             yield text[shown:], held
             shown, held = len(text), 0
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    text = model.target.text(tokens)
     if len(text) > shown:
         yield text[shown:], held
 

@@ -32,7 +32,7 @@ def inspect_data(
         begin, length = int(corpus.starts[row]), int(corpus.lengths[row])
         text = Text()
         for place in range(begin, begin + length):
-            piece = opened.tokenizer.decode([int(corpus.tokens[place])])
+            piece = opened.text([int(corpus.tokens[place])], special=True)
             text.append(piece, style="black on green" if corpus.trained[place] else "dim")
         console.rule(f"conversation {row + 1} of {len(corpus)}")
         console.print(text)

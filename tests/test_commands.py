@@ -38,7 +38,7 @@ def refused(*arguments: object) -> str:
     assert result.exit_code == 2, (result.exit_code, result.output)
     assert isinstance(result.exception, SystemExit), result.exception
     assert "Traceback" not in result.output
-    return " ".join(result.output.replace("│", " ").split())
+    return " ".join(result.output.replace("\u2502", " ").split())
 
 
 @pytest.fixture(autouse=True)
