@@ -27,6 +27,8 @@ P = ParamSpec("P")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
+# Errors whose message is made for users: what, why and what to do.
+MISTAKES = (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, MemoryError)
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
 
@@ -95,7 +97,7 @@ def friendly(command: Callable[P, None]) -> Callable[P, None]:
             note = str(stop) or "What was finished is kept; the same command goes on from there."
             errors.print(f"\nStopped. {note}", style="yellow")
             sys.exit(INTERRUPTED)
-        except (ValueError, FileNotFoundError, FileExistsError) as mistake:
+        except MISTAKES as mistake:
             _fail(str(mistake))
         except OSError as trouble:
             if trouble.errno != errno.ENOSPC:
