@@ -38,9 +38,9 @@ def demo(
     from headstart.model.fused import is_fused
     from headstart.model.target import Target
 
-    from .fetch_smollm2 import fetch_smollm2
+    from .shipped import shipped_checkpoint
 
-    source = target or str(fetch_smollm2())
+    source = target or str(shipped_checkpoint())  # its root is the plain target
     opened = Target.load(source)
     say(f"[bold]target[/] {source}: {_size(opened)}, {opened.dtype}, {opened.device}")
     say("\n[bold]1. The target answers prompts[/] (what a head has to learn)")

@@ -104,9 +104,7 @@ def test_recipes_that_need_a_cluster_have_the_right_shapes(name):
 
 
 def test_overrides_are_typed():
-    recipe = load_recipe(
-        SMALL, ["train.lr=1e-5", "head.draft_vocab=null", "data.path=x.jsonl"]
-    )
+    recipe = load_recipe(SMALL, ["train.lr=1e-5", "head.draft_vocab=null", "data.path=x.jsonl"])
     assert recipe.train.lr == 1e-5
     assert recipe.head.settings["draft_vocab"] is None
     assert recipe.data.path == "x.jsonl"
