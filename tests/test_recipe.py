@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headstart.model.borrow import layer_sizes
 from headstart.model.families import decoder_layers
 from headstart.model.head import head_class
-from headstart.training.recipe import explain, load_recipe
+from headstart.training.recipe import explain, load_recipe, make_recipe
 
 RECIPES = sorted(Path(str(resources.files("headstart.configs"))).glob("*.yaml"))
 SMALL = next(path for path in RECIPES if path.stem == "smollm2-135m_mtp")
@@ -129,3 +130,15 @@ def test_unknown_keys_are_refused_with_the_nearest_name(override, named):
 def test_wrong_values_name_the_key(override):
     with pytest.raises(ValueError, match=override.split("=")[0].replace(".", r"\.")):
         load_recipe(SMALL, [override])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_explanation_is_a_recipe_that_means_the_same(path):
+    recipe = load_recipe(path)
+    text = explain(recipe)
+    again = make_recipe(yaml.safe_load(text))
+    for section in ("target", "data", "loss", "train", "eval"):
+        assert getattr(again, section) == getattr(recipe, section)
+    assert recipe.head.settings.items() <= again.head.settings.items()
+    defaults = {line.split(":")[0].strip() for line in text.splitlines() if "# default" in line}
+    assert "eta" in defaults and "kind" not in defaults

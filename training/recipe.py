@@ -169,6 +169,9 @@ class Recipe(Section):
     eval: EvalConfig = EvalConfig()
 
 
+END = "..."  # what YAML writes behind a value that stands alone
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as a word; here it is a number."""
 
@@ -256,8 +259,9 @@ def _explain_section(section: BaseModel) -> Iterator[str]:
             if name not in values and field.default is not PydanticUndefined:
                 values[name] = field.default
     for name, value in values.items():
-        text = yaml.safe_dump({name: value}, default_flow_style=None, width=1000).strip()
-        yield from text.splitlines() if name in given else [f"{text}  # default"]
+        text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+        line = f"{name}: {text.strip().removesuffix(END).strip()}"
+        yield line if name in given else f"{line}  # default"
 
 
 def _parse(text: str, source: str) -> Any:
