@@ -105,6 +105,9 @@ def test_valid_anchors_have_their_label_in_the_mask():
     found = {(k, t) for k, _, t in valid_steps(batch, 3).nonzero().tolist()}
     assert found == expected
     assert loss_weight(LossConfig(steps=3), batch) == len(expected)
+    chained = {(k, t) for k, t in expected if all((j, t) in expected for j in range(k))}
+    assert len(chained) < len(expected)
+    assert loss_weight(LossConfig(kind="e2e_tv", steps=3), batch) == len(chained)
 
 
 def test_figures_against_plain_counting(case):

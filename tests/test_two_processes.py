@@ -44,9 +44,10 @@ def test_two_processes_equal_one(tmp_path, kind):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--standalone", str(HERE / "two_processes_worker.py")]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
     done = subprocess.run(
         [*command, str(pair), str(data), kind],
-        env=environment | {"PYTHONPATH": str(HERE)},
+        env=environment | {"PYTHONPATH": os.pathsep.join([str(HERE), *inherited])},
         capture_output=True,
         text=True,
         timeout=300,
