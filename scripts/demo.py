@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from headstart.model.target import Target
 
 RECIPE = "demo"
+DRAFT_VOCAB = 4096  # of the recipe
 ANSWER_TOKENS = 128
 SHOWN_PROMPT = "Explain why the sky is blue, and give an example that a child would understand."
 
@@ -101,6 +102,8 @@ def _train(target: Target, source: str, answers: Path, out: Path) -> Path:
         f"train.output={json.dumps(str(output))}",
         f"eval.prompts={json.dumps(str(shipped_prompts('heldout')))}",
     ]
+    if target.vocab_size <= DRAFT_VOCAB:  # nothing to leave out
+        overrides.append("head.draft_vocab=null")
     if (output / "state").exists():
         overrides.append("train.resume=true")
     best = run_recipe(load_recipe(find_recipe(RECIPE), overrides), target)
