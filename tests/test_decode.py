@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from families import FAMILIES, padded, prompts
+from oracle import Oracle
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
@@ -18,8 +20,6 @@ from headstart.inference.sampling import Sampler
 from headstart.inference.stats import PHASES, Stats
 from headstart.model.target import Target
 from headstart.model.tree import TreeShape
-from tests.families import FAMILIES, padded, prompts
-from tests.oracle import Oracle
 
 LENGTHS = [11, 4, 17]
 NEW_TOKENS = 20

@@ -11,6 +11,8 @@ from functools import cache
 
 import pytest
 import torch
+from families import FAMILIES, padded, prompts
+from oracle import Oracle
 from torch import Tensor
 
 from headstart.inference.decode import Stop, decode, plain
@@ -19,8 +21,6 @@ from headstart.inference.stats import Stats
 from headstart.model.head import DraftHead, kinds, make_head
 from headstart.model.target import Target
 from headstart.model.tree import TreeShape
-from tests.families import FAMILIES, padded, prompts
-from tests.oracle import Oracle
 
 NEW_TOKENS = 24
 LENGTHS = {1: [13], 3: [11, 4, 17]}

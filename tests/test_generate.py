@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, VOCAB, prompts
+from oracle import Oracle
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
@@ -32,8 +34,6 @@ from headstart.model.head import make_head
 from headstart.model.meta import HeadMeta
 from headstart.model.target import Target
 from headstart.model.tree import TreeShape
-from tests.families import FAMILIES, VOCAB, prompts
-from tests.oracle import Oracle
 
 LENGTHS = [11, 4, 17]
 NEW_TOKENS = 14
