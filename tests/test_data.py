@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from headstart.model.target import Target
-from headstart.training.data import Batches, Corpus, frequent_tokens
+from headstart.training.data import Batches, Corpus, frequent_tokens, padded_length
 from headstart.training.recipe import DataConfig
 from headstart.training.render import render
 from headstart.training.sources import held_out_batches, read_conversations
@@ -220,6 +220,12 @@ def test_every_row_once_per_epoch_under_the_budget(batches):
     assert orders[0] != orders[1] != orders[2]
     padded = sum(int(batches.lengths[rows].max()) * len(rows) for rows in orders[0])
     assert padded < 1.25 * int(batches.lengths.sum())  # rows of a batch have similar lengths
+
+
+def test_few_lengths_occur():
+    columns = [padded_length(length, 1000) for length in range(1, 1001)]
+    assert all(0 <= c - n <= n / 8 for n, c in enumerate(columns, 1))
+    assert max(columns) == 1000 and len(set(columns)) < 70
 
 
 def test_a_position_means_the_same_whenever_it_is_asked_for(batches):

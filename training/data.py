@@ -38,17 +38,22 @@ class Batch:
         A process without a row gets one that teaches nothing: it has to take part in every
         exchange between the processes all the same.
         """
-        if count == 1:
-            return self
         rows = slice(index, None, count)
         if index >= len(self.lengths_B):
             idle_BT = torch.zeros_like(self.loss_mask_BT[:1, :MIN_TOKENS])
             lengths_B = self.lengths_B[:1].clamp(max=MIN_TOKENS)
             return Batch(self.tokens_BT[:1, :MIN_TOKENS], lengths_B, idle_BT)
-        length = int(self.lengths_B[rows].max())
-        return Batch(
-            self.tokens_BT[rows, :length], self.lengths_B[rows], self.loss_mask_BT[rows, :length]
-        )
+        return Batch(self.tokens_BT[rows], self.lengths_B[rows], self.loss_mask_BT[rows])
+
+
+def padded_length(length: int, longest: int) -> int:
+    """Columns of a batch whose longest row has `length` tokens; `longest`: that of all the data.
+
+    Rounded up by at most an eighth, so that few shapes occur: matrix libraries and allocators keep
+    memory for every new one (on a CPU, gigabytes in an hour).
+    """
+    step = 1 << max(0, length.bit_length() - 4)
+    return min(-(-length // step) * step, longest)
 
 
 class Corpus:
@@ -68,6 +73,7 @@ class Corpus:
         self.trained = torch.cat([empty.bool(), *masks])
         self.lengths = torch.tensor([len(row) for row in tokens], dtype=torch.int64)
         self.starts = self.lengths.cumsum(0) - self.lengths
+        self.longest = int(self.lengths.max()) if tokens else 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -75,7 +81,7 @@ class Corpus:
     def batch(self, rows: Sequence[int]) -> Batch:
         """Some conversations as one batch, on the CPU."""
         lengths_B = self.lengths[list(rows)]
-        shape = (len(rows), int(lengths_B.max()))
+        shape = (len(rows), padded_length(int(lengths_B.max()), self.longest))
         tokens_BT = torch.zeros(shape, dtype=torch.int64)
         mask_BT = torch.zeros(shape, dtype=torch.bool)
         for place, row in enumerate(rows):
@@ -106,7 +112,8 @@ class Batches:
     """
 
     def __init__(self, lengths: Tensor, batch_tokens: int, seed: int):
-        assert len(lengths) and int(lengths.max()) <= batch_tokens
+        self.longest = int(lengths.max())
+        assert self.longest <= batch_tokens
         self.lengths = lengths
         self.batch_tokens, self.seed = batch_tokens, seed
         self._plans: dict[int, list[list[int]]] = {}
@@ -145,7 +152,8 @@ class Batches:
         """rows in order of length, as many per batch as fit."""
         batches: list[list[int]] = [[]]
         for row, length in zip(rows, lengths, strict=True):
-            if (len(batches[-1]) + 1) * length > self.batch_tokens:
+            columns = padded_length(length, self.longest)
+            if (len(batches[-1]) + 1) * columns > self.batch_tokens:
                 batches.append([])
             batches[-1].append(row)
         return [batch for batch in batches if batch]

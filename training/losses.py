@@ -35,6 +35,7 @@ from .data import Batch
 from .metrics import StepSums
 from .recipe import LossConfig
 
+ROUND_ROWS = 64
 BLOCK_BYTES = 1 << 19  # of one fp32 row block on a CPU: several of them fit in a core's cache
 
 
@@ -144,7 +145,9 @@ class _Chunks:
         self.last_FD = seen.last_BTD.detach().flatten(0, 1)
         self.hidden_KFD = [values.flatten(0, 1) for values in hidden]
         # A row that teaches any step also teaches step 0, but for anchors before the start.
-        self.rows_R = valid_KBT[0].flatten().nonzero()[:, 0] + 1
+        rows_R = valid_KBT[0].flatten().nonzero()[:, 0] + 1
+        # Filled up with row 0, which teaches nothing, so that few shapes occur (see data.py).
+        self.rows_R = torch.nn.functional.pad(rows_R, (0, -len(rows_R) % ROUND_ROWS))
         wide = torch.promote_types(torch.float32, hidden[0].dtype)
         slots = (len(hidden), self.last_FD.shape[0] + 1)
         device = valid_KBT.device

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from headstart.model.target import Target
 
-from .data import MIN_TOKENS, Batch, Corpus
+from .data import MIN_TOKENS, Batch, Corpus, padded_length
 from .recipe import DataConfig
 from .render import Rendered, render
 
@@ -230,8 +230,8 @@ def held_out_batches(corpus: Corpus, batch_tokens: int) -> Iterator[Batch]:
     """All of a corpus, longest rows first, under the token budget."""
     rows: list[int] = []
     for row in corpus.lengths.sort(descending=True, stable=True).indices.tolist():
-        longest = int(corpus.lengths[rows[0]]) if rows else 0
-        if rows and (len(rows) + 1) * longest > batch_tokens:
+        first = int(corpus.lengths[rows[0]]) if rows else 0
+        if rows and (len(rows) + 1) * padded_length(first, corpus.longest) > batch_tokens:
             yield corpus.batch(rows)
             rows = []
         rows.append(row)
