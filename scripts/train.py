@@ -66,12 +66,15 @@ def run_recipe(recipe: Recipe, target: Target | None = None) -> Path:
 def open_target(recipe: Recipe) -> Target:
     from headstart.model.pretrained import random_model
     from headstart.model.target import Target
+    from headstart.training.parallel import local_device
 
     config = recipe.target
     if config.random is not None:
         return Target.wrap(random_model(config.random, recipe.train.seed))
     assert config.name is not None
-    return Target.load(config.name, dtype=config.dtype, revision=config.revision)
+    return Target.load(
+        config.name, dtype=config.dtype, device=local_device(), revision=config.revision
+    )
 
 
 def evaluator(

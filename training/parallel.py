@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
@@ -65,8 +66,10 @@ class Team:
 
 
 def local_device() -> torch.device:
-    """Where this process should put the target."""
-    return torch.device(Accelerator().device)
+    """Where this process should put the target: the GPU its launcher means for it, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def clip_gradients(optimizer: Optimizer, limit: float) -> float:
