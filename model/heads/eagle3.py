@@ -73,7 +73,9 @@ class Head(RecurrentHead):
     def defaults(cls, target: Target) -> dict[str, Any]:
         last = target.num_layers - 1
         taps = sorted({min(1, last), max(target.num_layers // 2 - 1, 0), max(last - 3, 0)})
-        return {"layer": layer_sizes(target), "taps": taps}
+        # Engines build this layer without norms and biases of queries and keys.
+        layer = layer_sizes(target) | {"qk_norm": False, "attention_bias": False}
+        return {"layer": layer, "taps": taps}
 
     @torch.no_grad()
     def init_from_target(self) -> None:

@@ -74,7 +74,7 @@ class Head(DraftHead):
         if steps > len(self.heads):
             raise ValueError(
                 f"Medusa has {len(self.heads)} heads and cannot be trained for {steps} steps. "
-                "Raise head.num_heads or lower train.steps_ahead."
+                "Raise head.num_heads or lower loss.steps."
             )
         last_BTD = self._feature(seen)
         return [head(last_BTD) for head in self.heads[:steps]]
