@@ -58,16 +58,12 @@ def compare(
     max_new_tokens: int,
 ) -> dict[str, Result]:
     """Decode the first turns of a prompt file with everyone, in turn."""
-    from headstart.inference.answer import prompt_ids
     from headstart.inference.measure import measure
 
-    from .prompts import read_prompts, shipped_prompts
+    from .prompts import first_turns, read_prompts, shipped_prompts
 
     found, _ = read_prompts([prompts or str(shipped_prompts("heldout"))])
-    ids = [
-        prompt_ids(target, [*one.before, {"role": "user", "content": one.turns[0]}])
-        for one in found[:limit]
-    ]
+    ids = first_turns(target, found[:limit])
     with progress("decoding", len(ids)) as update:
         return measure(target, contestants, ids, max_new_tokens=max_new_tokens, report=update)
 

@@ -7,7 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from headstart.inference.answer import Message, Prompt
+from headstart.inference.answer import Message, Prompt, prompt_ids
+from headstart.model.target import Target
 from headstart.training.sources import read_lines
 
 
@@ -41,6 +42,14 @@ def read_prompts(
     if not prompts:
         raise ValueError(f"There is no prompt in {', '.join(paths)}. Check the files.")
     return list(prompts.values()), broken
+
+
+def first_turns(target: Target, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """What the target reads before it answers the first turn of each prompt."""
+    return [
+        prompt_ids(target, [*one.before, {"role": "user", "content": one.turns[0]}])
+        for one in prompts
+    ]
 
 
 def _lines(

@@ -83,17 +83,13 @@ def evaluator(
     """Real decoding of held-out prompts, or None where the recipe names no prompts."""
     if config.prompts is None:
         return None
-    from headstart.inference.answer import prompt_ids
     from headstart.inference.measure import accepted_length
     from headstart.model.tree import TreeShape
 
-    from .prompts import read_prompts
+    from .prompts import first_turns, read_prompts
 
     prompts, _ = read_prompts([config.prompts])
-    ids = [
-        prompt_ids(target, [*one.before, {"role": "user", "content": one.turns[0]}])
-        for one in prompts[: config.count]
-    ]
+    ids = first_turns(target, prompts[: config.count])
     shape = TreeShape.dynamic(config.nodes, config.depth, config.width)
 
     def evaluate(head: DraftHead) -> Mapping[str, float]:
