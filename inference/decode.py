@@ -267,7 +267,7 @@ class _Loop:
     def _commit(self, read: _Read) -> _Read:
         """Write the path down, and let the complete rows go."""
         self.cache.commit(read.path_BP, read.counts_B)
-        alive = [index for index, row in enumerate(self.rows) if row.room]
+        alive = _closed_up([row.room > 0 for row in self.rows])
         if len(alive) == len(self.rows):
             return read
         self.rows = [self.rows[index] for index in alive]
@@ -306,6 +306,13 @@ class _Loop:
         numbers = [row.number for row in self.rows]
         positions = [row.length for row in self.rows]  # of the token after the root
         return accept(tree, self.sampler.draw(tree, logits_BNV, numbers, positions, prefixes))
+
+
+def _closed_up(alive: Sequence[bool]) -> list[int]:
+    """The places that are alive, the last of them moved into the gaps: most stay where they are."""
+    count = sum(alive)
+    last = [place for place in range(count, len(alive)) if alive[place]]
+    return [place if alive[place] else last.pop() for place in range(count)]
 
 
 def _emitted(accepted: Accepted) -> list[list[int]]:

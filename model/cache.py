@@ -111,13 +111,20 @@ class KVCache(Cache):
         self._pending = 0
 
     def keep(self, rows_B: Tensor) -> None:
-        """Keep these batch rows only, in this order. Pending rows are dropped."""
+        """Keep these batch rows only, in this order. Pending rows are dropped.
+
+        Works in place, and only rows that change their place are copied: a batch may hold
+        gigabytes, and its rows finish one by one.
+        """
+        rows = rows_B.tolist()
+        moved = [place for place, row in enumerate(rows) if place != row]
+        places_M = torch.tensor(moved, dtype=torch.int64, device=rows_B.device)
         for layer in self.kv_layers:
             if layer.is_initialized:
-                layer.keys = layer.keys.index_select(0, rows_B)
-                layer.values = layer.values.index_select(0, rows_B)
+                layer.keys = _kept(layer.keys, rows_B, places_M)
+                layer.values = _kept(layer.values, rows_B, places_M)
         self.lengths_B = self.lengths_B[rows_B]
-        self._set_lengths([self._lengths[row] for row in rows_B.tolist()])
+        self._set_lengths([self._lengths[row] for row in rows])
         self._pending = 0
 
     def _shifts(self) -> list[int]:
@@ -150,6 +157,13 @@ def _in_place(path: list[int], shift: int) -> int:
         return 0
     same = (place for place, node in enumerate(path) if place != node)
     return next(same, 1 << 62)
+
+
+def _kept(columns: Tensor, rows_B: Tensor, places_M: Tensor) -> Tensor:
+    """The rows rows_B as a view; places_M: where another row than before comes to lie."""
+    if len(places_M):
+        columns[places_M] = columns[rows_B[places_M]]
+    return columns[: len(rows_B)]
 
 
 def _grown(columns: Tensor, used: int, needed: int) -> Tensor:

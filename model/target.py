@@ -9,6 +9,7 @@ R any leading dimensions.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,7 @@ class Target:
         self._head = output_head(model, name)
         self._decoder = inner_model(model)
         self._layers = decoder_layers(self._decoder, self.config, name)
+        self._cache_name = _cache_name(self._decoder)
         self._windows = Windows.of(self.config)
         self._finish = LogitsRule.of(self.config)
         self._subsets: list[tuple[Tensor, int, Tensor, Tensor | None]] = []
@@ -155,8 +157,8 @@ class Target:
                 input_ids=ids_BT,
                 attention_mask=mask,
                 position_ids=steps_BT,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{self._cache_name: cache},
             ).last_hidden_state
         return Seen(self.unembed(last_BTD) if logits else None, last_BTD, hidden)
 
@@ -215,6 +217,12 @@ class Target:
 def _steps(ids_BT: Tensor) -> Tensor:
     """Positions of a text behind what came before it."""
     return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand(ids_BT.shape)
+
+
+def _cache_name(decoder: nn.Module) -> str:
+    """What the model calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    known = inspect.signature(decoder.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def _plain(cache: KVCache, ids_BT: Tensor) -> bool:

@@ -15,7 +15,7 @@ from oracle import Oracle
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
-from headstart.inference.decode import Stop, decode, plain
+from headstart.inference.decode import Stop, _closed_up, decode, plain
 from headstart.inference.sampling import Sampler
 from headstart.inference.stats import PHASES, Stats
 from headstart.model.target import Target
@@ -227,6 +227,20 @@ def test_stops_at_the_end_of_the_context() -> None:
     )
     both(target, ids_BT, mask_BT, truth, Stop(100))
     assert asked and max(asked) < 16
+
+
+@pytest.mark.parametrize(
+    ("alive", "places"),
+    [
+        ([True, True], [0, 1]),
+        ([False, True, True], [2, 1]),
+        ([False, True, False, True, True], [4, 1, 3]),
+        ([True, False, False], [0]),
+    ],
+)
+def test_most_rows_stay_in_place(alive: list[bool], places: list[int]) -> None:
+    """So that a large cache is not copied whenever a row of the batch is complete."""
+    assert _closed_up(alive) == places
 
 
 @pytest.mark.parametrize("length", [16, 20])

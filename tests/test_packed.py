@@ -28,7 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(130, 128), (128, 192), (1031, 64)])
+@pytest.mark.parametrize("shape", [(130, 128), (128, 192), (1031, 64), (1030, 1024)])
 @pytest.mark.parametrize("rows", [(1,), (3,), (4,), (2, 5), (64,), (65,), (3, 70)])
 def test_packed_equals_default(calls, shape, bias, rows):
     layer = nn.Linear(*shape[::-1], bias=bias).requires_grad_(False)

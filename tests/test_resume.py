@@ -59,11 +59,13 @@ def run(recipe: Recipe, target: Target, **settings) -> None:
     train(recipe, target=target, head=tiny_head(target, draft_vocab=20), **settings)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "how", [{"precision": "float32"}, {"precision": "bfloat16"}, {"optimizer": "muon"}]
+)
 @pytest.mark.parametrize("stop", ["asked", "cut"])
-def test_resume_equals_not_stopping(target, data, tmp_path, stop, precision):
+def test_resume_equals_not_stopping(target, data, tmp_path, stop, how):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run(recipe_for(whole, data, precision=precision), target)
+    run(recipe_for(whole, data, **how), target)
 
     def at_five(at: Progress) -> None:
         if at.kind == "train" and at.step == 5:
@@ -72,11 +74,11 @@ def test_resume_equals_not_stopping(target, data, tmp_path, stop, precision):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(PowerCut if stop == "cut" else Interrupted):
-        run(recipe_for(cut, data, precision=precision), target, log=at_five)
+        run(recipe_for(cut, data, **how), target, log=at_five)
     saved_step = json.loads((cut / "state" / "state.json").read_text())["step"]
     assert saved_step == (3 if stop == "cut" else 5)
     torch.manual_seed(99)  # whatever the machine did in between
-    run(recipe_for(cut, data, precision=precision, resume=True), target)
+    run(recipe_for(cut, data, **how, resume=True), target)
 
     (ours, our_lines, our_facts), (theirs, lines, facts) = everything(cut), everything(whole)
     assert ours.keys() == theirs.keys()

@@ -167,12 +167,13 @@ def test_the_tiny_models_are_not_degenerate(family: str) -> None:
     assert len(set(said)) > 3, said
 
 
+@pytest.mark.parametrize("left", [[2, 1], [0, 1], [1, 2], [1, 0]])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "deepseek_v3", "gpt_oss"])
-def test_finished_rows_can_leave(family: str) -> None:
+def test_finished_rows_can_leave(family: str, left: list[int]) -> None:
     rows = Batch(target_of(family), LENGTHS[3])
     rows.check_tree(1)
-    rows.cache.keep(torch.tensor([2, 1]))
-    rows.texts = [rows.texts[2], rows.texts[1]]
+    rows.cache.keep(torch.tensor(left))
+    rows.texts = [rows.texts[row] for row in left]
     rows.check_tree(2)
 
 

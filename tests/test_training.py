@@ -38,7 +38,7 @@ from headstart.model.target import Target
 from headstart.model.tree import TreeShape
 from headstart.training.interrupt import Interrupted
 from headstart.training.loop import Result, train
-from headstart.training.optim import learning_rate, make_optimizer
+from headstart.training.optim import learning_rate, make_optimizers
 from headstart.training.recipe import Recipe, TrainConfig, make_recipe
 from headstart.training.report import Progress
 
@@ -290,16 +290,22 @@ def test_learning_rate():
     assert learning_rate(TrainConfig(output="x", lr=2.0, warmup=0), 0, 1) == 2.0
 
 
-def test_norms_and_biases_do_not_decay(target):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_norms_and_biases_do_not_decay(target, name):
     head = tiny_head(target)
-    config = TrainConfig(output="x", weight_decay=0.1)
-    decays = {
-        id(parameter): group["weight_decay"]
-        for group in make_optimizer(head, config).param_groups
+    config = TrainConfig(output="x", weight_decay=0.1, optimizer=name)
+    groups = [
+        (parameter, group["weight_decay"], type(optimizer).__name__.lower())
+        for optimizer in make_optimizers(head, config)
+        for group in optimizer.param_groups
         for parameter in group["params"]
-    }
-    for parameter in head.parameters():
-        assert decays[id(parameter)] == (0.1 if parameter.dim() > 1 else 0.0)
+    ]
+    assert {id(parameter) for parameter, *_ in groups} == {id(one) for one in head.parameters()}
+    assert len(groups) == len(list(head.parameters()))
+    for parameter, decay, optimizer in groups:
+        matrix = parameter.dim() > 1
+        assert decay == (0.1 if matrix else 0.0)
+        assert optimizer == (name if matrix else "adamw")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")

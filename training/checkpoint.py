@@ -1,6 +1,6 @@
 """Saving a run so that it can go on bit for bit, and so that no failure costs the last save.
 
-A checkpoint is a folder: `state.safetensors` with the head's weights and the optimizer's tensors,
+A checkpoint is a folder: `state.safetensors` with the head's weights and the optimizers' tensors,
 `state.json` with the rest. It is written beside the old one and then renamed.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ def could_not_save(folder: Path, error: OSError) -> OSError:
 
 
 def save_state(
-    folder: Path, head: nn.Module, optimizer: Optimizer, facts: Mapping[str, Any]
+    folder: Path, head: nn.Module, optimizers: Sequence[Optimizer], facts: Mapping[str, Any]
 ) -> None:
     """facts: anything JSON can hold."""
     tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, values in optimizer.state_dict()["state"].items():
+            place = f"optimizer.{number}.{index}"
+            tensors |= {f"{place}.{name}": value for name, value in values.items()}
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
     try:
@@ -64,7 +66,7 @@ def load_facts(folder: Path) -> dict[str, Any] | None:
     return facts
 
 
-def load_state(folder: Path, head: nn.Module, optimizer: Optimizer) -> None:
+def load_state(folder: Path, head: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Put weights and optimizer state back. ValueError when the checkpoint is another head's."""
     try:
         tensors = safetensors.torch.load_file(folder / TENSORS)
@@ -85,14 +87,15 @@ def load_state(folder: Path, head: nn.Module, optimizer: Optimizer) -> None:
             f"The checkpoint {folder} belongs to another head: {error} Use the recipe it was made "
             "with, or another train.output."
         ) from error
-    _load_optimizer(tensors, optimizer)
+    for number, optimizer in enumerate(optimizers):
+        _load_optimizer(tensors, f"optimizer.{number}.", optimizer)
 
 
-def _load_optimizer(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+def _load_optimizer(tensors: Mapping[str, Tensor], prefix: str, optimizer: Optimizer) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
+        if name.startswith(prefix):
+            index, key = name.removeprefix(prefix).split(".", 1)
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}

@@ -31,7 +31,7 @@ from .data import Batch, Batches
 from .interrupt import Interrupted, StopRequest
 from .losses import Loss, loss_sum, loss_weight
 from .metrics import StepSums
-from .optim import learning_rate, make_optimizer, set_learning_rate
+from .optim import learning_rate, make_optimizers, set_learning_rate
 from .parallel import Team, clip_gradients
 from .recipe import LossConfig, Recipe
 from .report import Log, Report
@@ -106,7 +106,7 @@ class _Run:
         self.data_hash = fingerprint(self.corpus)
         self.batches = Batches(self.corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
         self.total = self._total_steps()
-        self.optimizer = make_optimizer(head, recipe.train)
+        self.optimizers = make_optimizers(head, recipe.train)
         self.at = Standing()
         if facts is not None:
             self._resume(facts)
@@ -161,12 +161,13 @@ class _Run:
             sums = sums + result.sums
         sums = StepSums.unpack(self.team.sum(sums.pack()).cpu())
         figures = sums.figures()
-        norm = clip_gradients(self.optimizer, config.clip)
+        norm = clip_gradients(self.head, config.clip)
         self._must_be_finite(figures["loss"], norm, batches)
         rate = learning_rate(config, self.at.step, self.total)
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        set_learning_rate(self.optimizers, rate)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self._advance(tokens, sums)
         speed = tokens / (time.monotonic() - began)
         extra = {"lr": rate, "gradient_norm": norm, "tokens_per_second": speed}
@@ -265,7 +266,7 @@ class _Run:
         if self.team.main:
             recipe = self.recipe.model_dump(mode="json")
             facts = asdict(self.at) | {"data_hash": self.data_hash, "recipe": recipe}
-            save_state(self.folder / FOLDER, self.head, self.optimizer, facts)
+            save_state(self.folder / FOLDER, self.head, self.optimizers, facts)
             self._save_head("last")
         self.team.wait()
 
@@ -275,7 +276,7 @@ class _Run:
                 f"The data has changed since {self.folder / FOLDER} was saved, so the run cannot "
                 "go on where it stopped. Restore the data, or start anew in another train.output."
             )
-        load_state(self.folder / FOLDER, self.head, self.optimizer)
+        load_state(self.folder / FOLDER, self.head, self.optimizers)
         self.head.bind(self.target)  # forgets what it worked out from the old weights
         names = Standing.__dataclass_fields__
         self.at = Standing(**{name: facts[name] for name in names})

@@ -1,23 +1,45 @@
-"""AdamW, and a learning rate that is a function of the step alone."""
+"""The optimizers, and a learning rate that is a function of the step alone."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 
 from .recipe import TrainConfig
 
 
-def make_optimizer(module: nn.Module, config: TrainConfig) -> Optimizer:
-    """AdamW (arXiv 1711.05101); norms and biases do not decay."""
+def make_optimizers(module: nn.Module, config: TrainConfig) -> list[Optimizer]:
+    """AdamW (arXiv 1711.05101) for everything, or Muon for the matrices and AdamW for the rest.
+
+    Norms and biases do not decay. Muon's updates are scaled to the size of AdamW's (arXiv
+    2502.16982), so that one learning rate serves both.
+    """
     trained = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() > 1]
+    rest = [p for p in trained if p.dim() <= 1]
+    if config.optimizer == "muon":
+        muon = [p for p in matrices if p.dim() == 2]
+        adamw = [p for p in matrices if p.dim() != 2]
+        first: list[Optimizer] = [
+            Muon(
+                muon,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=config.betas[1],
+                adjust_lr_fn="match_rms_adamw",
+            )
+        ]
+    else:
+        first, adamw = [], matrices
     groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": adamw, "weight_decay": config.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
     ]
-    return AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
+    groups = [group for group in groups if group["params"]]
+    return [*first, *([AdamW(groups, lr=config.lr, betas=config.betas)] if groups else [])]
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
@@ -30,6 +52,7 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     return config.lr * (config.lr_floor + (1 - config.lr_floor) * cosine)
 
 
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def set_learning_rate(optimizers: Sequence[Optimizer], rate: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate

@@ -9,7 +9,6 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 
 class Team:
@@ -72,7 +71,6 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def clip_gradients(optimizer: Optimizer, limit: float) -> float:
+def clip_gradients(module: nn.Module, limit: float) -> float:
     """Scale the gradients down to a norm of at most `limit`; returns the norm before."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return float(nn.utils.clip_grad_norm_(parameters, limit))
+    return float(nn.utils.clip_grad_norm_(module.parameters(), limit))

@@ -119,16 +119,18 @@ class TrainConfig(Section):
     """How to optimise.
 
     output: folder of the run. epochs: passes over the data, unless steps says how many optimizer
-    steps. accumulate: batches per optimizer step. lr falls as a cosine to lr_floor * lr after a
-    linear warm-up over the part `warmup` of the run. precision: of the head's matrix products; its
-    weights are always float32. save_every: steps between checkpoints to resume from (0: only at
-    the end).
+    steps. accumulate: batches per optimizer step. optimizer: muon trains matrices with Muon, which
+    needs fewer steps, and the rest with AdamW; betas[1] is then its momentum too. lr falls as a
+    cosine to lr_floor * lr after a linear warm-up over the part `warmup` of the run. precision: of
+    the head's matrix products; its weights are always float32. save_every: steps between
+    checkpoints to resume from (0: only at the end).
     """
 
     output: str
     epochs: int = Field(default=1, ge=1)
     steps: int | None = Field(default=None, ge=1)
     accumulate: int = Field(default=1, ge=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=6e-4, gt=0)
     lr_floor: float = Field(default=0.1, ge=0, le=1)
     warmup: float = Field(default=0.04, ge=0, le=1)
