@@ -60,12 +60,14 @@ def _usage(head: DraftHead) -> str:
 
 def _table(meta: HeadMeta) -> str:
     rows = [
-        "| prompts | tokens | accepted length | acceptance by depth | speedup | conditions |",
-        "|---|--:|--:|---|--:|---|",
+        "| prompts | tokens | identical | accepted length | acceptance by depth | speedup "
+        "| conditions |",
+        "|---|--:|--:|--:|---|--:|---|",
         *map(_row, meta.measured),
         "",
-        "Accepted length: tokens per forward pass of the target. Speedup: total tokens over total "
-        "time, relative to plain decoding in the same engine.",
+        "Identical: answers that equal those of plain decoding. Accepted length: tokens per "
+        "forward pass of the target. Speedup: total tokens over total time, relative to plain "
+        "decoding in the same engine.",
     ]
     return "\n".join(rows)
 
@@ -76,6 +78,7 @@ def _row(measured: Measurement) -> str:
     cells = [
         measured.prompts,
         f"{measured.tokens:,}",
+        f"{measured.identical}/{measured.answers}" if measured.answers else "",
         f"{measured.accepted_length:.2f}",
         depths,
         speedup,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ from .engines import LM_HEAD, engine_keys, lm_head_rows, tensor_name
 from .files import written_beside
 from .head import DraftHead, head_class
 from .indexed import write_index
-from .meta import HeadMeta
+from .meta import HeadMeta, Measurement
 from .target import Target
 
 HEADS = "draft_heads"
@@ -134,6 +135,29 @@ def _write_head(head: DraftHead, part: Path, config: dict[str, Any], with_lm_hea
 def read_head_file(folder: str | Path) -> HeadFile:
     """What the head in a folder (or in a fused one) is, how it was trained, what was measured."""
     return _read_file(_head_folder(folder))
+
+
+def record(folder: str | Path, head: DraftHead, measured: Measurement) -> None:
+    """Add a measurement to a head's folder, or to a fused one and its card.
+
+    It takes the place of an earlier one on the same prompts under the same conditions.
+    """
+    inner = _head_folder(folder)
+    meta = _read_file(inner).meta
+    same = (measured.prompts, measured.conditions)
+    others = [one for one in meta.measured if (one.prompts, one.conditions) != same]
+    meta = meta.model_copy(update={"measured": (*others, measured)})
+    config = json.loads((inner / CONFIG).read_text(encoding="utf-8"))
+    config[OURS]["meta"] = meta.model_dump(mode="json")
+    _replace(inner / CONFIG, json.dumps(config, indent=2) + "\n")
+    if is_fused(folder):
+        _replace(Path(folder) / CARD, model_card(head, meta, Path(folder)))
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def load_head(folder: str | Path, target: Target) -> DraftHead:

@@ -10,8 +10,8 @@ class Measurement(BaseModel):
 
     accepted_length: emitted tokens per forward pass of the target, the bonus token included.
     acceptance: share of rounds in which the token of each depth was accepted. speedup: total tokens
-    over total time, relative to plain decoding in the same engine. conditions: machine, dtype and
-    versions, tree shape and sampling.
+    over total time, relative to plain decoding in the same engine. identical: answers that equal
+    the plain ones, of `answers`. conditions: machine, dtype and versions, tree shape and sampling.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -21,6 +21,8 @@ class Measurement(BaseModel):
     accepted_length: float
     acceptance: tuple[float, ...] = ()
     speedup: float | None = None
+    answers: int = 0
+    identical: int = 0
     conditions: str
 
 

@@ -16,6 +16,7 @@ from .ui import console, progress
 
 if TYPE_CHECKING:
     from headstart.inference.measure import Contestant, Result
+    from headstart.model.meta import Measurement
     from headstart.model.target import Target
 
 
@@ -33,21 +34,52 @@ def evaluate(
     width: Annotated[int | None, typer.Option(min=1)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    record: Annotated[
+        bool, typer.Option(help="Add the figures to the checkpoint and to its card.")
+    ] = False,
 ) -> None:
     """Decode prompts plainly and with the head, in turn, and compare."""
     from headstart.inference.measure import Contestant
     from headstart.model.fused import load_fused
+    from headstart.model.fused import record as write_down
 
     from .generate import tree_shape
     from .shipped import shipped_checkpoint
 
-    target, head = load_fused(folder or shipped_checkpoint(), dtype=dtype)
+    folder = folder or shipped_checkpoint()
+    target, head = load_fused(folder, dtype=dtype)
     contestants = {head.kind: Contestant(head, tree_shape(nodes, depth, width))}
     results = compare(target, contestants, prompts, limit, max_new_tokens)
     figures = report(target, contestants, results)
     if out is not None:
         out.write_text(json.dumps(figures, indent=2) + "\n")
+    if record:
+        name = Path(prompts).name if prompts else "heldout.jsonl"
+        write_down(folder, head, measurement(figures, head.kind, name, max_new_tokens))
     print(json.dumps(figures))
+
+
+def measurement(
+    figures: Mapping[str, Any], name: str, prompts: str, max_new_tokens: int
+) -> Measurement:
+    """One contestant's figures in the form that a checkpoint keeps."""
+    from headstart.model.meta import Measurement
+
+    one, tree, where = figures["results"][name], figures["trees"][name], figures["conditions"]
+    return Measurement(
+        prompts=f"{prompts}, {one['prompts']} prompts, {max_new_tokens} tokens each at most",
+        tokens=one["tokens"],
+        accepted_length=one["accepted_length"],
+        acceptance=tuple(one["acceptance_per_depth"]),
+        speedup=one["speedup"],
+        answers=one["prompts"],
+        identical=one["identical"],
+        conditions=(
+            f"{where['device']}, {where['threads']} threads, {where['dtype']}, greedy, tree of "
+            f"{tree['nodes']} nodes (depth {tree['depth']}, width {tree['width']}), "
+            f"torch {where['torch']}, transformers {where['transformers']}"
+        ),
+    )
 
 
 def compare(

@@ -12,6 +12,7 @@ import pytest
 from chatty import save
 from typer.testing import CliRunner, Result
 
+from headstart.model.fused import read_head_file
 from headstart.scripts import ui
 from headstart.scripts.cli import app
 
@@ -92,11 +93,14 @@ def test_main_job(kind, target, prompts, recipe, tmp_path):
     figures_file = tmp_path / "figures.json"
     run(
         "eval", tmp_path / "fused", "--prompts", prompts, "--limit", 3,
-        "--max-new-tokens", 12, "--out", figures_file,
+        "--max-new-tokens", 12, "--out", figures_file, "--record",
     )  # fmt: skip
     figures = json.loads(figures_file.read_text())["results"]
     assert figures[kind]["identical"] == figures[kind]["prompts"] == 3
     assert figures[kind]["accepted_length"] >= 1
+    (kept,) = read_head_file(tmp_path / "fused").meta.measured
+    assert kept.accepted_length == figures[kind]["accepted_length"]
+    assert f"| {kept.prompts} | {kept.tokens} | 3/3 |" in (tmp_path / "fused/README.md").read_text()
     settings = ("--max-new-tokens", 12)
     fast = run("generate", tmp_path / "fused", "tell me", *settings).output
     slow = run("generate", tmp_path / "fused", "tell me", "--plain", *settings).output

@@ -40,6 +40,8 @@ META = HeadMeta(
             accepted_length=2.354,
             acceptance=(0.71, 0.42),
             speedup=1.62,
+            answers=8,
+            identical=8,
             conditions="16 nodes, greedy, float32",
         ),
     ),
@@ -350,7 +352,7 @@ def test_model_card_tells_what_was_measured(target: Target, tmp_path: Path, plai
     card = model_card(trained(target, "eagle3"), META, tmp_path)
     for fact in ("license: mit", "base_model: someone/tiny-llama", "123,456", "vLLM"):
         assert fact in card
-    row = "| held-out chat | 2,048 | 2.35 | 0.71 0.42 | 1.62 | 16 nodes, greedy, float32 |"
+    row = "| held-out chat | 2,048 | 8/8 | 2.35 | 0.71 0.42 | 1.62 | 16 nodes, greedy, float32 |"
     assert row in card
     unmeasured = META.model_copy(update={"measured": ()})
     assert "Not measured." in model_card(trained(target, "eagle3"), unmeasured, tmp_path)
