@@ -1,10 +1,18 @@
 """Faster reads of a few rows in float32 on a CPU.
 
 The matrix products of a tree have 4 to 64 rows, and there the default float32 kernel costs up to
-three times as much as one with weights in a blocked layout of its own. oneDNN's is the fastest for
-large weights, MKL's, whose calls cost less, for small ones (Xeon with AVX-512, two threads, 8 rows,
-default / oneDNN / MKL in ms: 49152 x 576 13.3 / 5.1 / 6.1, 576 x 576 0.077 / 0.074 / 0.065).
-One row and long texts stay where they are fastest, with the default kernel.
+three times as much as one with weights in a blocked layout of its own. Which is the fastest depends
+on the maker of the processor, because MKL is made for Intel's (two threads, ms by default / oneDNN
+/ MKL):
+
+    rows  weights        Xeon, AVX-512        EPYC, AVX2
+    1     49152 x 576    default              13.9 / 8.1 / 7.2
+    8     49152 x 576    13.3 / 5.1 / 6.1     32.3 / 10.1 / 23.8
+    1     576 x 576      default              0.13 / 0.11 / 0.15
+    8     576 x 576      0.077 / 0.074 / 0.065    0.19 / 0.16 / 0.28
+
+So Intel's keep the default for one row and take MKL for small weights; all others take oneDNN for
+both. Long texts stay with the default kernel.
 
 The packed copy is made at the first such read, beside the weights: they stay as they are, are saved
 and hashed as before, and take twice the memory. Both kernels sum in float32.
@@ -12,16 +20,26 @@ and hashed as before, and take twice the memory. Both kernels sum in float32.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROWS = range(4, 65)  # where packed weights won in every shape tried
+
+def _made_by_intel() -> bool:
+    """Whether the processor is one that MKL is made for."""
+    info = Path("/proc/cpuinfo")  # Linux; the others name the maker through Python
+    return "GenuineIntel" in (info.read_text() if info.exists() else platform.processor())
+
+
+INTEL = _made_by_intel()
+ROWS = range(4 if INTEL else 1, 65)  # where packed weights won in every shape tried
 SMALLEST = 1 << 14  # weights; below, a call costs more than it saves
-MKL_BELOW = 1 << 20  # weights; a build of torch without MKL (not x86) has oneDNN for all
-USUAL = 8  # rows that MKL's layout is made for; others work with it too
+MKL_BELOW = 1 << 20  # weights
+MKL_LAYOUT, ONEDNN_LAYOUT = 8, 4  # rows that the layouts are made for; others work with them too
 
 
 def pack_linears(model: nn.Module) -> None:
@@ -56,9 +74,9 @@ def packed_linear(module: nn.Linear) -> Callable[[Tensor], Tensor]:
 def _packed(weight: Tensor) -> Tensor:
     result: Tensor
     if _for_mkl(weight):
-        result = torch.ops.mkl._mkl_reorder_linear_weight(weight, USUAL)
+        result = torch.ops.mkl._mkl_reorder_linear_weight(weight, MKL_LAYOUT)
     else:
-        result = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS.start)
+        result = torch.ops.mkldnn._reorder_linear_weight(weight, ONEDNN_LAYOUT)
     return result
 
 
@@ -74,7 +92,7 @@ def _product(hidden: Tensor, packed: Tensor, module: nn.Linear) -> Tensor:
 
 
 def _for_mkl(weight: Tensor) -> bool:
-    return torch.backends.mkl.is_available() and weight.numel() < MKL_BELOW
+    return INTEL and torch.backends.mkl.is_available() and weight.numel() < MKL_BELOW
 
 
 def _worth_it(weight: Tensor) -> bool:
