@@ -181,7 +181,7 @@ def load_head(folder: str | Path, target: Target) -> DraftHead:
             "guesses are worth little. Use the target it was trained on, or train a new head."
         )
     _fill(head, folder / WEIGHTS)
-    return head.to(device=target.device, dtype=target.dtype).bind(target).eval()
+    return head.for_decoding(target)
 
 
 def _fill(head: DraftHead, path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from .packed import pack_linears
 from .seen import Seen
 from .tree import Children, Tree, TreeShape
 
@@ -86,6 +87,12 @@ class DraftHead(nn.Module, ABC):
             )
         self._target = [target]
         self._draft_ids = None
+        return self
+
+    def for_decoding(self, target: Target) -> DraftHead:
+        """This head on the target's device and in its dtype, bound and ready to draft."""
+        self.to(device=target.device, dtype=target.dtype).bind(target).eval()
+        pack_linears(self)
         return self
 
     def set_draft_vocab(self, token_ids: Tensor) -> None:

@@ -43,10 +43,7 @@ MKL_LAYOUT, ONEDNN_LAYOUT = 8, 4  # rows that the layouts are made for; others w
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Let every float32 linear layer on a CPU use packed weights for a few rows.
-
-    The model is frozen: weights that change afterwards are not seen by packed reads.
-    """
+    """Let every float32 linear layer on a CPU use packed weights for a few rows."""
     if not torch.backends.mkldnn.is_available():
         return
     for module in model.modules():
@@ -57,18 +54,25 @@ def pack_linears(model: nn.Module) -> None:
 
 def packed_linear(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     """The layer's forward pass, with packed weights where they are faster."""
-    packed: list[Tensor] = []
+    made_from: tuple[int, int] | None = None
+    packed: Tensor | None = None
 
     def forward(hidden: Tensor) -> Tensor:
+        nonlocal made_from, packed
         rows = hidden.numel() // hidden.shape[-1]
-        plain = rows not in ROWS or hidden.dtype != torch.float32 or torch.is_grad_enabled()
-        if plain or torch.compiler.is_compiling():
+        known = hidden.dtype == torch.float32 and hidden.is_cpu and rows in ROWS
+        if not known or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.linear(hidden, module.weight, module.bias)
-        if not packed:
-            packed.append(_packed(module.weight))
-        return _product(hidden, packed[0], module)
+        if packed is None or made_from != _identity(module.weight):
+            made_from, packed = _identity(module.weight), _packed(module.weight)
+        return _product(hidden, packed, module)
 
     return forward
+
+
+def _identity(weight: Tensor) -> tuple[int, int]:
+    """Changes when the weights are replaced or written to."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def _packed(weight: Tensor) -> Tensor:

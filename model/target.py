@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -50,7 +49,7 @@ class Target:
         self._cache_name = _cache_name(self._decoder)
         self._windows = Windows.of(self.config)
         self._finish = LogitsRule.of(self.config)
-        self._subsets: list[tuple[Tensor, int, Tensor, Tensor | None]] = []
+        self._subsets: list[tuple[Tensor, int, nn.Linear]] = []
         self.hidden_size, self.vocab_size = self._head.in_features, self._head.out_features
         self.num_layers = len(self._layers)
         self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
@@ -181,19 +180,21 @@ class Target:
         """
         if token_ids is None:
             return self._finish(self._head(hidden_RD))
-        weight, bias = self._subset(token_ids)
-        return self._finish(F.linear(hidden_RD, weight, bias))
+        return self._finish(self._subset(token_ids)(hidden_RD))
 
-    def _subset(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _subset(self, token_ids: Tensor) -> nn.Linear:
         """Rows of the LM head, kept for the tensors asked for last."""
         version = token_ids._version  # grows when the tensor is written to
-        for ids, seen_version, weight, bias in self._subsets:
+        for ids, seen_version, rows in self._subsets:
             if ids is token_ids and seen_version == version:
-                return weight, bias
-        weight = self._head.weight[token_ids]
-        bias = None if self._head.bias is None else self._head.bias[token_ids]
-        self._subsets = [(token_ids, version, weight, bias), *self._subsets[: SUBSETS - 1]]
-        return weight, bias
+                return rows
+        rows = nn.Linear(self.hidden_size, len(token_ids), self._head.bias is not None, "meta")
+        rows.weight = nn.Parameter(self._head.weight[token_ids], requires_grad=False)
+        if self._head.bias is not None:
+            rows.bias = nn.Parameter(self._head.bias[token_ids], requires_grad=False)
+        pack_linears(rows)
+        self._subsets = [(token_ids, version, rows), *self._subsets[: SUBSETS - 1]]
+        return rows
 
     @contextmanager
     def _tapped(self, layers: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:

@@ -55,6 +55,20 @@ def test_weights_stay_as_they_are(calls):
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
+def test_weights_that_change_are_packed_again(calls):
+    layer = nn.Linear(128, 256).requires_grad_(False)
+    pack_linears(nn.Sequential(layer))
+    hidden = torch.randn(8, 128)
+    with torch.no_grad():
+        before = layer(hidden)
+        layer.weight.mul_(2)
+        layer.bias.mul_(2)
+        torch.testing.assert_close(layer(hidden), 2 * before)
+        layer.load_state_dict({name: value / 2 for name, value in layer.state_dict().items()})
+        torch.testing.assert_close(layer(hidden), before)
+    assert calls == [8, 8, 8]
+
+
 def test_gradients_take_the_default_kernel(calls):
     layer = nn.Linear(128, 256).requires_grad_(False)
     pack_linears(nn.Sequential(layer))

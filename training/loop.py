@@ -243,10 +243,10 @@ class _Run:
         return {f"holdout_{name}": value for name, value in figures.items()}
 
     def _decoding_copy(self) -> DraftHead:
-        """The head as it will be loaded for decoding: in the target's dtype."""
+        """The head as it will be loaded for decoding."""
         copy = type(self.head)(self.head.config)
         copy.load_state_dict(self.head.state_dict())
-        return copy.to(device=self.target.device, dtype=self.target.dtype).bind(self.target).eval()
+        return copy.for_decoding(self.target)
 
     def _save_head(self, name: str) -> None:
         meta = HeadMeta(
