@@ -13,7 +13,10 @@ from headstart.training.sources import read_lines
 
 
 def shipped_prompts(name: str) -> Path:
-    """A prompt file that comes with the package: `train` or `heldout`."""
+    """A prompt file that comes with the package.
+
+    `train` to learn from, `dev` to choose a head by, `heldout` to measure on.
+    """
     return Path(str(resources.files("headstart.configs") / "prompts" / f"{name}.jsonl"))
 
 
