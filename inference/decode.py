@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,6 +155,8 @@ def _started(
             f"Prompts are a matrix of token ids with a mask of the same shape, got "
             f"{tuple(tokens_BT.shape)} and {tuple(mask_BT.shape)}. Give one row per prompt."
         )
+    tokens_BT = tokens_BT.long()  # int32 is common, and no index elsewhere
+    _check_ids(target, tokens_BT[mask_BT != 0])
     rows = _rows(target, tokens_BT, mask_BT, stop)
     lengths_B = torch.tensor([row.length for row in rows], device=target.device)
     # Tokens to the left in their order, padding behind them.
@@ -163,6 +166,15 @@ def _started(
         shape = shape.limited(head.max_depth)
     loop = _Loop(target, head, rows, sampler, stop, shape, Stats() if stats is None else stats)
     return loop.run(packed_BT.to(target.device), lengths_B)
+
+
+def _check_ids(target: Target, ids: Tensor) -> None:
+    odd = ids[(ids < 0) | (ids >= target.vocab_size)]
+    if len(odd):
+        raise ValueError(
+            f"A prompt holds the token {int(odd[0])}, but {target.name} knows the tokens 0 to "
+            f"{target.vocab_size - 1}. Use its own tokenizer."
+        )
 
 
 def _rows(target: Target, tokens_BT: Tensor, mask_BT: Tensor, stop: Stop) -> list[_Row]:
@@ -194,9 +206,24 @@ def _rows(target: Target, tokens_BT: Tensor, mask_BT: Tensor, stop: Stop) -> lis
 
 
 def context_limit(target: Target) -> int | None:
-    """How many tokens the target can read; None where its configuration names no limit."""
+    """How many tokens the target can read; None where its configuration names no limit.
+
+    With longrope (Phi) that is the length it was first trained for. Past it, transformers turns all
+    positions of a read by other angles, while the keys in the cache keep the old ones. What a token
+    then sees depends on which read it came in: a tree would switch sooner than single tokens do.
+    """
     limit: int | None = getattr(target.config, "max_position_embeddings", None)  # ALiBi has none
-    return limit
+    rope: dict[str, Any] = getattr(target.config, "rope_parameters", None) or {}
+    kinds = [
+        rope,
+        *(one for one in rope.values() if isinstance(one, dict)),
+    ]
+    first = [
+        one["original_max_position_embeddings"]
+        for one in kinds
+        if one.get("rope_type") == "longrope"
+    ]
+    return min(first if limit is None else [limit, *first], default=None)
 
 
 class _Loop:

@@ -8,6 +8,7 @@ Legend: B batch rows, N new rows (tree nodes or text positions), S cache columns
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from .target import Target
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+# What the code of a model with windows builds its masks with.
+WINDOW_MASKS = (
+    "create_sliding_window_causal_mask",
+    "create_chunked_causal_mask",
+    "create_masks_for_generate",
+)
 
 
 @dataclass(frozen=True)
@@ -167,9 +174,29 @@ def refuse_config(config: PretrainedConfig, name: str) -> None:
             f"{name} is an encoder-decoder model ({config.model_type}). Tree decoding needs a "
             "decoder-only causal language model. Use another target."
         )
+    if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo
+        raise ValueError(
+            f"{name} ({config.model_type}) cuts its local windows by place in the cache, where the "
+            "branches of a tree lie side by side. Use another target."
+        )
     odd = set(config.to_dict().get("layer_types") or ()) - {FULL, SLIDING, CHUNKED}
     if odd:
         raise ValueError(_recurrent(name, config, f", with layers of {', '.join(sorted(odd))}"))
+
+
+def refuse_unused_window(decoder: nn.Module, config: PretrainedConfig, name: str) -> None:
+    """ValueError where the configuration names a window that the model's code does not apply.
+
+    The window can be longer than any text that is cheap to try, so the code is looked at: it must
+    use transformers' masks with windows.
+    """
+    modules = [vars(sys.modules[one.__module__]) for one in type(decoder).__mro__]
+    windowed = {mask for module in modules for mask in WINDOW_MASKS if mask in module}
+    if Windows.of(config).kinds != (FULL,) and not windowed:
+        raise ValueError(
+            f"{name} ({config.model_type}) has an attention window in its configuration, but its "
+            "code does not apply it in a known way. Use another target."
+        )
 
 
 def _recurrent(name: str, config: PretrainedConfig, layers: str = "") -> str:

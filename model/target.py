@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import KVCache
-from .families import LogitsRule, Windows, decoder_layers, inner_model, output_head, probe, refuse
+from .families import (
+    LogitsRule,
+    Windows,
+    decoder_layers,
+    inner_model,
+    output_head,
+    probe,
+    refuse,
+    refuse_unused_window,
+)
 from .packed import pack_linears
 from .pretrained import open_pretrained
 from .seen import Seen
@@ -45,6 +54,7 @@ class Target:
         self._tokenizer = tokenizer
         self._head = output_head(model, name)
         self._decoder = inner_model(model)
+        refuse_unused_window(self._decoder, self.config, name)
         self._layers = decoder_layers(self._decoder, self.config, name)
         self._cache_name = _cache_name(self._decoder)
         self._windows = Windows.of(self.config)

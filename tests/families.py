@@ -51,6 +51,15 @@ GROUPED = {
     "first_k_dense_replace": 1,
 }
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+ORIGINAL = "original_max_position_embeddings"
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "factor": 8.0,
+    ORIGINAL: 24,
+}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -69,6 +78,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gemma3_text": MIXED | {"head_dim": 8, "query_pre_attn_scalar": 8},
     "phi": {},
     "phi3": {"sliding_window": WINDOW},
+    "phi3_longrope": {
+        "sliding_window": None,
+        "rope_parameters": LONGROPE | {ORIGINAL: 48},
+        ORIGINAL: 48,
+    },
     "glm": {"head_dim": 8},
     "glm4": {"head_dim": 8},
     "glm4_moe": GROUPED | {"head_dim": 8},
@@ -127,7 +141,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "moe_layer_start_index": 0,
     },
 }
-MODEL_TYPES = {"llama_tied": "llama", "qwen2_windows": "qwen2"}
+MODEL_TYPES = {"llama_tied": "llama", "qwen2_windows": "qwen2", "phi3_longrope": "phi3"}
 # Where seed 0 (and those in between) gives a model that repeats itself.
 SEEDS = {
     "qwen2": 1,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from families import FAMILIES, padded, prompts
+from families import FAMILIES, LONGROPE, ORIGINAL, build, padded, prompts
 from oracle import Oracle
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
@@ -313,3 +313,30 @@ def test_gradients_stay_on_for_the_caller(target: Target) -> None:
     steps = plain(target, prompts(LENGTHS)[0][None], sampler=Sampler(), stop=Stop(4))
     next(steps)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_longrope_answers_end_where_the_angles_change(family: str) -> None:
+    settings = {"sliding_window": None, "rope_parameters": LONGROPE, ORIGINAL: 24}
+    model = build(family, settings)
+    target, ids_BT = Target.wrap(model), prompts([11])[0][None]
+    theirs = model.generate(ids_BT, max_new_tokens=NEW_TOKENS, do_sample=False)
+    truth = [theirs[0, 11:].tolist()]
+    assert both(target, ids_BT, None, truth, Stop(NEW_TOKENS)) == [truth[0][: 24 - 11]]
+    with pytest.raises(ValueError, match="reads 24 in all"):
+        plain(target, prompts([24])[0][None], sampler=Sampler(), stop=Stop(NEW_TOKENS))
+
+
+@pytest.mark.parametrize("odd", [-1, 96, 5000])
+def test_tokens_that_do_not_exist_are_refused(target: Target, odd: int) -> None:
+    ids_BT = torch.tensor([[7, odd, 5]])
+    with pytest.raises(ValueError, match=f"holds the token {odd}, but .* tokens 0 to 95"):
+        plain(target, ids_BT, sampler=Sampler(), stop=Stop(4))
+    mask_BT = torch.tensor([[1, 0, 1]])  # padding may be anything
+    assert told(plain(target, ids_BT, mask_BT, sampler=Sampler(), stop=Stop(4)))
+
+
+def test_narrow_token_ids_are_read(target: Target) -> None:
+    ids_BT = prompts([7])[0][None]
+    truth = told(plain(target, ids_BT, sampler=Sampler(), stop=Stop(9)))
+    assert both(target, ids_BT.int(), None, truth, Stop(9)) == truth

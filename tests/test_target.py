@@ -276,6 +276,21 @@ def test_a_model_with_position_biases_is_refused() -> None:
         Target.wrap(build("bloom", {"n_head": 4, "n_layer": 2}))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "settings", "said"),
+    [
+        ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 8}, "by place"),
+        ("moshi", {"sliding_window": WINDOW, "head_dim": 8}, "does not apply it"),
+    ],
+)
+def test_windows_that_are_not_told_by_a_mask_are_refused(
+    model_type: str, settings: dict[str, object], said: str
+) -> None:
+    sizes = {"num_layers": 2, "num_heads": 4} if model_type == "gpt_neo" else {}
+    with pytest.raises(ValueError, match=said):
+        Target.wrap(build(model_type, sizes | settings))
+
+
 def test_encoder_decoders_are_refused() -> None:
     config = T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=VOCAB)
     with pytest.raises(ValueError, match=r"encoder-decoder"):
