@@ -137,6 +137,9 @@ def decode(
     return _started(target, head, tokens_BT, mask_BT, sampler, stop, shape, stats)
 
 
+# Within a caller's inference mode too: a stream may go on after it, and then could not write to a
+# cache that was made in it.
+@torch.inference_mode(False)
 def _started(
     target: Target,
     head: DraftHead | None,
@@ -247,6 +250,7 @@ class _Loop:
         self.state = None if head is None else head.start(self.batch)
         self.layers = () if head is None else head.layers
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, tokens_BT: Tensor, lengths_B: Tensor) -> Iterator[list[list[int]]]:
         self.stats.begin(self.batch, self.target.device)

@@ -111,7 +111,8 @@ class DraftHead(nn.Module, ABC):
     def draft_ids(self) -> Tensor | None:
         """The tokens that can be proposed, ascending, or None for all."""
         if self.d2t is not None and self._draft_ids is None:
-            ids = self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+            with torch.inference_mode(False):  # they are kept, and training may use them later
+                ids = self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
             if bool(ids[0] < 0) or not bool((ids[1:] > ids[:-1]).all()):
                 raise ValueError(
                     "The head's draft vocabulary was never set: its offset table d2t holds no "

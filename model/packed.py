@@ -21,8 +21,8 @@ and hashed as before, and take twice the memory. Both kernels sum in float32.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,31 +48,35 @@ def pack_linears(model: nn.Module) -> None:
         return
     for module in model.modules():
         if type(module) is nn.Linear and _worth_it(module.weight):
-            # On the instance: the model's code and classes stay untouched.
-            module.forward = packed_linear(module)  # type: ignore[method-assign, assignment]
+            module.__class__ = PackedLinear
 
 
-def packed_linear(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """The layer's forward pass, with packed weights where they are faster."""
-    made_from: tuple[int, int] | None = None
-    packed: Tensor | None = None
+class PackedLinear(nn.Linear):
+    """A linear layer with packed weights where they are faster. Made by `pack_linears`."""
 
-    def forward(hidden: Tensor) -> Tensor:
-        nonlocal made_from, packed
-        rows = hidden.numel() // hidden.shape[-1]
-        known = hidden.dtype == torch.float32 and hidden.is_cpu and rows in ROWS
+    _packed: tuple[tuple[int, int], Tensor] | None = None  # what it was made from, and the copy
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.numel() // input.shape[-1]
+        known = input.dtype == torch.float32 and input.is_cpu and rows in ROWS
         if not known or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return F.linear(hidden, module.weight, module.bias)
-        if packed is None or made_from != _identity(module.weight):
-            made_from, packed = _identity(module.weight), _packed(module.weight)
-        return _product(hidden, packed, module)
+            return F.linear(input, self.weight, self.bias)
+        made_from = identity(self.weight)
+        if self._packed is None or self._packed[0] != made_from:
+            self._packed = made_from, _packed(self.weight)
+        return _product(input, self._packed[1], self)
 
-    return forward
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which pack their own weights: the layouts cannot be saved."""
+        return {name: value for name, value in vars(self).items() if name != "_packed"}
 
 
-def _identity(weight: Tensor) -> tuple[int, int]:
-    """Changes when the weights are replaced or written to."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+def identity(tensor: Tensor) -> tuple[int, int]:
+    """Changes when a tensor's values are replaced or written to.
+
+    Tensors of inference mode do not count their writes, so of those only a replacement is seen.
+    """
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _packed(weight: Tensor) -> Tensor:

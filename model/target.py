@@ -29,7 +29,7 @@ from .families import (
     refuse,
     refuse_unused_window,
 )
-from .packed import pack_linears
+from .packed import identity, pack_linears
 from .pretrained import open_pretrained
 from .seen import Seen
 from .tree import Tree
@@ -59,7 +59,7 @@ class Target:
         self._cache_name = _cache_name(self._decoder)
         self._windows = Windows.of(self.config)
         self._finish = LogitsRule.of(self.config)
-        self._subsets: list[tuple[Tensor, int, nn.Linear]] = []
+        self._subsets: list[tuple[Tensor, tuple[int, int], nn.Linear]] = []
         self.hidden_size, self.vocab_size = self._head.in_features, self._head.out_features
         self.num_layers = len(self._layers)
         self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
@@ -194,16 +194,22 @@ class Target:
 
     def _subset(self, token_ids: Tensor) -> nn.Linear:
         """Rows of the LM head, kept for the tensors asked for last."""
-        version = token_ids._version  # grows when the tensor is written to
-        for ids, seen_version, rows in self._subsets:
-            if ids is token_ids and seen_version == version:
+        content = identity(token_ids)
+        for ids, seen_content, rows in self._subsets:
+            if ids is token_ids and seen_content == content:
                 return rows
+        # Rows made in inference mode could not be trained through afterwards.
+        with torch.inference_mode(False), torch.no_grad():
+            rows = self._gathered(token_ids)
+        self._subsets = [(token_ids, content, rows), *self._subsets[: SUBSETS - 1]]
+        return rows
+
+    def _gathered(self, token_ids: Tensor) -> nn.Linear:
         rows = nn.Linear(self.hidden_size, len(token_ids), self._head.bias is not None, "meta")
         rows.weight = nn.Parameter(self._head.weight[token_ids], requires_grad=False)
         if self._head.bias is not None:
             rows.bias = nn.Parameter(self._head.bias[token_ids], requires_grad=False)
         pack_linears(rows)
-        self._subsets = [(token_ids, version, rows), *self._subsets[: SUBSETS - 1]]
         return rows
 
     @contextmanager

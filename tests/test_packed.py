@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
+from families import build
 from torch import nn
 
 from headstart.model import packed
 from headstart.model.packed import ROWS, pack_linears
+from headstart.model.target import Target
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
@@ -80,4 +85,41 @@ def test_gradients_take_the_default_kernel(calls):
 @pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Linear(128, 256).bfloat16()])
 def test_small_and_half_precision_layers_are_left_alone(layer):
     pack_linears(nn.Sequential(layer))
-    assert "forward" not in vars(layer)
+    assert type(layer) is nn.Linear
+
+
+def pickled(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_computes_with_its_own_weights(calls, copied):
+    layer = nn.Linear(128, 256).requires_grad_(False)
+    pack_linears(nn.Sequential(layer))
+    hidden = torch.randn(8, 128)
+    with torch.no_grad():
+        before = layer(hidden)
+        other = copied(layer)
+        assert isinstance(other, nn.Linear) and "_packed" not in vars(other)
+        other.weight.mul_(2)
+        other.bias.mul_(2)
+        torch.testing.assert_close(other(hidden), 2 * before)
+        assert torch.equal(layer(hidden), before)
+    assert calls
+
+
+def test_a_copy_of_a_target_is_a_model_of_its_own():
+    model = build("llama", {"hidden_size": 128, "intermediate_size": 256})
+    Target.wrap(model)
+    ids_1T = torch.arange(6)[None] + 3
+    with torch.no_grad():
+        before = model(ids_1T).logits
+        other = copy.deepcopy(model)
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert not other(ids_1T).logits.any()
+        assert torch.equal(model(ids_1T).logits, before)
+        assert torch.equal(pickled(model)(ids_1T).logits, before)
