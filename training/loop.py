@@ -38,6 +38,7 @@ from .report import Log, Report
 from .sources import held_out_batches, read_conversations
 
 Evaluate = Callable[[DraftHead], Mapping[str, float]]
+TIMED_STEPS = 3  # the first is slower: memory and kernels are set up
 SCORE = "accepted_length"  # what `evaluate` has to return among its figures
 
 
@@ -56,6 +57,7 @@ class Standing:
     """Where a run is: all that a resumed run needs besides weights and optimizer."""
 
     step: int = 0
+    total: int = 0  # optimizer steps of the whole run
     position: int = 0  # batches taken from the data
     tokens: int = 0
     answer_tokens: int = 0
@@ -105,9 +107,8 @@ class _Run:
         self.corpus, self.holdout = data.train, data.holdout
         self.data_hash = fingerprint(self.corpus)
         self.batches = Batches(self.corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
-        self.total = self._total_steps()
+        self.at = Standing(total=self._total_steps())
         self.optimizers = make_optimizers(head, recipe.train)
-        self.at = Standing()
         if facts is not None:
             self._resume(facts)
         else:
@@ -116,20 +117,20 @@ class _Run:
         self.report: Report | None = None
         if self.team.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.report = Report(recipe, self.folder, log, self.total, self.at.step)
-            self.report.note(self.at.step, summary(data))
+            self.report = Report(recipe, self.folder, log, self.at.step)
+            self.report.note(self.at.step, self.at.total, summary(data))
 
     def until_done(self, stop: StopRequest) -> Result:
         try:
             self.head.train()
-            while self.at.step < self.total:
+            while self.at.step < self.at.total:
                 if self._step(stop):
                     self._save()
                     raise Interrupted(self._how_to_go_on())
-                every, saves = self.recipe.eval.every, self.recipe.train.save_every
-                if every and self.at.step % every == 0 and self.at.step < self.total:
+                every, saves = self._eval_every(), self.recipe.train.save_every
+                if every and self.at.step % every == 0 and self.at.step < self.at.total:
                     self._evaluate()
-                if saves and self.at.step % saves == 0 and self.at.step < self.total:
+                if saves and self.at.step % saves == 0 and self.at.step < self.at.total:
                     self._save()
             self._evaluate()
             self._save()
@@ -163,13 +164,15 @@ class _Run:
         figures = sums.figures()
         norm = clip_gradients(self.head, config.clip)
         self._must_be_finite(figures["loss"], norm, batches)
-        rate = learning_rate(config, self.at.step, self.total)
+        rate = learning_rate(config, self.at.step, self.at.total)
         set_learning_rate(self.optimizers, rate)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self._advance(tokens, sums)
-        speed = tokens / (time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self._plan(seconds)
+        speed = tokens / seconds
         extra = {"lr": rate, "gradient_norm": norm, "tokens_per_second": speed}
         self._report_step(figures | extra | {"tokens": float(self.at.tokens)})
         return False
@@ -207,7 +210,7 @@ class _Run:
     def _loss_config(self) -> LossConfig:
         """The objective of this step: it may change for the last part of the run."""
         config = self.recipe.loss
-        if config.finish is None or self.at.step < (1 - config.finish_part) * self.total:
+        if config.finish is None or self.at.step < (1 - config.finish_part) * self.at.total:
             return config
         return config.model_copy(update={"kind": config.finish})
 
@@ -226,7 +229,7 @@ class _Run:
         score = figures.get(SCORE, figures.get("holdout_accepted_length_t0"))
         if self.team.main:
             if figures and self.report is not None:
-                self.report.eval(self.at.step, figures)
+                self.report.eval(self.at.step, self.at.total, figures)
             if score is None or self.at.score is None or score > self.at.score:
                 self.at.score, self.at.best_step = score, self.at.step
                 self._save_head("best")
@@ -281,6 +284,20 @@ class _Run:
         names = Standing.__dataclass_fields__
         self.at = Standing(**{name: facts[name] for name in names})
 
+    def _eval_every(self) -> int:
+        every = self.recipe.eval.every
+        return math.ceil(every * self.at.total) if 0 < every < 1 else int(every)
+
+    def _plan(self, seconds: float) -> None:
+        """Once the speed is known, drop the steps that do not fit into train.minutes."""
+        minutes = self.recipe.train.minutes
+        if minutes is None or self.at.step != TIMED_STEPS:
+            return
+        # The mean of all processes, so that all plan the same.
+        mean = float(self.team.sum(torch.tensor(seconds, device=self.target.device)))
+        fit = TIMED_STEPS + int(60 * minutes * self.team.count / mean)
+        self.at.total = min(self.at.total, fit)
+
     def _total_steps(self) -> int:
         config = self.recipe.train
         if config.steps is not None:
@@ -296,8 +313,8 @@ class _Run:
 
     def _report_step(self, figures: Mapping[str, float]) -> None:
         if self.report is not None:
-            keep = self.at.step % self.recipe.train.log_every == 0 or self.at.step == self.total
-            self.report.train(self.at.step, figures, keep=keep)
+            keep = self.at.step % self.recipe.train.log_every == 0 or self.at.step == self.at.total
+            self.report.train(self.at.step, self.at.total, figures, keep=keep)
 
     def _must_be_finite(self, loss: float, norm: float, batches: list[Batch]) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -316,8 +333,8 @@ class _Run:
 
     def _how_to_go_on(self) -> str:
         return (
-            f"Stopped after step {self.at.step} of {self.total}; saved in {self.folder / FOLDER}. "
-            "Go on with the same recipe and train.resume=true."
+            f"Stopped after step {self.at.step} of {self.at.total}; saved in "
+            f"{self.folder / FOLDER}. Go on with the same recipe and train.resume=true."
         )
 
 

@@ -119,16 +119,18 @@ class TrainConfig(Section):
     """How to optimise.
 
     output: folder of the run. epochs: passes over the data, unless steps says how many optimizer
-    steps. accumulate: batches per optimizer step. optimizer: muon trains matrices with Muon, which
-    needs fewer steps, and the rest with AdamW; betas[1] is then its momentum too. lr falls as a
-    cosine to lr_floor * lr after a linear warm-up over the part `warmup` of the run. precision: of
-    the head's matrix products; its weights are always float32. save_every: steps between
-    checkpoints to resume from (0: only at the end).
+    steps. minutes: plan no more steps than fit into this time at the speed of the first ones
+    (evaluations come on top). accumulate: batches per optimizer step. optimizer: muon trains
+    matrices with Muon, which needs fewer steps, and the rest with AdamW; betas[1] is then its
+    momentum too. lr falls as a cosine to lr_floor * lr after a linear warm-up over the part
+    `warmup` of the run. precision: of the head's matrix products; its weights are always float32.
+    save_every: steps between checkpoints to resume from (0: only at the end).
     """
 
     output: str
     epochs: int = Field(default=1, ge=1)
     steps: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
     accumulate: int = Field(default=1, ge=1)
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=6e-4, gt=0)
@@ -148,11 +150,12 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """Real decoding during training, by which the best head is chosen.
 
-    every: optimizer steps between two evaluations (0: only at the end). prompts: a prompt JSONL;
+    every: optimizer steps between two evaluations (0: only at the end; below 1: as a part of the
+    run, so 0.25 evaluates four times). prompts: a prompt JSONL;
     without one the held-out loss decides. count: prompts used. nodes, depth, width: the tree.
     """
 
-    every: int = Field(default=0, ge=0)
+    every: float = Field(default=0, ge=0)
     prompts: str | None = None
     count: int = Field(default=32, ge=1)
     max_new_tokens: int = Field(default=128, ge=1)

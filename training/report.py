@@ -35,26 +35,26 @@ Log = Callable[[Progress], None]
 class Report:
     """Written by the main process only; `metrics.jsonl` holds one JSON object per line."""
 
-    def __init__(self, recipe: Recipe, folder: Path, log: Log | None, total: int, step: int):
-        self.log, self.total, self.first = log, total, step
+    def __init__(self, recipe: Recipe, folder: Path, log: Log | None, step: int):
+        self.log, self.first = log, step
         self.began = time.monotonic()
         self.path = folder / "metrics.jsonl"
         _keep_until(self.path, step)
         self.file = self.path.open("a", encoding="utf-8")
         self.run = _start_wandb(recipe, folder)
 
-    def train(self, step: int, figures: Figures, *, keep: bool) -> None:
+    def train(self, step: int, total: int, figures: Figures, *, keep: bool) -> None:
         """step: optimizer steps done. keep: write it down, beside telling the callback."""
         if keep:
             self._write("train", step, figures)
-        self._tell("train", step, figures)
+        self._tell("train", step, total, figures)
 
-    def eval(self, step: int, figures: Figures) -> None:
+    def eval(self, step: int, total: int, figures: Figures) -> None:
         self._write("eval", step, figures)
-        self._tell("eval", step, figures)
+        self._tell("eval", step, total, figures)
 
-    def note(self, step: int, message: str) -> None:
-        self._tell("note", step, {}, message)
+    def note(self, step: int, total: int, message: str) -> None:
+        self._tell("note", step, total, {}, message)
 
     def close(self) -> None:
         self.file.close()
@@ -72,17 +72,18 @@ class Report:
         self,
         kind: Literal["train", "eval", "note"],
         step: int,
+        total: int,
         figures: Figures,
         message: str = "",
     ) -> None:
         if self.log is not None:
-            self.log(Progress(kind, step, self.total, figures, self._eta(step), message))
+            self.log(Progress(kind, step, total, figures, self._eta(step, total), message))
 
-    def _eta(self, step: int) -> float | None:
+    def _eta(self, step: int, total: int) -> float | None:
         if step <= self.first:
             return None
         passed = time.monotonic() - self.began
-        return passed / (step - self.first) * (self.total - step)
+        return passed / (step - self.first) * (total - step)
 
 
 def _keep_until(path: Path, step: int) -> None:
