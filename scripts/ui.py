@@ -61,7 +61,13 @@ def progress(title: str, total: int | None) -> Iterator[Update]:
 
 
 def say(text: str) -> None:
+    """Our own words, with markup; what comes from users goes through `escape` or `show`."""
     console.print(text)
+
+
+def show(text: str) -> None:
+    """A text as it is: no markup, and no line break that it does not have."""
+    console.print(text, markup=False, soft_wrap=True)
 
 
 # Colours of a streamed answer by how many tokens one step accepted: more tokens, warmer colour.
