@@ -41,7 +41,8 @@ class Stop:
     """When an answer ends: at `max_new_tokens`, after one of the tokens `eos`, or where one of
     transformers' stopping criteria says so. The token that stops belongs to the answer.
 
-    Criteria are asked for one row at a time (1 x T ids: the prompt as given, then the answer).
+    Criteria are asked for one row at a time (1 x T ids: the prompt as given, then the answer), and
+    get None for the scores.
     """
 
     max_new_tokens: int
@@ -165,10 +166,25 @@ def _started(
     # Tokens to the left in their order, padding behind them.
     order_BT = (mask_BT == 0).to(torch.uint8).argsort(dim=1, stable=True)
     packed_BT = tokens_BT.gather(1, order_BT)[:, : max(row.length for row in rows)]
-    if head is not None and head.max_depth is not None:
-        shape = shape.limited(head.max_depth)
+    if head is not None:
+        shape = _fitting(shape, head)
     loop = _Loop(target, head, rows, sampler, stop, shape, Stats() if stats is None else stats)
     return loop.run(packed_BT.to(target.device), lengths_B)
+
+
+def _fitting(shape: TreeShape, head: DraftHead) -> TreeShape:
+    """The shape as deep as the head can draft. ValueError if it asks for more than it knows."""
+    if not isinstance(shape, TreeShape):
+        raise ValueError(
+            f"A tree is given as a TreeShape, got {shape!r}. For example TreeShape.chain(4)."
+        )
+    known = head.config.draft_vocab or head.config.vocab_size
+    if shape.width > known:
+        raise ValueError(
+            f"The tree asks for {shape.width} guesses at one place, but the head knows only "
+            f"{known} tokens. Make the tree narrower."
+        )
+    return shape if head.max_depth is None else shape.limited(head.max_depth)
 
 
 def _check_ids(target: Target, ids: Tensor) -> None:

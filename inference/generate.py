@@ -45,6 +45,7 @@ REFUSED_OPTIONS = (
     "custom_generate",
     "past_key_values",
     "inputs_embeds",
+    "position_ids",
     "synced_gpus",
     "negative_prompt_ids",
     "negative_prompt_attention_mask",
@@ -104,7 +105,8 @@ class SpeculativeModel:
         sampling; None takes one from torch's global generator. timing: measure time by phase.
         options: any other option of `generate`, e.g. max_new_tokens, do_sample, temperature, top_p,
         top_k, eos_token_id, stopping_criteria, return_dict_in_generate. B x L ids, padded on the
-        right. ValueError for what cannot be combined with a tree.
+        right. Stopping criteria get no scores (None): a token that is accepted may not have any.
+        ValueError for what cannot be combined with a tree.
         """
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(
@@ -160,7 +162,6 @@ class SpeculativeModel:
         _check_prompts(input_ids, attention_mask)
         options, stops = self._stop_criteria(stop_strings, options)
         self.last_stats = stats = Stats(timing=how.timing)
-        pad_known = self._pad_known(options)
 
         # A parameter of another name than those of transformers' own loops would be taken out of
         # the options on the way, before they are prepared.
@@ -174,7 +175,7 @@ class SpeculativeModel:
         ) -> _Request:
             _refuse_config(generation_config)
             mask_BT = model_kwargs["attention_mask"]  # None where nothing is padded
-            if len(input_ids) > 1 and not pad_known:
+            if len(input_ids) > 1 and generation_config._pad_token_tensor is None:
                 raise _no_padding(self.target.name)
             sample = bool(generation_config.do_sample)
             sampler = Sampler(
@@ -214,30 +215,25 @@ class SpeculativeModel:
         decoding function, and without one it refuses stop strings."""
         options = dict(options)
         tokenizer = options.pop("tokenizer", None)
-        config = options.get("generation_config")
-        if config is not None and config.stop_strings is not None:
-            stop_strings = stop_strings or config.stop_strings
-            options["generation_config"] = config = copy.deepcopy(config)
-            config.stop_strings = None
+        given, own = options.get("generation_config"), self.target.model.generation_config
+        if given is not None and given.stop_strings is not None:
+            stop_strings = stop_strings or given.stop_strings
+            options["generation_config"] = given = copy.deepcopy(given)
+            given.stop_strings = None
+        if own.stop_strings is not None:  # fills what the given one leaves open
+            stop_strings = stop_strings or own.stop_strings
+            options["stop_strings"] = None
         if not stop_strings:
             return options, []
         if tokenizer is None:
             tokenizer = self.target.tokenizer
         return options, [StopStringCriteria(tokenizer, stop_strings)]
 
-    def _pad_known(self, options: dict[str, Any]) -> bool:
-        """Whether a padding token was given, or belongs to the target."""
-        configs = (options.get("generation_config"), self.target.model.generation_config)
-        known = [options.get("pad_token_id")]
-        known += [config.pad_token_id for config in configs if config is not None]
-        return any(token is not None for token in known)
-
 
 def _no_padding(name: str) -> ValueError:
     return ValueError(
-        f"{name} has no padding token, so answers of different length cannot be put in one tensor. "
-        "Pass pad_token_id, for example pad_token_id=tokenizer.eos_token_id, or decode one prompt "
-        "at a time."
+        f"{name} has neither a padding nor an end-of-text token, so answers of different length "
+        "cannot be put in one tensor. Pass pad_token_id, or decode one prompt at a time."
     )
 
 
@@ -298,7 +294,8 @@ def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
 
 def _refuse(options: dict[str, Any]) -> None:
     for name in (*REFUSED_OPTIONS, *REFUSED_OUTPUTS):
-        if options.get(name):
+        value = options.get(name)
+        if value is not None and value is not False:
             raise ValueError(
                 f"{name} is not supported: tokens come from a tree of guesses, several per pass. "
                 "Leave it away, or call target.model.generate for plain transformers."

@@ -328,18 +328,6 @@ def test_prompts_that_cannot_be_answered(
         model.generate(ids_BT, mask_BT, max_new_tokens=4)
 
 
-def test_a_batch_needs_a_padding_token(
-    target: Target, three: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bare = Target.wrap(FAMILIES["llama"]())
-    monkeypatch.setattr(bare.model.generation_config, "pad_token_id", None)
-    model = SpeculativeModel(bare, make_head(bare, "medusa", {}))
-    with pytest.raises(ValueError, match="Pass pad_token_id"):
-        model.generate(*three, max_new_tokens=4)
-    assert isinstance(model.generate(*three, max_new_tokens=4, pad_token_id=5), Tensor)
-    assert isinstance(model.generate(three[0][:1], max_new_tokens=4), Tensor)
-
-
 def test_streams_and_streamers_take_one_prompt(
     model: SpeculativeModel, three: tuple[Tensor, Tensor]
 ) -> None:

@@ -172,3 +172,18 @@ def test_impossible_static_trees(ranks: list[list[int]], said: str) -> None:
 def test_impossible_sizes(sizes: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="depth >= 1"):
         TreeShape.dynamic(*sizes)
+
+
+@pytest.mark.parametrize(
+    "ranks", [[], [[]], [0, 1], [[0.5]], [[-1]], ["0"], 7, [[0], [None]], {(0,): 1}]
+)
+def test_ranks_that_are_no_paths_are_refused(ranks: object) -> None:
+    with pytest.raises(ValueError, match=r"list of child ranks .* Got"):
+        TreeShape.static(ranks)
+
+
+@pytest.mark.parametrize("sizes", [(4.5, 2, 2), (4, "2", 2), (4, 2, None), (4, 0, 1), (1, 1, 1)])
+def test_sizes_are_whole_numbers(sizes: tuple[int, int, int]) -> None:
+    for make in (TreeShape, TreeShape.dynamic):
+        with pytest.raises(ValueError, match="A tree needs whole numbers"):
+            make(*sizes)
