@@ -48,10 +48,13 @@ def find_recipe(name: str) -> Path:
 
 def run_recipe(recipe: Recipe, target: Target | None = None) -> Path:
     """Train as the recipe says, showing progress; the folder of the best head."""
+    import torch
+
     from headstart.model.head import make_head
     from headstart.training.loop import train as run
 
     target = target or open_target(recipe)
+    torch.manual_seed(recipe.train.seed)  # decides the weights that do not come from the target
     head = make_head(target, recipe.head.kind, recipe.head.settings)
     head.init_from_target()
     with _bar() as log:
@@ -80,16 +83,19 @@ def open_target(recipe: Recipe) -> Target:
 def evaluator(
     config: EvalConfig, target: Target
 ) -> Callable[[DraftHead], Mapping[str, float]] | None:
-    """Real decoding of held-out prompts, or None where the recipe names no prompts."""
+    """Real decoding of prompts, or None without prompts or a chat template to write them in."""
     if config.prompts is None:
+        return None
+    if not target.has_tokenizer or target.tokenizer.chat_template is None:
+        say(
+            f"{target.name} has no chat template: the best head is chosen by the held-out loss "
+            "(data.holdout), not by decoding prompts."
+        )
         return None
     from headstart.inference.measure import accepted_length
     from headstart.model.tree import TreeShape
 
-    from .prompts import first_turns, read_prompts
-
-    prompts, _ = read_prompts([config.prompts])
-    ids = first_turns(target, prompts[: config.count])
+    ids = evaluation_prompts(config.prompts, config.count, target)
     shape = TreeShape.dynamic(config.nodes, config.depth, config.width)
 
     def evaluate(head: DraftHead) -> Mapping[str, float]:
@@ -105,6 +111,30 @@ def evaluator(
         return {"accepted_length": stats.tau, **depths}
 
     return evaluate
+
+
+def evaluation_prompts(name: str, count: int, target: Target) -> list[list[int]]:
+    """The prompts of a file, or of a shipped one, as the target reads them.
+
+    ValueError for one that leaves no room for an answer: better now than in the first evaluation.
+    """
+    from headstart.inference.decode import context_limit
+
+    from .prompts import first_turns, read_prompts, shipped_prompts
+
+    shipped = shipped_prompts(name)
+    known = not Path(name).exists() and shipped.is_file()
+    prompts, _ = read_prompts([str(shipped) if known else name])
+    ids = first_turns(target, prompts[:count])
+    limit = context_limit(target)
+    for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=False), start=1):
+        if limit is not None and len(tokens) >= limit:
+            raise ValueError(
+                f"Prompt {number} of eval.prompts ({prompt.id!r} in {name}) has {len(tokens)} "
+                f"tokens, but {target.name} reads {limit} in all, prompt and answer together. "
+                "Shorten or remove it, or set eval.prompts=null to do without."
+            )
+    return ids
 
 
 @contextmanager

@@ -47,7 +47,17 @@ def save_state(
         with written_beside(folder, STATE) as fresh:
             # As bytes and through Python, so that a full disk is an OSError.
             _write(fresh / TENSORS, safetensors.torch.save(plain))
-            _write(fresh / STATE, (json.dumps(dict(facts), indent=1) + "\n").encode())
+            _write(fresh / STATE, _json(facts))
+    except OSError as error:
+        raise could_not_save(folder, error) from error
+
+
+def save_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Other facts for the weights that a checkpoint holds already."""
+    part = folder / f".{STATE}.part"
+    try:
+        _write(part, _json(facts))
+        os.replace(part, folder / STATE)
     except OSError as error:
         raise could_not_save(folder, error) from error
 
@@ -107,6 +117,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     path.write_bytes(safetensors.torch.save(plain))
+
+
+def _json(facts: Mapping[str, Any]) -> bytes:
+    return (json.dumps(dict(facts), indent=1) + "\n").encode()
 
 
 def _write(path: Path, content: bytes) -> None:

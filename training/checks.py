@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ import torch
 from headstart.model.head import UNSET, DraftHead
 from headstart.model.target import Target
 
-from .checkpoint import FOLDER
+from .checkpoint import FOLDER, STATE
 from .data import Corpus, frequent_tokens
 from .recipe import Recipe, changed_on_resume
 from .sources import Conversations
+
+WRITTEN = ("best", "last", "metrics.jsonl")  # by a run, beside its state
 
 
 def check_fit(recipe: Recipe, target: Target, head: DraftHead) -> None:
@@ -42,6 +44,7 @@ def check_folder(recipe: Recipe, folder: Path, facts: Mapping[str, Any] | None) 
                 f"{folder} already holds a run (step {facts['step']}). Go on with "
                 "train.resume=true, or choose another train.output."
             )
+        _check_empty(folder)
         return
     if facts is None:
         raise ValueError(
@@ -54,6 +57,38 @@ def check_folder(recipe: Recipe, folder: Path, facts: Mapping[str, Any] | None) 
             "\n  ".join([f"The run in {folder} was made with other settings:", *changed])
             + "\nGo on with the same settings, or start anew in another train.output."
         )
+
+
+def _check_empty(folder: Path) -> None:
+    """A run without a checkpoint may have left heads and figures: they are not replaced."""
+    for parent in (folder, *folder.parents):
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(
+                f"train.output is {folder}, but {parent} is a file. Choose another train.output."
+            )
+    found = [name for name in (*WRITTEN, FOLDER) if _holds(folder / name)]
+    if found:
+        raise ValueError(
+            f"{folder} holds {', '.join(found)}, but no run to go on from ({FOLDER}/{STATE}). "
+            "Nothing there is replaced: choose another train.output, or remove the folder."
+        )
+
+
+def _holds(path: Path) -> bool:
+    """A run that failed before its first step leaves an empty file of figures."""
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.exists() and path.stat().st_size > 0
+
+
+def check_same(facts: Mapping[str, Any], folder: Path, data: str, target: str) -> None:
+    """A run goes on with the target and the data that it began with (their hashes)."""
+    for name, what, now in (("target_hash", "target", target), ("data_hash", "data", data)):
+        if facts.get(name, now) != now:
+            raise ValueError(
+                f"The {what} has changed since {folder} was saved, so the run cannot go on where "
+                f"it stopped. Restore the {what}, or start anew in another train.output."
+            )
 
 
 def choose_draft_vocab(head: DraftHead, corpus: Corpus) -> None:
@@ -80,8 +115,22 @@ def summary(data: Conversations) -> str:
     return text
 
 
+def not_finite_advice(recipe: Recipe, target: Target, saved: int | None, where: str) -> str:
+    """What may help, of that what a resumed run can change."""
+    if saved is None:
+        return (
+            "The head's weights are not numbers before the first step: start from other weights, "
+            "or with another train.seed, in another train.output."
+        )
+    anew = "start anew in another train.output with a lower train.lr"
+    exact = target.dtype in (torch.float32, torch.float64)
+    if recipe.train.precision == "float32" or not exact:
+        return f"{where} It would meet the same batch: {anew}, or leave those conversations out."
+    return f"{where} Add train.precision=float32 to it; if that fails too, {anew}."
+
+
 @contextmanager
-def memory_advice(recipe: Recipe) -> Iterator[None]:
+def memory_advice(recipe: Recipe, what_is_saved: Callable[[], str]) -> Iterator[None]:
     """Say which setting to lower when memory runs out."""
     try:
         yield
@@ -91,8 +140,8 @@ def memory_advice(recipe: Recipe) -> Iterator[None]:
             raise
         data, loss = recipe.data, recipe.loss
         raise MemoryError(
-            f"Out of memory. Lower data.batch_tokens (now {data.batch_tokens}; raise "
-            "train.accumulate by the same factor to learn the same), then data.max_length (now "
-            f"{data.max_length}) or loss.chunk_rows (now {loss.chunk_rows}). "
-            "The last checkpoint is intact: go on with train.resume=true."
+            f"Out of memory. {what_is_saved()} A run that goes on may lower loss.chunk_rows (now "
+            f"{loss.chunk_rows}). Where that is not enough, start anew in another train.output "
+            f"with a lower data.batch_tokens (now {data.batch_tokens}; raise train.accumulate by "
+            f"the same factor to learn the same), then data.max_length (now {data.max_length})."
         ) from error

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 
@@ -11,11 +14,20 @@ class Interrupted(KeyboardInterrupt):
     """Training was stopped and saved; the message says how to go on."""
 
 
-class StopRequest:
-    """While open, Ctrl-C and a termination request only set `asked`. A second one stops at once."""
+class Abandoned(BaseException):
+    """An evaluation was cut short: it changes nothing, so it need not wait for its end."""
 
-    def __init__(self) -> None:
+
+class StopRequest:
+    """While open, Ctrl-C and a termination request only set `asked`. A second one stops at once.
+
+    what_is_saved: what to tell whoever stops at once.
+    """
+
+    def __init__(self, what_is_saved: Callable[[], str], *, speaks: bool = True) -> None:
         self.asked = False
+        self.what_is_saved, self.speaks = what_is_saved, speaks
+        self._abandons = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -33,7 +45,23 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    @contextmanager
+    def abandons(self) -> Iterator[None]:
+        """Within, the first request raises `Abandoned`: for work that changes nothing."""
+        if self.asked:
+            raise Abandoned
+        self._abandons = True
+        try:
+            yield
+        finally:
+            self._abandons = False
+
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            raise KeyboardInterrupt
+            raise Interrupted(f"At once. {self.what_is_saved()}")
         self.asked = True
+        if self.speaks:
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"\nStopping after this step; Ctrl-C again to stop at once.\n")
+        if self._abandons:
+            raise Abandoned

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart.model.fused import save_head
+from headstart.model.fused import save_head, target_hash
 from headstart.model.head import DraftHead
 from headstart.model.meta import HeadMeta
 from headstart.model.seen import Seen
 from headstart.model.target import Target
 
-from .checkpoint import FOLDER, could_not_save, load_facts, load_state, save_state, save_tensors
-from .checks import check_fit, check_folder, choose_draft_vocab, fingerprint, memory_advice, summary
+from .checkpoint import (
+    FOLDER,
+    could_not_save,
+    load_facts,
+    load_state,
+    save_facts,
+    save_state,
+    save_tensors,
+)
+from .checks import (
+    check_fit,
+    check_folder,
+    check_same,
+    choose_draft_vocab,
+    fingerprint,
+    memory_advice,
+    not_finite_advice,
+    summary,
+)
 from .data import Batch, Batches
-from .interrupt import Interrupted, StopRequest
+from .interrupt import Abandoned, Interrupted, StopRequest
 from .losses import Loss, loss_sum, loss_weight
 from .metrics import StepSums
 from .optim import learning_rate, make_optimizers, set_learning_rate
 from .parallel import Team, clip_gradients
+from .precision import with_precision
 from .recipe import LossConfig, Recipe
 from .report import Log, Report
 from .sources import held_out_batches, read_conversations
+from .standing import Standing
 
 Evaluate = Callable[[DraftHead], Mapping[str, float]]
 TIMED_STEPS = 3  # the first is slower: memory and kernels are set up
@@ -50,19 +70,6 @@ class Result:
     best: Path
     best_step: int
     score: float | None
-
-
-@dataclass
-class Standing:
-    """Where a run is: all that a resumed run needs besides weights and optimizer."""
-
-    step: int = 0
-    total: int = 0  # optimizer steps of the whole run
-    position: int = 0  # batches taken from the data
-    tokens: int = 0
-    answer_tokens: int = 0
-    best_step: int = -1
-    score: float | None = None
 
 
 def train(
@@ -82,10 +89,9 @@ def train(
     Raises ValueError for a wrong recipe or wrong data before long work starts, `Interrupted` after
     Ctrl-C, FloatingPointError for a loss that is no number, MemoryError, OSError for a full disk.
     """
-    check_fit(recipe, target, head)
     run = _Run(recipe, target, head, evaluate, log)
-    with memory_advice(recipe), StopRequest() as stop:
-        return run.until_done(stop)
+    with memory_advice(recipe, run.what_is_saved), run.stop:
+        return run.until_done()
 
 
 class _Run:
@@ -97,43 +103,50 @@ class _Run:
         evaluate: Evaluate | None,
         log: Log | None,
     ):
+        self.folder = Path(recipe.train.output)
+        facts = load_facts(self.folder / FOLDER)
+        recipe = with_precision(recipe, target, facts)
+        check_fit(recipe, target, head)
+        check_folder(recipe, self.folder, facts)
         self.recipe, self.target, self.head = recipe, target, head
         self.evaluate = evaluate
         self.team = Team(target.device)
-        self.folder = Path(recipe.train.output)
-        facts = load_facts(self.folder / FOLDER)
-        check_folder(recipe, self.folder, facts)
+        self.stop = StopRequest(self.what_is_saved, speaks=self.team.main)
         data = read_conversations(recipe.data, target, recipe.train.seed)
         self.corpus, self.holdout = data.train, data.holdout
         self.data_hash = fingerprint(self.corpus)
         self.batches = Batches(self.corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
         self.at = Standing(total=self._total_steps())
         self.optimizers = make_optimizers(head, recipe.train)
+        self.saved_step: int | None = None
+        notes = [summary(data)]
         if facts is not None:
-            self._resume(facts)
+            notes += self._resume(facts)
         else:
             choose_draft_vocab(head, self.corpus)
         self.module = self.team.prepare(_Unrolled(head, recipe.loss.steps))
         self.report: Report | None = None
         if self.team.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.report = Report(recipe, self.folder, log, self.at.step)
-            self.report.note(self.at.step, self.at.total, summary(data))
+            self.report = Report(recipe, self.folder, log, self.at.step, self.at.evaluated)
+            for note in notes:
+                self.report.note(self.at.step, self.at.total, note)
 
-    def until_done(self, stop: StopRequest) -> Result:
+    def until_done(self) -> Result:
+        every, saves = self.recipe.eval.every, self.recipe.train.save_every
         try:
             self.head.train()
+            if self.at.evaluation_is_due(every):  # it failed or was abandoned before
+                self._evaluate()
             while self.at.step < self.at.total:
-                if self._step(stop):
+                if self._step():
                     self._save()
                     raise Interrupted(self._how_to_go_on())
-                every, saves = self._eval_every(), self.recipe.train.save_every
-                if every and self.at.step % every == 0 and self.at.step < self.at.total:
+                due = self.at.evaluation_is_due(every)
+                if due or (saves and self.at.step % saves == 0):
+                    self._save()  # before the evaluation: if that fails, no training is lost
+                if due:
                     self._evaluate()
-                if saves and self.at.step % saves == 0 and self.at.step < self.at.total:
-                    self._save()
-            self._evaluate()
-            self._save()
         finally:
             if self.report is not None:
                 self.report.close()
@@ -141,12 +154,12 @@ class _Run:
 
     # --- one optimizer step
 
-    def _step(self, stop: StopRequest) -> bool:
+    def _step(self) -> bool:
         """Returns True when some process was asked to stop (the step is then not done)."""
         began = time.monotonic()
         config, loss = self.recipe.train, self._loss_config()
         torch.manual_seed((config.seed * 1_000_003 + self.at.step) * 1009 + self.team.index)
-        if self._anyone(stop.asked):
+        if self._anyone(self.stop.asked):
             return True
         whole = self._next_batches()
         # Every process knows the whole batches, so nothing has to be added up.
@@ -217,22 +230,23 @@ class _Run:
     # --- evaluation, saving, resuming
 
     def _evaluate(self) -> None:
-        """Measure, and keep the head when it is the best so far."""
+        """Measure, and keep the head when it is the best so far. The state is saved already."""
         self.head.eval()
-        figures = self._held_out()
-        if self.team.main and self.evaluate is not None:
-            with torch.no_grad():
-                figures |= dict(self.evaluate(self._decoding_copy()))
-            if SCORE not in figures:
-                raise ValueError(f"evaluate has to return {SCORE!r} among its figures.")
+        figures: dict[str, float] | None = None
+        with suppress(Abandoned):
+            figures = self._held_out() | self._decoded()
         self.head.train()
+        if self._anyone(figures is None) or figures is None:
+            raise Interrupted(self._how_to_go_on())
         score = figures.get(SCORE, figures.get("holdout_accepted_length_t0"))
+        self.at.evaluated = self.at.step
         if self.team.main:
             if figures and self.report is not None:
                 self.report.eval(self.at.step, self.at.total, figures)
-            if score is None or self.at.score is None or score > self.at.score:
+            if self.at.is_best(score):
                 self.at.score, self.at.best_step = score, self.at.step
                 self._save_head("best")
+            save_facts(self.folder / FOLDER, self._facts())
         self.team.wait()
 
     @torch.no_grad()
@@ -241,9 +255,22 @@ class _Run:
             return {}
         sums = StepSums.zeros(self.recipe.loss.steps, self.target.device)
         for batch in held_out_batches(self.holdout, self.recipe.data.batch_tokens):
+            if self._anyone(self.stop.asked):
+                raise Abandoned
             sums = sums + self._loss(self._part(batch), self.recipe.loss).sums
         figures = StepSums.unpack(self.team.sum(sums.pack()).cpu()).figures()
         return {f"holdout_{name}": value for name, value in figures.items()}
+
+    @torch.no_grad()
+    def _decoded(self) -> dict[str, float]:
+        """What `evaluate` finds; nothing in the processes that wait for the main one."""
+        if not self.team.main or self.evaluate is None:
+            return {}
+        with self.stop.abandons():
+            figures = dict(self.evaluate(self._decoding_copy()))
+        if SCORE not in figures:
+            raise ValueError(f"evaluate has to return {SCORE!r} among its figures.")
+        return figures
 
     def _decoding_copy(self) -> DraftHead:
         """The head as it will be loaded for decoding."""
@@ -267,26 +294,29 @@ class _Run:
     def _save(self) -> None:
         """The state to go on from, and the head as it is now."""
         if self.team.main:
-            recipe = self.recipe.model_dump(mode="json")
-            facts = asdict(self.at) | {"data_hash": self.data_hash, "recipe": recipe}
-            save_state(self.folder / FOLDER, self.head, self.optimizers, facts)
+            save_state(self.folder / FOLDER, self.head, self.optimizers, self._facts())
             self._save_head("last")
+        self.saved_step = self.at.step
         self.team.wait()
 
-    def _resume(self, facts: Mapping[str, Any]) -> None:
-        if facts["data_hash"] != self.data_hash:
-            raise ValueError(
-                f"The data has changed since {self.folder / FOLDER} was saved, so the run cannot "
-                "go on where it stopped. Restore the data, or start anew in another train.output."
-            )
+    def _facts(self) -> dict[str, Any]:
+        return asdict(self.at) | {
+            "data_hash": self.data_hash,
+            "target_hash": target_hash(self.target),
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+
+    def _resume(self, facts: Mapping[str, Any]) -> list[str]:
+        """Go back to where the run was saved; what to tell about it."""
+        check_same(facts, self.folder / FOLDER, self.data_hash, target_hash(self.target))
         load_state(self.folder / FOLDER, self.head, self.optimizers)
         self.head.bind(self.target)  # forgets what it worked out from the old weights
-        names = Standing.__dataclass_fields__
-        self.at = Standing(**{name: facts[name] for name in names})
-
-    def _eval_every(self) -> int:
-        every = self.recipe.eval.every
-        return math.ceil(every * self.at.total) if 0 < every < 1 else int(every)
+        self.at = self.at.resumed(facts)
+        self.saved_step = self.at.step
+        if facts["recipe"]["eval"] == self.recipe.eval.model_dump(mode="json"):
+            return []
+        self.at.forget_best()
+        return ["The settings in eval have changed: the best head is chosen anew from here on."]
 
     def _plan(self, seconds: float) -> None:
         """Once the speed is known, drop the steps that do not fit into train.minutes."""
@@ -325,10 +355,20 @@ class _Run:
             tensors |= {f"{index}.{name}": value for name, value in vars(batch).items()}
         save_tensors(path, tensors)
         rows = [self.batches.at(self.at.position + index) for index in range(len(batches))]
+        if all(bool(weight.isfinite().all()) for weight in self.head.parameters()):
+            self._save()
         raise FloatingPointError(
             f"Step {self.at.step}: the loss is {loss} and the gradient norm {norm}. Nothing was "
-            f"updated. The batch (conversations {rows}) is saved in {path}. Lower train.lr, or use "
-            "train.precision=float32; when it fails at step 0, the head's weights are not numbers."
+            f"updated. The batch (conversations {rows}) is saved in {path}. "
+            + not_finite_advice(self.recipe, self.target, self.saved_step, self.what_is_saved())
+        )
+
+    def what_is_saved(self) -> str:
+        if self.saved_step is None:
+            return "Nothing of this run is saved yet."
+        return (
+            f"Step {self.saved_step} of {self.at.total} is saved in {self.folder / FOLDER}: "
+            "train.resume=true goes on from there."
         )
 
     def _how_to_go_on(self) -> str:

@@ -123,8 +123,9 @@ class TrainConfig(Section):
     (evaluations come on top). accumulate: batches per optimizer step. optimizer: muon trains
     matrices with Muon, which needs fewer steps, and the rest with AdamW; betas[1] is then its
     momentum too. lr falls as a cosine to lr_floor * lr after a linear warm-up over the part
-    `warmup` of the run. precision: of the head's matrix products; its weights are always float32.
-    save_every: steps between checkpoints to resume from (0: only at the end).
+    `warmup` of the run. precision: of the head's matrix products; its weights are always float32;
+    auto is bfloat16 where the hardware has it, else float32. save_every: steps between checkpoints
+    to resume from (0: only before evaluations and at the end).
     """
 
     output: str
@@ -139,7 +140,7 @@ class TrainConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     log_every: int = Field(default=10, ge=1)
     save_every: int = Field(default=500, ge=0)
@@ -151,12 +152,13 @@ class EvalConfig(Section):
     """Real decoding during training, by which the best head is chosen.
 
     every: optimizer steps between two evaluations (0: only at the end; below 1: as a part of the
-    run, so 0.25 evaluates four times). prompts: a prompt JSONL;
-    without one the held-out loss decides. count: prompts used. nodes, depth, width: the tree.
+    run, so 0.25 evaluates four times). prompts: a prompt JSONL, or the name of a shipped one; null,
+    or a target without chat template: the held-out loss decides. count: prompts used. nodes, depth,
+    width: the tree.
     """
 
     every: float = Field(default=0, ge=0)
-    prompts: str | None = None
+    prompts: str | None = "dev"
     count: int = Field(default=32, ge=1)
     max_new_tokens: int = Field(default=128, ge=1)
     temperature: float = Field(default=0.0, ge=0)
@@ -218,8 +220,12 @@ def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe
         raise ValueError("\n  ".join([f"Wrong values in {source}:", *lines])) from error
 
 
-# These may differ when a run goes on: they change what is reported and kept, not what is learned.
-FREE_ON_RESUME = ("train.output", "train.resume", "train.log_every", "train.save_every")
+# These may differ when a run goes on: they change what is reported and kept, not what is learned,
+# or are what a run that failed has to change. None moves the position in the data.
+FREE_ON_RESUME = (
+    *("train.output", "train.resume", "train.log_every", "train.save_every"),
+    *("train.lr", "train.clip", "train.precision", "loss.chunk_rows"),
+)
 FREE_SECTIONS = ("eval.", "train.wandb")
 
 

@@ -35,11 +35,12 @@ Log = Callable[[Progress], None]
 class Report:
     """Written by the main process only; `metrics.jsonl` holds one JSON object per line."""
 
-    def __init__(self, recipe: Recipe, folder: Path, log: Log | None, step: int):
+    def __init__(self, recipe: Recipe, folder: Path, log: Log | None, step: int, evaluated: int):
+        """step, evaluated: where the run begins, and its last finished evaluation before."""
         self.log, self.first = log, step
         self.began = time.monotonic()
         self.path = folder / "metrics.jsonl"
-        _keep_until(self.path, step)
+        _keep_until(self.path, step, evaluated)
         self.file = self.path.open("a", encoding="utf-8")
         self.run = _start_wandb(recipe, folder)
 
@@ -86,14 +87,17 @@ class Report:
         return passed / (step - self.first) * (total - step)
 
 
-def _keep_until(path: Path, step: int) -> None:
+def _keep_until(path: Path, step: int, evaluated: int) -> None:
     """Drop lines behind the step that a run goes on from: they will come again."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         whole = line.endswith("}")  # a crash may have cut the last line
-        if step and whole and json.loads(line)["step"] <= step:
+        if not step or not whole:
+            continue
+        known = json.loads(line)
+        if known["step"] <= (evaluated if known["kind"] == "eval" else step):
             kept.append(line)
     path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 

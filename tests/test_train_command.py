@@ -1,0 +1,68 @@
+"""What `headstart train` puts together: the first weights, and the evaluation that decodes."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from chatty import save
+from safetensors.torch import load_file
+from tiny_run import mixed_rows, tiny_target, write_rows
+
+from headstart.model.target import Target
+from headstart.scripts.train import evaluator, run_recipe
+from headstart.training.recipe import EvalConfig, load_recipe, make_recipe
+
+RECIPES = sorted(Path(str(resources.files("headstart.configs"))).glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    return Target.load(save(tmp_path_factory.mktemp("target"), context=2048))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_decodes_to_choose_the_best_head(path, chatty):
+    assert evaluator(load_recipe(path).eval, chatty) is not None
+
+
+def test_without_a_chat_template_the_held_out_loss_decides(capsys):
+    assert evaluator(EvalConfig(), tiny_target()) is None
+    assert "no chat template" in capsys.readouterr().out
+
+
+def test_prompts_can_be_switched_off(chatty):
+    assert evaluator(EvalConfig(prompts=None), chatty) is None
+
+
+def test_a_prompt_that_is_too_long_is_named_first(tmp_path):
+    short = Target.load(save(tmp_path / "target", context=128))
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"id": name, "prompt": name * 40}) for name in ("a", "bcdef")]
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"Prompt 2 of eval\.prompts .*reads 128 in all"):
+        evaluator(EvalConfig(prompts=str(path)), short)
+    assert evaluator(EvalConfig(prompts=str(path), count=1), short) is not None
+
+
+def test_the_seed_decides_the_first_weights(tmp_path):
+    target = tiny_target()
+    data = write_rows(tmp_path / "data.jsonl", mixed_rows(8))
+    found = []
+    for run, seed in enumerate((1, 1, 2)):
+        torch.manual_seed(100 + run)  # whatever was drawn before
+        values = {
+            "target": {"random": {"model_type": "llama"}},
+            "head": {"kind": "eagle3"},
+            "data": {"path": str(data), "max_length": 32, "batch_tokens": 1024},
+            "loss": {"steps": 2},
+            "train": {"output": str(tmp_path / str(run)), "steps": 1, "lr": 1e-12, "seed": seed},
+        }
+        run_recipe(make_recipe(values), target)
+        found.append(load_file(tmp_path / str(run) / "state" / "state.safetensors"))
+    weights = [name for name in found[0] if name.startswith("head.")]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in weights)
+    assert not all(torch.allclose(found[0][name], found[2][name]) for name in weights)
