@@ -2,37 +2,86 @@
 
 from __future__ import annotations
 
+import json
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
+
+ABANDONED = 24 * 3600  # seconds after which a part that nobody has finished is removed
 
 
 @contextmanager
-def written_beside(folder: Path, marker: str) -> Iterator[Path]:
+def written_beside(folder: Path, marker: str, key: str | None = None) -> Iterator[Path]:
     """Write a folder's files beside it; they take its place when everything is there.
 
     Yields the folder to write into. When writing fails (a full disk, say) what was there before is
-    left as it was. marker: a file that every folder of this sort holds: only such a folder, or an
-    empty one, is ever replaced; ValueError for another.
+    left as it was. marker: a file that every folder of this sort holds. key: what is in it, where
+    others have files of that name (JSON). Only such a folder, or an empty one, is ever replaced;
+    ValueError for another.
     """
     folder = folder.absolute()
-    if folder.exists() and any(folder.iterdir()) and not (folder / marker).is_file():
-        raise ValueError(
-            f"{folder} holds other files (there is no {marker} in it), and they would be lost. "
-            "Name a new or an empty folder."
-        )
-    part = folder.with_name(f".{folder.name}.part")
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(part, ignore_errors=True)
+    recover(folder)
+    _refuse_others(folder, marker, key)
+    for left in folder.parent.glob(f".{escape(folder.name)}.*.part"):
+        with suppress(FileNotFoundError):  # its writer has just finished it
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
+    # A name of its own: another process may be writing the same folder.
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     part.mkdir(parents=True)
     try:
         yield part
+        _swap(part, folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def recover(folder: Path) -> None:
+    """Bring a folder back whose writer was stopped just before the new one took its place."""
+    folder = folder.absolute()
+    old = _old(folder)
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+
+
+def _swap(part: Path, folder: Path) -> None:
+    old = _old(folder)
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
+    try:
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+    except BaseException:
+        recover(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _refuse_others(folder: Path, marker: str, key: str | None) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and a folder is to be written. Name a new folder.")
+    if not folder.exists() or not any(folder.iterdir()) or _holds(folder / marker, key):
+        return
+    of = f" with {key!r} in it" if key is not None else ""
+    raise ValueError(
+        f"{folder} holds other files (there is no {marker}{of}), and they would be lost. "
+        "Name a new or an empty folder."
+    )
+
+
+def _holds(file: Path, key: str | None) -> bool:
+    if key is None or not file.is_file():
+        return file.is_file()
+    try:
+        return key in json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, TypeError):  # no JSON, or of another shape
+        return False

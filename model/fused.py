@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from . import gguf
 from .card import CARD, TARGET_CARD, model_card
 from .engines import LM_HEAD, engine_keys, lm_head_rows, tensor_name
-from .files import written_beside
+from .files import recover, written_beside
 from .head import DraftHead, head_class
 from .indexed import write_index
 from .meta import HeadMeta, Measurement
@@ -42,6 +42,7 @@ HEADS = "draft_heads"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 OURS = "headstart"
+CHAT_TEMPLATES = "additional_chat_templates"  # transformers' name for the folder
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 _hashes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -111,7 +112,7 @@ def save_head(
         meta=meta,
     )
     config = engine_keys(head, head.target.config) | {OURS: file.model_dump(mode="json")}
-    with written_beside(Path(folder), CONFIG) as part:
+    with written_beside(Path(folder), CONFIG, OURS) as part:
         _write_head(head, part, config, with_lm_head)
 
 
@@ -231,6 +232,7 @@ def _check_lm_head(head: DraftHead, rows_VD: Tensor, path: Path) -> None:
 
 
 def _head_folder(folder: str | Path) -> Path:
+    recover(Path(folder))
     inner = Path(folder) / HEADS
     return inner if inner.is_dir() else Path(folder)
 
@@ -264,6 +266,7 @@ def load_fused(
 
 
 def is_fused(folder: str | Path) -> bool:
+    recover(Path(folder))
     return (Path(folder) / HEADS / CONFIG).is_file()
 
 
@@ -282,19 +285,21 @@ def fuse(
     copying them; saves the space, but whoever changes one changes both. index: list the head among
     the target's own weights, for transformers' `generate(use_mtp=True)` (see `indexed.py`).
     """
-    target = Target.load(source)
+    # What a GGUF file is written out as should not depend on whether there is an accelerator.
+    is_gguf = Path(source).suffix == gguf.SUFFIX
+    target = Target.load(source, dtype=torch.float32 if is_gguf else "auto")
     head = load_head(head_folder, target)
     meta = read_head_file(head_folder).meta
     parent = Path(out).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=parent, prefix=".plain-") as beside,
-        written_beside(Path(out), f"{HEADS}/{CONFIG}") as part,
+        written_beside(Path(out), f"{HEADS}/{CONFIG}", OURS) as part,
     ):
         spare = Path(beside, "target")
         plain = _plain_folder(str(source), target, spare)
         for file in _files_to_keep(plain):
-            name = TARGET_CARD if file.name == CARD else file.name
+            name = TARGET_CARD if file.name == CARD else file.relative_to(plain)
             _take(file, part / name, (link or plain == spare) and file.suffix == ".safetensors")
         save_head(head, part / HEADS, meta, with_lm_head=True)
         if index:
@@ -309,13 +314,16 @@ def _plain_folder(source: str, target: Target, spare: Path) -> Path:
         return spare
     if Path(source).is_dir():
         return Path(source)
+    snapshot_download(source, allow_patterns=[f"{CHAT_TEMPLATES}/*.jinja"])
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md"]
     return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
 
 def _files_to_keep(folder: Path) -> list[Path]:
-    """Files at the root. Pickled weights are left behind where there are safetensors."""
+    """Files at the root, and chat templates beside the main one. Pickled weights are left behind
+    where there are safetensors."""
     files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+    files += sorted(folder.glob(f"{CHAT_TEMPLATES}/*.jinja"))
     if any(file.suffix == ".safetensors" for file in files):
         files = [file for file in files if file.suffix not in PICKLES]
     if any(file.name == TARGET_CARD for file in files):  # it was fused before: that card is ours
@@ -324,6 +332,7 @@ def _files_to_keep(folder: Path) -> list[Path]:
 
 
 def _take(file: Path, to: Path, link: bool) -> None:
+    to.parent.mkdir(exist_ok=True)
     if link:
         to.hardlink_to(file.resolve())
     else:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,16 +32,24 @@ def open_pretrained(
     where = {"gguf_file": file, "revision": revision}
     try:
         config = AutoConfig.from_pretrained(source, **where)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ValueError(
             f"{name} cannot be opened as a language model: {error} Give a Hub id, a folder with "
             "config.json and weights, or a .gguf file."
         ) from error
     refuse_config(config, name)
+    if file is None:
+        _refuse_quantized(config, name)
     extra = gguf.model_arguments() if file else {}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, dtype=_dtype(dtype, place), output_loading_info=True, **where, **extra
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=_dtype(dtype, place), output_loading_info=True, **where, **extra
+        )
+    except (OSError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ValueError(
+            f"The weights of {name} cannot be read ({str(error).strip()}). A file is missing, was "
+            "cut short, or does not fit config.json. Download or copy them again."
+        ) from error
     model, report = loaded
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:5])
@@ -49,6 +60,17 @@ def open_pretrained(
     if file:
         gguf.take_output_weight(model, Path(source) / file)
     return model.to(place), _tokenizer(source, where)
+
+
+def _refuse_quantized(config: PretrainedConfig, name: str) -> None:
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise ValueError(
+            f"{name} holds quantised weights ({method or 'of an unknown method'}), and a head "
+            "reads and borrows plain ones. Use the folder or Hub id of the unquantised model, or "
+            "a GGUF file, which is opened as plain weights."
+        )
 
 
 def random_model(settings: Mapping[str, Any], seed: int) -> PreTrainedModel:
