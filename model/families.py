@@ -190,8 +190,8 @@ def refuse_unused_window(decoder: nn.Module, config: PretrainedConfig, name: str
     The window can be longer than any text that is cheap to try, so the code is looked at: it must
     use transformers' masks with windows.
     """
-    modules = [vars(sys.modules[one.__module__]) for one in type(decoder).__mro__]
-    windowed = {mask for module in modules for mask in WINDOW_MASKS if mask in module}
+    modules = [sys.modules.get(one.__module__) for one in type(decoder).__mro__]
+    windowed = any(hasattr(module, mask) for module in modules for mask in WINDOW_MASKS)
     if Windows.of(config).kinds != (FULL,) and not windowed:
         raise ValueError(
             f"{name} ({config.model_type}) has an attention window in its configuration, but its "

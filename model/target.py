@@ -54,8 +54,8 @@ class Target:
         self._tokenizer = tokenizer
         self._head = output_head(model, name)
         self._decoder = inner_model(model)
-        refuse_unused_window(self._decoder, self.config, name)
         self._layers = decoder_layers(self._decoder, self.config, name)
+        refuse_unused_window(self._decoder, self.config, name)
         self._cache_name = _cache_name(self._decoder)
         self._windows = Windows.of(self.config)
         self._finish = LogitsRule.of(self.config)
