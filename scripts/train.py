@@ -50,12 +50,17 @@ def run_recipe(recipe: Recipe, target: Target | None = None) -> Path:
     """Train as the recipe says, showing progress; the folder of the best head."""
     import torch
 
-    from headstart.model.head import make_head
+    from headstart.model.head import head_class, make_head
+    from headstart.training.checks import check_early
+    from headstart.training.keys import merged
     from headstart.training.loop import train as run
 
+    check_early(recipe)
     target = target or open_target(recipe)
+    kind = recipe.head.kind
+    settings = merged(head_class(kind)[0].defaults(target), recipe.head.settings)
     torch.manual_seed(recipe.train.seed)  # decides the weights that do not come from the target
-    head = make_head(target, recipe.head.kind, recipe.head.settings)
+    head = make_head(target, kind, settings)
     head.init_from_target()
     with _bar() as log:
         result = run(

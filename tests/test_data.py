@@ -267,3 +267,23 @@ def test_frequent_tokens():
     assert frequent_tokens(counts_V, 3).tolist() == [2, 5, 7]
     with pytest.raises(ValueError, match="draft_vocab is 13"):
         frequent_tokens(counts_V, 13)
+
+
+def test_turns_of_a_conversation_are_held_out_together(target, tmp_path):
+    lines = [
+        {"id": f"c/{c}/{turn}", "tokens": [c, turn, 1, 2], "spans": [[2, 4]]}
+        for c in range(10)
+        for turn in range(3)
+    ]
+    found = read(target, write(tmp_path / "data.jsonl", *lines), holdout=4)
+    held = found.holdout.tokens.view(-1, 4)[:, 0].tolist()
+    kept = found.train.tokens.view(-1, 4)[:, 0].tolist()
+    assert len(held) == 6 and len(kept) == 24 and not set(held) & set(kept)
+
+
+def test_a_line_that_is_no_text_is_named(target, tmp_path):
+    path = write(tmp_path / "data.jsonl", GOOD, GOOD)
+    path.write_bytes(path.read_bytes() + b'{"tokens": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"data\.jsonl:3 is not valid JSON in UTF-8"):
+        read(target, path)
+    assert len(read(target, path, skip_broken=True).train) == 2

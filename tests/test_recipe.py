@@ -119,6 +119,11 @@ def test_overrides_are_typed():
         ("head.draft_vocabulary=1", "draft_vocab"),
         ("loss.step=1", "loss.steps"),
         ("eval.node=1", "eval.nodes"),
+        ("head.layer.head_dimm=8", r"head\.layer\.head_dim\?"),
+        (
+            "target={random: {model_type: llama, hidden_sise: 8}}",
+            r"target\.random\.hidden_size\?",
+        ),
     ],
 )
 def test_unknown_keys_are_refused_with_the_nearest_name(override, named):
@@ -126,7 +131,14 @@ def test_unknown_keys_are_refused_with_the_nearest_name(override, named):
         load_recipe(SMALL, [override])
 
 
-@pytest.mark.parametrize("override", ["train.lr=fast", "train.lr=-1", "loss.kind=ce", "train.lr"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("train.lr=fast", "train.lr=-1", "loss.kind=ce", "train.lr", "target.dtype=float64"),
+        *("head.draft_vocab=0", "head.draft_vocab=-5", "head.draft_vocab=many"),
+        *("head.layer.head_dim=wide", "head.attention_layout=none"),
+    ],
+)
 def test_wrong_values_name_the_key(override):
     with pytest.raises(ValueError, match=override.split("=")[0].replace(".", r"\.")):
         load_recipe(SMALL, [override])
@@ -142,3 +154,10 @@ def test_the_explanation_is_a_recipe_that_means_the_same(path):
     assert recipe.head.settings.items() <= again.head.settings.items()
     defaults = {line.split(":")[0].strip() for line in text.splitlines() if "# default" in line}
     assert "eta" in defaults and "kind" not in defaults
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"recipe\.yaml is no UTF-8 text"):
+        load_recipe(path)

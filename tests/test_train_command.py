@@ -66,3 +66,47 @@ def test_the_seed_decides_the_first_weights(tmp_path):
     weights = [name for name in found[0] if name.startswith("head.")]
     assert all(torch.equal(found[0][name], found[1][name]) for name in weights)
     assert not all(torch.allclose(found[0][name], found[2][name]) for name in weights)
+
+
+def recipe_values(tmp_path: Path, **train) -> dict:
+    data = write_rows(tmp_path / "data.jsonl", mixed_rows(8))
+    return {
+        "target": {"random": {"model_type": "llama"}},
+        "head": {"kind": "mtp"},
+        "data": {"path": str(data), "max_length": 32, "batch_tokens": 1024},
+        "loss": {"steps": 2},
+        "train": {"output": str(tmp_path / "run"), "steps": 1, **train},
+    }
+
+
+def test_one_size_of_a_layer_changes_only_that(tmp_path):
+    values = recipe_values(tmp_path)
+    values["head"]["layer"] = {"intermediate_size": 24}
+    run_recipe(make_recipe(values), tiny_target())
+    saved = load_file(tmp_path / "run" / "state" / "state.safetensors")
+    assert saved["head.layer.mlp.up_proj.weight"].shape == (24, 48)
+
+
+def test_conversations_beyond_the_target_are_refused(tmp_path):
+    target = tiny_target()
+    target.config.max_position_embeddings = 16
+    with pytest.raises(ValueError, match=r"reads 16 at most\. Set data\.max_length=16"):
+        run_recipe(make_recipe(recipe_values(tmp_path)), target)
+
+
+@pytest.mark.parametrize("broken", ["output", "wandb"])
+def test_what_needs_no_target_is_checked_before_it_is_loaded(tmp_path, monkeypatch, broken):
+    def loaded(recipe):
+        raise AssertionError("the target was loaded")
+
+    monkeypatch.setattr("headstart.scripts.train.open_target", loaded)
+    if broken == "output":
+        (tmp_path / "run").write_text("")
+        with pytest.raises(ValueError, match="is a file"):
+            run_recipe(make_recipe(recipe_values(tmp_path)))
+        return
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(type(wandb.api), "api_key", None)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(ValueError, match=r"wandb login.*train\.wandb\.mode=offline"):
+        run_recipe(make_recipe(recipe_values(tmp_path, wandb={"project": "x"})))

@@ -64,7 +64,7 @@ def save_facts(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def load_facts(folder: Path) -> dict[str, Any] | None:
     """What `save_state` was told, or None when there is no checkpoint."""
-    if not (folder / STATE).exists():
+    if not (folder / STATE).is_file():
         return None
     try:
         facts: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))

@@ -13,9 +13,10 @@ import torch
 from headstart.model.head import UNSET, DraftHead
 from headstart.model.target import Target
 
-from .checkpoint import FOLDER, STATE
+from .checkpoint import FOLDER, STATE, load_facts
 from .data import Corpus, frequent_tokens
 from .recipe import Recipe, changed_on_resume
+from .report import check_wandb
 from .sources import Conversations
 
 WRITTEN = ("best", "last", "metrics.jsonl")  # by a run, beside its state
@@ -34,6 +35,23 @@ def check_fit(recipe: Recipe, target: Target, head: DraftHead) -> None:
         raise ValueError(
             f"train.precision is float32, but the target is in {target.dtype}. Set "
             "target.dtype=float32 or train.precision=bfloat16."
+        )
+
+
+def check_early(recipe: Recipe) -> None:
+    """What can be known to be wrong before the target is loaded."""
+    check_wandb(recipe.train.wandb)
+    folder = Path(recipe.train.output)
+    check_folder(recipe, folder, load_facts(folder / FOLDER))
+
+
+def check_lengths(data: Conversations, target: Target) -> None:
+    limit: int | None = getattr(target.config, "max_position_embeddings", None)  # ALiBi has none
+    longest = max(data.train.longest, data.holdout.longest)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"A conversation has {longest} tokens, but {target.name} reads {limit} at most. Set "
+            f"data.max_length={limit}, which cuts what is longer."
         )
 
 

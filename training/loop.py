@@ -38,6 +38,7 @@ from .checkpoint import (
 from .checks import (
     check_fit,
     check_folder,
+    check_lengths,
     check_same,
     choose_draft_vocab,
     fingerprint,
@@ -113,6 +114,7 @@ class _Run:
         self.team = Team(target.device)
         self.stop = StopRequest(self.what_is_saved, speaks=self.team.main)
         data = read_conversations(recipe.data, target, recipe.train.seed)
+        check_lengths(data, target)
         self.corpus, self.holdout = data.train, data.holdout
         self.data_hash = fingerprint(self.corpus)
         self.batches = Batches(self.corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)

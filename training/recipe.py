@@ -5,7 +5,6 @@ Unknown keys are refused by their full name, and single values can be set as `se
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticUndefined
 
 from headstart.model.head import head_class
+
+from .keys import dotted, unknown_keys, unknown_open_keys, wrong_head_values
 
 
 class Section(BaseModel):
@@ -30,7 +31,7 @@ class TargetConfig(Section):
 
     name: str | None = None
     random: dict[str, Any] | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     revision: str | None = None
 
     @model_validator(mode="after")
@@ -199,6 +200,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"Cannot read the recipe {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"The recipe {path} is no UTF-8 text: {error}. Save it as such."
+        ) from error
     values = _parse(text, str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path} is no recipe: it should hold sections such as `target:`.")
@@ -209,15 +214,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """A recipe from nested values. ValueError names every wrong key by its full name."""
-    unknown = list(_unknown_keys(Recipe, values, ""))
-    unknown += _unknown_head_keys(values.get("head"))
+    unknown = list(unknown_keys(Recipe, values, ""))
+    unknown += unknown_open_keys(values.get("head"), values.get("target"))
     if unknown:
         raise ValueError("\n  ".join([f"Unknown keys in {source}:", *unknown]))
+    wrong: list[str] = []
+    recipe = None
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [f"{_dotted(item['loc'])}: {item['msg']}" for item in error.errors()]
-        raise ValueError("\n  ".join([f"Wrong values in {source}:", *lines])) from error
+        wrong += [f"{dotted(item['loc'])}: {item['msg']}" for item in error.errors()]
+    wrong += wrong_head_values(values.get("head"))
+    if wrong or recipe is None:
+        raise ValueError("\n  ".join([f"Wrong values in {source}:", *wrong]))
+    return recipe
 
 
 # These may differ when a run goes on: they change what is reported and kept, not what is learned,
@@ -296,37 +306,3 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise ValueError(f"{key} cannot be set: {section} is a value, not a section.")
         place = inner
     place[name] = _parse(text, override)
-
-
-def _unknown_keys(model: type[BaseModel], values: Any, path: str) -> Iterator[str]:
-    if not isinstance(values, Mapping) or model.model_config.get("extra") == "allow":
-        return
-    for key, value in values.items():
-        if key not in model.model_fields:
-            yield _nearest(path, str(key), list(model.model_fields))
-            continue
-        for inner in _section_types(model.model_fields[key].annotation):
-            yield from _unknown_keys(inner, value, f"{path}{key}.")
-
-
-def _section_types(annotation: Any) -> list[type[BaseModel]]:
-    """The sections in an annotation such as `Section` or `Section | None`."""
-    options = (annotation, *getattr(annotation, "__args__", ()))
-    return [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
-
-
-def _unknown_head_keys(values: Any) -> list[str]:
-    if not isinstance(values, Mapping) or not isinstance(values.get("kind"), str):
-        return []
-    known = [name for name in head_class(values["kind"])[1].model_fields]
-    return [_nearest("head.", str(key), known) for key in values if key not in known]
-
-
-def _nearest(path: str, key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {path}{close[0]}?" if close else f"there are: {', '.join(known)}"
-    return f"{path}{key} ({hint})"
-
-
-def _dotted(place: tuple[int | str, ...]) -> str:
-    return ".".join(map(str, place)) or "the recipe"

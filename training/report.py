@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .recipe import Recipe
+from .recipe import Recipe, WandbConfig
 
 Figures = Mapping[str, float]
 
@@ -102,8 +103,8 @@ def _keep_until(path: Path, step: int, evaluated: int) -> None:
     path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
-def _start_wandb(recipe: Recipe, folder: Path) -> Any:
-    config = recipe.train.wandb
+def check_wandb(config: WandbConfig | None) -> Any:
+    """The library, or None when it is not asked for. ValueError when it cannot be used."""
     if config is None:
         return None
     try:
@@ -113,6 +114,20 @@ def _start_wandb(recipe: Recipe, folder: Path) -> Any:
             "train.wandb is set, but wandb is not installed. Run `pip install wandb`, or leave "
             "train.wandb out."
         ) from error
+    online = config.mode == "online" and os.environ.get("WANDB_MODE", "online") == "online"
+    if online and wandb.api.api_key is None:
+        raise ValueError(
+            "train.wandb is online, but nobody is logged in here. Run `wandb login`, or set "
+            "train.wandb.mode=offline."
+        )
+    return wandb
+
+
+def _start_wandb(recipe: Recipe, folder: Path) -> Any:
+    config = recipe.train.wandb
+    wandb = check_wandb(config)
+    if config is None:
+        return None
     return wandb.init(
         project=config.project,
         name=config.name,

@@ -7,7 +7,9 @@ the target's own chat template renders. Everything is read and checked before tr
 from __future__ import annotations
 
 import json
+import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from .render import Rendered, render
 Line = tuple[str, Mapping[str, Any]]  # where it stands, for messages, and what it holds
 # 4 bytes per token: there may be billions. array is no generic type at run time.
 Row: TypeAlias = "tuple[array[int], list[tuple[int, int]]]"
+TURN = re.compile(r"./[0-9]+$")  # how the id of one turn of a conversation ends
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class BrokenLine(ValueError):
 def read_conversations(config: DataConfig, target: Target, seed: int) -> Conversations:
     """Read, render, check and split. ValueError says which file and line is wrong, and how."""
     rows: list[Row] = []
+    conversations: list[str] = []  # which one each row is of
     broken: list[str] = []
     dropped = 0
     for where, value in _lines(config, target, broken):
@@ -59,10 +63,18 @@ def read_conversations(config: DataConfig, target: Target, seed: int) -> Convers
             teaches = any(end > MIN_TOKENS - 1 for _, end in cut.spans)
             if teaches:
                 rows.append((array("i", cut.tokens), cut.spans))
+                conversations.append(_conversation(value, where))
             dropped += not teaches
     if not rows:
         raise _nothing_to_train_on(config, dropped, broken)
-    return _split(rows, config, seed, dropped, tuple(broken))
+    held = _held_out(conversations, config.holdout, seed)
+
+    def corpus(held_out: bool) -> Corpus:
+        return Corpus(
+            row for row, name in zip(rows, conversations, strict=True) if (name in held) == held_out
+        )
+
+    return Conversations(corpus(False), corpus(True), dropped, tuple(broken))
 
 
 def _nothing_to_train_on(config: DataConfig, dropped: int, broken: list[str]) -> ValueError:
@@ -77,21 +89,30 @@ def _nothing_to_train_on(config: DataConfig, dropped: int, broken: list[str]) ->
     return ValueError(message)
 
 
-def _split(
-    rows: list[Row], config: DataConfig, seed: int, dropped: int, broken: tuple[str, ...]
-) -> Conversations:
-    if config.holdout >= len(rows):
+def _conversation(value: Mapping[str, Any], where: str) -> str:
+    """Turns of one conversation are records of their own, `NAME/0`, `NAME/1`, ..."""
+    name = str(value.get("id", ""))
+    return name.rpartition("/")[0] if TURN.search(name) and value.get("spans") else where
+
+
+def _held_out(conversations: list[str], count: int, seed: int) -> set[str]:
+    """Whole conversations, until `count` rows are held out: their turns repeat one another."""
+    sizes = Counter(conversations)  # in the order in which they come
+    names = list(sizes)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    held: set[str] = set()
+    rows = 0
+    for place in order:
+        if rows >= count:
+            break
+        held.add(names[place])
+        rows += sizes[names[place]]
+    if len(held) == len(names):
         raise ValueError(
-            f"data.holdout is {config.holdout}, but there are only {len(rows)} conversations. "
+            f"data.holdout is {count}, but there are only {len(names)} conversations. "
             "Lower it, or bring more data."
         )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    held, kept = order[: config.holdout], sorted(order[config.holdout :])
-
-    def corpus(indices: list[int]) -> Corpus:
-        return Corpus(rows[index] for index in indices)
-
-    return Conversations(corpus(kept), corpus(sorted(held)), dropped, broken)
+    return held
 
 
 def _lines(config: DataConfig, target: Target, broken: list[str]) -> Iterator[Line]:
@@ -117,26 +138,28 @@ def read_lines(path: str, *, split: str, skip_broken: bool, broken: list[str]) -
 def _json_lines(path: Path, skip_broken: bool, broken: list[str]) -> Iterator[Line]:
     """Our own reader, so that a broken line can be named."""
     try:
-        file = path.open(encoding="utf-8")
+        file = path.open("rb")
     except OSError as error:
         raise ValueError(f"Cannot read the data file {path}: {error.strerror}.") from error
     empty = True
     with file:
-        for number, text in enumerate(file, 1):
-            if not text.strip():
+        for number, line in enumerate(file, 1):
+            if not line.strip():
                 continue
             empty = False
             where = f"{path}:{number}"
             try:
-                yield where, json.loads(text)
-            except json.JSONDecodeError as error:
-                message = f"{where} is not valid JSON: {error}."
+                value = json.loads(line.decode("utf-8-sig"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                message = f"{where} is not valid JSON in UTF-8: {error}."
                 if not skip_broken:
                     raise BrokenLine(
                         f"{message} Repair the line, or set data.skip_broken=true to leave such "
                         "lines out."
                     ) from error
                 broken.append(message)
+                continue
+            yield where, value
     if empty:
         raise ValueError(f"The data file {path} is empty. It should hold one JSON object per line.")
 
