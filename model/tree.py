@@ -114,7 +114,8 @@ class TreeShape:
     @staticmethod
     def chain(depth: int) -> TreeShape:
         """One guess per depth."""
-        return TreeShape(nodes=depth + 1, depth=depth, width=1)
+        nodes = depth + 1 if isinstance(depth, int) else 0  # which is refused with the depth
+        return TreeShape(nodes=nodes, depth=depth, width=1)
 
     @staticmethod
     def dynamic(nodes: int, depth: int, width: int) -> TreeShape:

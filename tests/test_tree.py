@@ -187,3 +187,9 @@ def test_sizes_are_whole_numbers(sizes: tuple[int, int, int]) -> None:
     for make in (TreeShape, TreeShape.dynamic):
         with pytest.raises(ValueError, match="A tree needs whole numbers"):
             make(*sizes)
+
+
+@pytest.mark.parametrize("depth", [0, 2.5, "3", None])
+def test_a_chain_needs_a_depth(depth: int) -> None:
+    with pytest.raises(ValueError, match=f"A tree needs whole numbers.*depth {depth}"):
+        TreeShape.chain(depth)
