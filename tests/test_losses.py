@@ -165,6 +165,48 @@ def test_a_batch_without_labels_gives_no_gradient(case, kind):
     assert float(value) == 0 and not any(bool(grad.any()) for grad in grads)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_measuring_works_out_no_gradient(case, kind, monkeypatch):
+    head, seen, batch = case
+    config = LossConfig(kind=kind, steps=STEPS, step_decay=0.8, chunk_rows=4)
+    trained = loss_sum(config, head, seen, draft_hidden(seen), batch)
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    with torch.no_grad():
+        measured = loss_sum(config, head, seen, draft_hidden(seen), batch)
+    assert torch.equal(measured.sums.pack(), trained.sums.pack())
+    assert torch.equal(measured.total, trained.total.detach())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reported_loss_is_what_is_minimised(case, kind):
+    head, seen, batch = case
+    config = LossConfig(kind=kind, steps=STEPS, step_decay=0.5)
+    loss = loss_sum(config, head, seen, draft_hidden(seen), batch)
+    assert loss.sums.figures()["loss"] == pytest.approx(
+        float(loss.total) / loss_weight(config, batch)
+    )
+
+
+def test_a_teacher_outside_the_draft_vocabulary_stays_bounded():
+    """A target that is certain of a token which the head cannot propose."""
+    target = tiny_target()
+    head = tiny_head(target, draft_vocab=20)
+    head.set_draft_vocab(torch.arange(20))
+    with torch.no_grad():
+        target.model.get_output_embeddings().weight[40] *= 1000
+    tokens_BT = torch.randint(0, VOCAB, (2, 9))
+    batch = Batch(tokens_BT, torch.tensor([9, 9]), torch.ones(2, 9).bool())
+    seen = target.read(tokens_BT, logits=False)
+    hidden = [values.float().detach().requires_grad_() for values in draft_hidden(seen)]
+    config = LossConfig(kind="kl", steps=STEPS)
+    total = loss_sum(config, head, seen, hidden, batch).total
+    slow = loss_sum_eager(config, head, seen, hidden, batch)
+    torch.testing.assert_close(total, slow)
+    assert 0 < float(total) / loss_weight(config, batch) < 20
+    total.backward()
+    assert all(bool(values.grad.isfinite().all()) for values in hidden if values.grad is not None)
+
+
 def test_logits_never_exceed_a_chunk(case, monkeypatch):
     head, seen, batch = case
     rows: list[int] = []

@@ -185,8 +185,8 @@ def test_decoding_chooses_the_best_head(target, data, tmp_path):
     result = train(recipe, target=target, head=tiny_head(target), evaluate=evaluate)
     assert result == Result(6, tmp_path / "run" / "best", 4, 2.5)
     saved = weights(load_head(result.best, target))
-    for name, value in heads[1].items():  # stored in bfloat16
-        torch.testing.assert_close(saved[name], value, rtol=1e-2, atol=1e-2)
+    for name, value in heads[1].items():  # what was measured is what the file holds
+        assert torch.equal(saved[name], value), name
     assert any(not torch.allclose(heads[1][name], heads[2][name]) for name in saved)
     assert [line["speed"] for line in lines(recipe, "eval")] == [7.0] * 3
 

@@ -275,9 +275,15 @@ class _Run:
         return figures
 
     def _decoding_copy(self) -> DraftHead:
-        """The head as it will be loaded for decoding."""
+        """The head as it will be loaded for decoding: its file holds bfloat16."""
         copy = type(self.head)(self.head.config)
-        copy.load_state_dict(self.head.state_dict())
+        state = self.head.state_dict()
+        copy.load_state_dict(
+            {
+                name: value.to(torch.bfloat16) if value.is_floating_point() else value
+                for name, value in state.items()
+            }
+        )
         return copy.for_decoding(self.target)
 
     def _save_head(self, name: str) -> None:

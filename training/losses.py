@@ -73,7 +73,11 @@ def loss_weight(config: LossConfig, batch: Batch) -> float:
 def loss_sum(
     config: LossConfig, head: DraftHead, seen: Seen, hidden: Sequence[Tensor], batch: Batch
 ) -> Loss:
-    """The objective over a batch, in chunks. hidden: B x T x D per step, from `head.unroll`."""
+    """The objective over a batch, in chunks. hidden: B x T x D per step, from `head.unroll`.
+
+    Under no_grad no gradient is worked out.
+    """
+    gradient = torch.is_grad_enabled()
     valid_KBT = valid_steps(batch, len(hidden))
     weights_KBT = step_weights(config, valid_KBT)
     work = _Chunks(config, head, seen, [values.detach() for values in hidden], valid_KBT)
@@ -83,12 +87,15 @@ def loss_sum(
         chains_KBT = (alpha_KBT * weights_KBT).cumprod(0)
         total = (weights_KBT - chains_KBT).sum()
         loss_K = (weights_KBT - chains_KBT).sum((1, 2))
-        work.run(chain_gradient(alpha_KBT, weights_KBT), gradient=True)
+        if gradient:
+            work.run(chain_gradient(alpha_KBT, weights_KBT), gradient=True)
     else:
-        work.run(weights_KBT, gradient=True)
+        work.run(weights_KBT, gradient=gradient)
         loss_K = (work.loss_KBT * valid_KBT).sum((1, 2))
         total = (work.loss_KBT * weights_KBT).sum()
-    sums = StepSums.of(valid_KBT, loss_K, work.alpha_KBT, work.top1_KBT)
+    sums = StepSums.of(
+        valid_KBT, loss_K, work.alpha_KBT, work.top1_KBT, total.detach(), weights_KBT
+    )
     return Loss(_Known.apply(total, work.gradients, *hidden), sums)
 
 
@@ -117,11 +124,16 @@ class _Known(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Teacher:
-    """The target at the rows of a chunk. p_RW: on the draft vocabulary, not renormalised."""
+    """The target at the rows of a chunk.
 
-    p_RW: Tensor
-    mass_R: Tensor
-    negentropy_R: Tensor  # sum of p log p, p renormalised
+    r_RW: its softmax over the draft vocabulary alone, which no small mass can make 0 / 0.
+    mass_R: what the draft vocabulary has of p, so p = r * mass there; None without one.
+    negentropy_R: sum of r log r.
+    """
+
+    r_RW: Tensor
+    mass_R: Tensor | None
+    negentropy_R: Tensor
     top_R: Tensor
 
 
@@ -243,10 +255,13 @@ class _Rows:
         weights_R: Tensor,
         rows: slice,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        p, mass = teacher.p_RW[rows], teacher.mass_R[rows]
-        q = logits_RW[rows].log_softmax(-1, dtype=p.dtype)
-        kl = teacher.negentropy_R[rows] - _row_dot(p, q) / mass
+        r = p = teacher.r_RW[rows]
+        q = logits_RW[rows].log_softmax(-1, dtype=r.dtype)
+        kl = teacher.negentropy_R[rows] - _row_dot(r, q)
         q.exp_()
+        mass = torch.ones_like(kl) if teacher.mass_R is None else teacher.mass_R[rows]
+        if teacher.mass_R is not None:
+            p = r * mass[:, None]
         top = q.max(-1).indices  # several times faster than argmax on a CPU
         below = torch.le(q, p, out=torch.empty_like(p))
         below_q = _row_dot(below, q)
@@ -255,9 +270,9 @@ class _Rows:
         loss = kl_weight * kl + tv_weight * (1 - alpha)
         if self.gradient_RW is not None:
             kl_part, tv_part = weights_R[rows] * kl_weight, weights_R[rows] * tv_weight
-            # kl: q - p / mass; tv: q * (sum of q where q <= p) - q where q <= p
+            # kl: q - r; tv: q * (sum of q where q <= p) - q where q <= p
             slope = torch.addcmul((kl_part + tv_part * below_q)[:, None], below, -tv_part[:, None])
-            slope.mul_(q).addcmul_(p, (kl_part / mass)[:, None], value=-1)
+            slope.mul_(q).addcmul_(r, kl_part[:, None], value=-1)
             self.gradient_RW[rows] = slope
         return loss, alpha, top
 
@@ -277,20 +292,20 @@ def _mix(config: LossConfig, alpha_R: Tensor) -> tuple[Tensor, Tensor]:
 def _teacher(logits_RV: Tensor, draft_ids_W: Tensor | None) -> _Teacher:
     wide = torch.promote_types(torch.float32, logits_RV.dtype)
     width = logits_RV.shape[-1] if draft_ids_W is None else len(draft_ids_W)
-    p_RW = logits_RV.new_empty(len(logits_RV), width, dtype=wide)
+    r_RW = logits_RV.new_empty(len(logits_RV), width, dtype=wide)
     tiny = torch.finfo(wide).tiny
     results = []
     with torch.autocast(logits_RV.device.type, enabled=False):
         for rows in _blocks(logits_RV):
-            p = logits_RV[rows].softmax(-1, dtype=wide)
+            p = r = logits_RV[rows].softmax(-1, dtype=wide)
             top = p.max(-1).indices
             if draft_ids_W is not None:
+                r = logits_RV[rows].index_select(-1, draft_ids_W).softmax(-1, dtype=wide)
                 p = p.index_select(-1, draft_ids_W)
-            p_RW[rows] = p
-            mass = p.sum(-1).clamp(min=tiny)
-            negentropy = _row_dot(p, p.clamp(min=tiny).log()) / mass - mass.log()
-            results.append((mass, negentropy, top))
-    return _Teacher(p_RW, *(torch.cat(part) for part in zip(*results, strict=True)))
+            r_RW[rows] = r
+            results.append((p.sum(-1), _row_dot(r, r.clamp(min=tiny).log()), top))
+    mass_R, negentropy_R, top_R = (torch.cat(part) for part in zip(*results, strict=True))
+    return _Teacher(r_RW, None if draft_ids_W is None else mass_R, negentropy_R, top_R)
 
 
 def _row_dot(left_RW: Tensor, right_RW: Tensor) -> Tensor:
@@ -314,13 +329,13 @@ def loss_sum_eager(
     with torch.no_grad():
         target_BTV = head.target.unembed(seen.last_BTD)
         wide = torch.promote_types(torch.float32, target_BTV.dtype)
-        target_BTV = target_BTV.softmax(-1, dtype=wide)
-        ids = head.draft_ids
-        p_BTW = target_BTV if ids is None else target_BTV[..., ids]
+        ids = slice(None) if head.draft_ids is None else head.draft_ids
+        p_BTW = target_BTV.softmax(-1, dtype=wide)[..., ids]
+        r_BTW = target_BTV[..., ids].softmax(-1, dtype=wide)
     losses, alphas = [], []
     for step, hidden_BTD in enumerate(hidden):
         teacher_BTW = p_BTW.roll(-1 - step, dims=1)  # what rolls around is invalid
-        restricted_BTW = teacher_BTW / teacher_BTW.sum(-1, keepdim=True)
+        restricted_BTW = r_BTW.roll(-1 - step, dims=1)
         logq_BTW = head.logits(hidden_BTD).log_softmax(-1, dtype=wide)
         kl_BT = torch.nn.functional.kl_div(logq_BTW, restricted_BTW, reduction="none").sum(-1)
         alpha_BT = torch.minimum(teacher_BTW, logq_BTW.exp()).sum(-1)

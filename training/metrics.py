@@ -18,7 +18,8 @@ class StepSums:
     """Per step: valid rows, loss, acceptance at temperature 1, agreement of the likeliest tokens.
 
     chains_3: over anchors with all K labels, their number, and the accepted tokens of a drafted
-    chain at temperature 0 and at temperature 1.
+    chain at temperature 0 and at temperature 1. objective_2: the weighted loss that is minimised,
+    and the weight that it is divided by.
     """
 
     count_K: Tensor
@@ -26,9 +27,17 @@ class StepSums:
     alpha_K: Tensor
     top1_K: Tensor
     chains_3: Tensor
+    objective_2: Tensor
 
     @staticmethod
-    def of(valid_KBT: Tensor, loss_K: Tensor, alpha_KBT: Tensor, top1_KBT: Tensor) -> StepSums:
+    def of(
+        valid_KBT: Tensor,
+        loss_K: Tensor,
+        alpha_KBT: Tensor,
+        top1_KBT: Tensor,
+        total: Tensor,
+        weights_KBT: Tensor,
+    ) -> StepSums:
         complete_BT = valid_KBT.all(0)
         greedy = (top1_KBT.cumprod(0).sum(0) * complete_BT).sum()
         sampled = (alpha_KBT.cumprod(0).sum(0) * complete_BT).sum()
@@ -38,31 +47,33 @@ class StepSums:
             (alpha_KBT * valid_KBT).sum((1, 2)).double(),
             (top1_KBT * valid_KBT).sum((1, 2)).double(),
             torch.stack([complete_BT.sum().double(), greedy.double(), sampled.double()]),
+            torch.stack([total.double(), weights_KBT.sum(dtype=torch.float64)]),
         )
 
     @staticmethod
     def zeros(steps: int, device: torch.device | str = "cpu") -> StepSums:
-        return StepSums.unpack(torch.zeros(4 * steps + 3, dtype=torch.float64, device=device))
+        return StepSums.unpack(torch.zeros(4 * steps + 5, dtype=torch.float64, device=device))
 
     def __add__(self, other: StepSums) -> StepSums:
         return StepSums.unpack(self.pack() + other.pack())
 
     def pack(self) -> Tensor:
         """One vector, for one reduction over processes."""
-        return torch.cat([self.count_K, self.loss_K, self.alpha_K, self.top1_K, self.chains_3])
+        rows = (self.count_K, self.loss_K, self.alpha_K, self.top1_K)
+        return torch.cat([*rows, self.chains_3, self.objective_2])
 
     @staticmethod
     def unpack(vector: Tensor) -> StepSums:
-        steps = (len(vector) - 3) // 4
-        count_K, loss_K, alpha_K, top1_K = vector[:-3].split(steps)
-        return StepSums(count_K, loss_K, alpha_K, top1_K, vector[-3:])
+        steps = (len(vector) - 5) // 4
+        count_K, loss_K, alpha_K, top1_K = vector[:-5].split(steps)
+        return StepSums(count_K, loss_K, alpha_K, top1_K, vector[-5:-2], vector[-2:])
 
     def figures(self) -> dict[str, float]:
         """Means by name; accepted lengths count the token that the target adds itself."""
         count_K = self.count_K.clamp(min=1)
         chains = self.chains_3[0].clamp(min=1)
         figures = {
-            "loss": float(self.loss_K.sum() / count_K.sum()),
+            "loss": float(self.objective_2[0] / self.objective_2[1].clamp(min=1e-9)),
             "accepted_length_t0": float(1 + self.chains_3[1] / chains),
             "accepted_length_t1": float(1 + self.chains_3[2] / chains),
         }
