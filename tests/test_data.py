@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from chatty import save
 from tiny_run import VOCAB, mixed_rows, tiny_target, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -287,3 +288,27 @@ def test_a_line_that_is_no_text_is_named(target, tmp_path):
     with pytest.raises(ValueError, match=r"data\.jsonl:3 is not valid JSON in UTF-8"):
         read(target, path)
     assert len(read(target, path, skip_broken=True).train) == 2
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    return Target.load(save(tmp_path_factory.mktemp("target")))
+
+
+ASKED = {"role": "user", "content": "a?"}
+ANSWERED = {"role": "assistant", "content": "b!"}
+
+
+def test_conversations_without_an_answer_are_counted(chatting, tmp_path):
+    lines = [{"messages": [ASKED, ANSWERED]}, {"messages": [ASKED]}, {"messages": []}]
+    found = read(chatting, write(tmp_path / "data.jsonl", *lines))
+    assert (len(found.train), found.dropped) == (1, 2)
+
+
+def test_messages_of_a_data_set_are_rendered(chatting, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", *[{"messages": [ASKED, ANSWERED]}] * 3)
+    found = read(chatting, folder).train
+    assert len(found) == 3
+    assert chatting.text(found.tokens[found.trained].tolist()) == "b!" * 3

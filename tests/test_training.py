@@ -118,6 +118,14 @@ def test_every_kind_learns(tmp_path, kind, precision):
     assert sum(losses[-3:]) < 0.85 * sum(losses[:3])
 
 
+def test_muon_learns(tmp_path):
+    path = write_rows(tmp_path / "data.jsonl", rule_rows(VOCAB, 16))
+    recipe = tiny_recipe(tmp_path / "run", path, epochs=6, log_every=1, optimizer="muon")
+    trained(recipe, rule_target())
+    losses = [line["loss"] for line in lines(recipe)]
+    assert sum(losses[-3:]) < 0.85 * sum(losses[:3])
+
+
 def test_same_seed_same_head(target, data, tmp_path):
     runs = [
         trained(tiny_recipe(tmp_path / str(index), data, seed=seed), target)

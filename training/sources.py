@@ -58,6 +58,7 @@ def read_conversations(config: DataConfig, target: Target, seed: int) -> Convers
                 raise
             broken.append(str(error))
             continue
+        dropped += not found  # without an answer in it
         for row in found:
             cut = _cut(row, config.max_length)
             teaches = any(end > MIN_TOKENS - 1 for _, end in cut.spans)
