@@ -77,8 +77,8 @@ def answer(
     *,
     batch_size: int,
     skipped: Callable[[str, str], None],
-) -> Iterator[dict[str, Any]]:
-    """Records of the conversation format, one per turn, as batches finish.
+) -> Iterator[list[dict[str, Any]]]:
+    """Batches of records of the conversation format, one per turn, as they finish.
 
     skipped: told the id of a prompt that cannot be answered (too long), and why.
     """
@@ -90,9 +90,9 @@ def answer(
         ready.sort(key=lambda turn: len(turn.tokens))
         follow: list[_Turn] = []
         for at in range(0, len(ready), batch_size):
-            for record, next_turn in _batch(target, ready[at : at + batch_size], settings):
-                yield record
-                follow += next_turn
+            batch = list(_batch(target, ready[at : at + batch_size], settings))
+            follow += [turn for _, next_turn in batch for turn in next_turn]
+            yield [record for record, _ in batch]
         waiting = follow + waiting
 
 

@@ -34,6 +34,8 @@ CPU_TORCH = "torch==2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_PACKAGES = ("nvidia-", "cuda-")
 
+INTERRUPTED = 130  # the shell's exit status for Ctrl-C
+
 TESTS = (
     ["ruff", "check", "."],
     ["ruff", "format", "--check", "."],
@@ -53,15 +55,31 @@ def main() -> None:
         tool = shutil.which(command[0], path=str(BIN))
         if tool is None:
             sys.exit(f"{command[0]} is missing in {VENV}. Remove that folder and run this again.")
-        code = subprocess.run([tool, *command[1:]], cwd=ROOT).returncode
+        code = run(tool, *command[1:])
         if code:
             sys.exit(code)
+
+
+def run(*command: str) -> int:
+    """The exit status of a command, which may take its time to end after Ctrl-C.
+
+    The command gets the signal too, and saves what it has; subprocess.run would kill it meanwhile.
+    """
+    child = subprocess.Popen(command, cwd=ROOT)
+    interrupted = False
+    while True:
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            interrupted = True
+            continue
+        return INTERRUPTED if interrupted else code
 
 
 def set_up() -> None:
     """Bring `.venv` up to date with pyproject.toml and with the list of files."""
     wanted = {"pyproject": pyproject_hash(), "files": files_hash()}
-    have = json.loads(STAMP.read_text()) if STAMP.exists() and runs(PYTHON) else {}
+    have = stamp() if runs(PYTHON) else {}
     if have == wanted:
         return
     began = time.monotonic()
@@ -75,8 +93,19 @@ def set_up() -> None:
         print("Installing headstart and its dependencies", flush=True)
         torch = torch_version()
         install("--editable", ".[dev]", *([f"torch=={torch}"] if torch else []))
-    STAMP.write_text(json.dumps(wanted))
+    beside = STAMP.with_suffix(".part")
+    beside.write_text(json.dumps(wanted))
+    os.replace(beside, STAMP)
     print(f"Set up in {time.monotonic() - began:.0f} s: {VENV}", flush=True)
+
+
+def stamp() -> dict[str, str]:
+    """What `.venv` was set up for; nothing when that is unknown or was cut short."""
+    try:
+        found = json.loads(STAMP.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def pyproject_hash() -> str:
@@ -98,10 +127,10 @@ def files_hash() -> str:
 
 
 def runs(python: Path) -> bool:
-    """False for an environment that is not there, or whose Python has been removed."""
+    """False for an environment that is not there, is only half made, or has lost its Python."""
     if not python.exists():
         return False
-    return subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
+    return subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
 
 
 def make_venv() -> None:
@@ -172,9 +201,16 @@ def install(*arguments: str) -> None:
 
 def pip(*arguments: str) -> None:
     command = [str(PYTHON), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-    if subprocess.run([*command, *arguments], cwd=ROOT).returncode:
+    code = run(*command, *arguments)
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    if code:
         sys.exit("pip failed (see above). Check the network, then run the same command again.")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        sys.exit(INTERRUPTED)

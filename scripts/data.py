@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .ui import progress, say
+from .ui import progress, show
+
+if TYPE_CHECKING:
+    from headstart.inference.answer import AnswerSettings, Prompt
+    from headstart.model.target import Target
 
 
 def data(
@@ -40,54 +45,68 @@ def data(
     settings = AnswerSettings(max_new_tokens, temperature, top_k, top_p, seed)
     wanted, broken = read_prompts(prompts, split=split, skip_broken=skip_broken)
     for note in broken:
-        say(f"[yellow]left out:[/] {note}")
+        show(f"left out: {note}")
     count = write_answers(
         Target.load(target, dtype=dtype), wanted[:limit], settings, out, batch_size=batch_size
     )
-    say(f"{count} answers in {out}")
+    show(f"{count} answers in {out}")
 
 
 def write_answers(
-    target: Any, prompts: Sequence[Any], settings: Any, out: Path, *, batch_size: int
+    target: Target,
+    prompts: Sequence[Prompt],
+    settings: AnswerSettings,
+    out: Path,
+    *,
+    batch_size: int,
+    seconds: float | None = None,
 ) -> int:
     """Answer what is not yet answered in `out`; the number of records there afterwards.
 
-    Settings are kept beside the file, and a file made with other settings is refused.
+    Settings are kept beside the file, and a file made with other settings is refused. seconds: no
+    batch is begun after that time, the first one excepted.
     """
     from headstart.inference.answer import answer
+    from headstart.model.fused import target_hash
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    _same_settings(out, {"target": target.name, "dtype": str(target.dtype), **asdict(settings)})
+    facts = {"target": target_hash(target), "dtype": str(target.dtype), **asdict(settings)}
+    _same_settings(out, facts)
     done = _finished(out)
     left = [one for one in prompts if f"{one.id}/{len(one.turns) - 1}" not in done]
     turns = sum(len(one.turns) for one in left)
     tokens = written = 0
+    began = time.monotonic()
     with out.open("a", encoding="utf-8") as file, progress("answering", turns) as update:
-        records = answer(
+        batches = answer(
             target,
             left,
             settings,
             batch_size=batch_size,
-            skipped=lambda name, why: say(f"[yellow]skipped {name}:[/] {why}"),
+            skipped=lambda name, why: show(f"skipped {name}: {why}"),
         )
-        for record in records:
-            written += 1
-            tokens += record["spans"][-1][1] - record["spans"][-1][0]
-            if record["id"] not in done:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                file.flush()
-                done.add(record["id"])
+        for records in batches:
+            for record in records:
+                written += 1
+                tokens += record["spans"][-1][1] - record["spans"][-1][0]
+                if record["id"] not in done:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    done.add(record["id"])
+            file.flush()
             update(written, f"{tokens:,} tokens")
+            if seconds is not None and time.monotonic() - began > seconds:
+                break
     return len(done)
 
 
 def _same_settings(out: Path, settings: dict[str, Any]) -> None:
-    beside = out.with_suffix(".settings.json")
+    beside = out.with_name(f"{out.name}.settings.json")
     text = json.dumps(settings, indent=2) + "\n"
     if not out.exists():
-        beside.write_text(text)
-    elif not beside.exists() or beside.read_text() != text:
-        before = beside.read_text() if beside.exists() else "unknown settings\n"
+        beside.write_text(text, encoding="utf-8")
+        return
+    before = beside.read_text(encoding="utf-8") if beside.exists() else "unknown settings\n"
+    if before != text:
         raise ValueError(
             f"{out} was made with other settings, and the two must not be mixed. There: {before}"
             f"Now: {text}Choose another --out, or remove the file."
@@ -101,7 +120,16 @@ def _finished(out: Path) -> set[str]:
     text = out.read_bytes()
     complete = text[: text.rfind(b"\n") + 1]
     if len(complete) < len(text):
-        beside = out.with_suffix(".part")
+        beside = out.with_name(f"{out.name}.part")
         beside.write_bytes(complete)
         os.replace(beside, out)
-    return {json.loads(line)["id"] for line in complete.splitlines()}
+    ids = set()
+    for number, line in enumerate(complete.splitlines(), start=1):
+        try:
+            ids.add(json.loads(line)["id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{out}:{number} is no answer ({type(error).__name__}: {error}), so what is "
+                "answered already is not known. Mend or remove the line, or choose another --out."
+            ) from error
+    return ids

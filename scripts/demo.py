@@ -8,12 +8,15 @@ so an interrupted demo goes on where it stopped.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from .ui import console, legend, say
+from .ui import console, legend, say, show
 
 if TYPE_CHECKING:
     from headstart.inference.measure import Contestant
@@ -21,8 +24,9 @@ if TYPE_CHECKING:
 
 RECIPE = "demo"
 DRAFT_VOCAB = 4096  # of the recipe
-ANSWER_TOKENS = 128
-SHOWN_PROMPT = "Explain why the sky is blue, and give an example that a child would understand."
+ANSWER_TOKENS = 80
+ANSWER_SECONDS = 240  # no new batch of answers after that
+SHOWN_PROMPT = "How does a bicycle stay upright? Give an example that a child would understand."
 
 
 def demo(
@@ -30,85 +34,135 @@ def demo(
         str | None, typer.Option(help="Hub id, folder or .gguf file; SmolLM2-135M if left out.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("outputs/demo"),
-    prompts: Annotated[int, typer.Option(min=8, help="Training prompts to answer.")] = 440,
+    prompts: Annotated[int, typer.Option(min=8, help="Training prompts to answer.")] = 400,
     heldout: Annotated[int, typer.Option(min=1, help="Held-out prompts to compare on.")] = 12,
-    max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens per compared answer.")] = 96,
+    max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens per compared answer.")] = 64,
 ) -> None:
     """Train, fuse and decode on a real model, in at most a quarter of an hour on two cores."""
     from headstart.model.fused import fuse as write
-    from headstart.model.fused import is_fused
+    from headstart.model.fused import is_fused, target_hash
     from headstart.model.target import Target
 
     from .shipped import shipped_checkpoint
 
     source = target or str(shipped_checkpoint())  # its root is the plain target
     opened = Target.load(source)
-    say(f"[bold]target[/] {source}: {_size(opened)}, {opened.dtype}, {opened.device}")
+    done = _Done.of(out, {"target": target_hash(opened), "prompts": prompts})
+    say(f"[bold]target[/] {escape(source)}: {_size(opened)}, {opened.dtype}, {opened.device}")
     say("\n[bold]1. The target answers prompts[/] (what a head has to learn)")
-    answers = _answers(opened, out, prompts)
+    answers = _answers(opened, out, prompts, done)
     say("\n[bold]2. A head learns from the answers[/] (the target stays frozen)")
-    head = _train(opened, source, answers, out)
+    head = _train(opened, target, answers, out, done)
     say("\n[bold]3. Target and head become one checkpoint[/]")
     fused = out / "fused"
     if not is_fused(fused):
         write(source, head, fused)
-    say(f"{fused} opens as the plain model everywhere; the head is in {fused / 'draft_heads'}")
+    show(f"{fused} opens as the plain model everywhere; the head is in {fused / 'draft_heads'}")
     say("\n[bold]4. Held-out prompts, decoded in turn[/]")
     contestants = _contestants(opened, fused, shipped=target is None)
     _compare(opened, contestants, out, heldout, max_new_tokens)
     say("\n[bold]5. One answer, with the tokens accepted per step[/]")
     _show(opened, list(contestants.values())[-1])
-    say(
-        "\nTrain longer, from the same answers:\n"
-        f"  headstart train {RECIPE} target.name={source} data.path={answers} "
-        f"train.output={out / 'longer'} train.epochs=20\n"
-        "Answer your own prompts with the shipped head:\n"
-        '  headstart generate "Write a haiku about speed."'
-    )
+    longer = _overrides(opened, source, answers, out / "longer")
+    say("\nTrain longer, from the same answers:")
+    show("  " + shlex.join(["headstart", "train", RECIPE, *longer, "train.minutes=120"]))
+    say("Answer your own prompts with the shipped head:")
+    show('  headstart generate "Write a haiku about speed."')
+
+
+class _Done:
+    """Which stages of a demo are complete, in `demo.json`. A folder belongs to one demo."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]):
+        self.path, self.facts = path, facts
+
+    @staticmethod
+    def of(out: Path, settings: dict[str, Any]) -> _Done:
+        """ValueError when the folder holds a demo with other settings."""
+        done = _Done(out / "demo.json", {**settings, "stages": []})
+        if done.path.exists():
+            before = json.loads(done.path.read_text(encoding="utf-8"))
+            changed = [
+                f"{key} was {before.get(key)}, is {value}"
+                for key, value in settings.items()
+                if before.get(key) != value
+            ]
+            if changed:
+                raise ValueError(
+                    f"{out} holds a demo with other settings ({'; '.join(changed)}). Choose "
+                    "another --out, or remove the folder."
+                )
+            done.facts = before
+        return done
+
+    def __contains__(self, stage: str) -> bool:
+        return stage in self.facts["stages"]
+
+    def add(self, stage: str) -> None:
+        self.facts["stages"].append(stage)
+        self.save()
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, self.path)
 
 
 def _size(target: Target) -> str:
     return f"{sum(one.numel() for one in target.model.parameters()) / 1e6:,.0f}M parameters"
 
 
-def _answers(target: Target, out: Path, count: int) -> Path:
+def _answers(target: Target, out: Path, count: int, done: _Done) -> Path:
     from headstart.inference.answer import AnswerSettings
 
     from .data import write_answers
     from .prompts import read_prompts, shipped_prompts
 
-    found, _ = read_prompts([str(shipped_prompts("train"))])
     path = out / "answers.jsonl"
+    if "answers" in done:
+        show(f"already answered: {path}")
+        return path
+    done.save()
+    found, _ = read_prompts([str(shipped_prompts("train"))])
     settings = AnswerSettings(max_new_tokens=ANSWER_TOKENS)
-    records = write_answers(target, found[:count], settings, path, batch_size=32)
-    say(f"{records} answers in {path}")
+    records = write_answers(
+        target, found[:count], settings, path, batch_size=48, seconds=ANSWER_SECONDS
+    )
+    done.add("answers")
+    show(f"{records} answers in {path}")
     return path
 
 
-def _train(target: Target, source: str, answers: Path, out: Path) -> Path:
+def _train(target: Target, name: str | None, answers: Path, out: Path, done: _Done) -> Path:
     from headstart.training.recipe import load_recipe
 
-    from .prompts import shipped_prompts
     from .train import find_recipe, run_recipe
 
     output = out / "head"
-    done = output / "finished"
-    if done.exists():
-        say(f"already trained: {output / 'best'}")
+    if "head" in done:
+        show(f"already trained: {output / 'best'}")
         return output / "best"
-    overrides = [
-        f"target.name={json.dumps(source)}",
-        f"data.path={json.dumps(str(answers))}",
-        f"train.output={json.dumps(str(output))}",
-        f"eval.prompts={json.dumps(str(shipped_prompts('heldout')))}",
-    ]
-    if target.vocab_size <= DRAFT_VOCAB:  # nothing to leave out
-        overrides.append("head.draft_vocab=null")
+    overrides = _overrides(target, name, answers, output)
     if (output / "state").exists():
         overrides.append("train.resume=true")
-    best = run_recipe(load_recipe(find_recipe(RECIPE), overrides), target)
-    done.touch()
+    try:
+        best = run_recipe(load_recipe(find_recipe(RECIPE), overrides), target)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt from stop  # it says how `train` goes on; a demo is run again
+    done.add("head")
     return best
+
+
+def _overrides(target: Target, name: str | None, answers: Path, output: Path) -> list[str]:
+    """What the recipe leaves open. name: None for the target that it names itself."""
+    return [
+        *([] if name is None else [f"target.name={json.dumps(name)}"]),
+        f"data.path={json.dumps(str(answers))}",
+        f"train.output={json.dumps(str(output))}",
+        # A small vocabulary leaves nothing to leave out.
+        *(["head.draft_vocab=null"] if target.vocab_size <= DRAFT_VOCAB else []),
+    ]
 
 
 def _contestants(target: Target, fused: Path, *, shipped: bool) -> dict[str, Contestant]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -31,7 +33,10 @@ def read_prompts(
     broken: list[str] = []
     for where, value in _lines(paths, split, skip_broken, broken):
         try:
-            prompt = _prompt(where, value, len(prompts))
+            prompt = _prompt(where, value)
+            if prompt == prompts.get(prompt.id):
+                broken.append(f"{where} repeats an earlier prompt.")
+                continue
             if prompt.id in prompts:
                 raise ValueError(
                     f"{where} repeats the id {prompt.id!r}. Give every prompt its own."
@@ -62,13 +67,15 @@ def _lines(
         yield from read_lines(path, split=split, skip_broken=skip_broken, broken=broken)
 
 
-def _prompt(where: str, value: Any, number: int) -> Prompt:
+def _prompt(where: str, value: Any) -> Prompt:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} holds {type(value).__name__}, not a JSON object.")
     before, turns = _turns(where, value)
     if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise ValueError(f"{where} has an empty prompt. Give it some text or remove the line.")
-    name = str(value.get("id", f"prompt-{number}"))
+    # Without an id one that follows from the text: a place in a file would name other prompts too.
+    text = json.dumps([before, turns], sort_keys=True)
+    name = str(value.get("id", f"prompt-{hashlib.sha256(text.encode()).hexdigest()[:12]}"))
     source = value.get("source") or value.get("category")
     return Prompt(name, turns, before, None if source is None else str(source))
 
@@ -81,6 +88,16 @@ def _turns(where: str, value: Mapping[str, Any]) -> tuple[tuple[Message, ...], t
         return (), tuple(value["turns"])
     if isinstance(value.get("messages"), list):
         messages = value["messages"]
+        if not all(
+            isinstance(one, Mapping)
+            and isinstance(one.get("role"), str)
+            and isinstance(one.get("content"), str)
+            for one in messages
+        ):
+            raise ValueError(
+                f"{where} has a message that is no object with `role` and `content`, both text. "
+                "Mend or remove the line."
+            )
         system = tuple(dict(one) for one in messages if one.get("role") == "system")
         return system, tuple(one["content"] for one in messages if one.get("role") == "user")
     raise ValueError(

@@ -168,20 +168,6 @@ def test_chat_keeps_the_conversation(target, prompts, recipe, tmp_path, monkeypa
     assert len(seen) == 2 and seen[1] > seen[0] + 5
 
 
-def test_demo_from_answers_to_table_and_again(target, tmp_path):
-    arguments = ("demo", "--target", target, "--out", tmp_path / "demo")
-    small = ("--prompts", 8, "--heldout", 2, "--max-new-tokens", 8)
-    output = run(*arguments, *small).output
-    results = json.loads((tmp_path / "demo" / "results.json").read_text())["results"]
-    assert set(results) == {"plain", "fresh head"}
-    assert all(one["identical"] == one["prompts"] == 2 for one in results.values())
-    assert "2/2" in output and "headstart train demo" in output
-    head = tmp_path / "demo" / "fused" / "draft_heads" / "model.safetensors"
-    before = head.stat().st_mtime_ns
-    assert "already trained" in run(*arguments, *small).output
-    assert head.stat().st_mtime_ns == before
-
-
 def test_explain_prints_the_resolved_recipe(recipe):
     output = run("train", recipe(), "train.lr=0.5", "--explain").output
     assert "0.5" in output and "batch_tokens" in output

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from chatty import save
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("model", "training", "inference", "configs", "scripts")
@@ -59,3 +62,27 @@ def test_the_wheel_has_its_command_and_licence(wheel: zipfile.ZipFile) -> None:
     described = wheel.read(meta["METADATA"]).decode()
     for extra in ("cluster", "dev"):
         assert f"Provides-Extra: {extra}" in described
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_the_demo_outside_the_checkout(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    wheel.extractall(tmp_path / "site")
+    target = save(tmp_path / "target", context=2048)
+    inside = f"""
+import headstart.scripts.cli as cli
+assert cli.__file__.startswith({str(tmp_path / "site")!r}), cli.__file__
+cli.main()
+"""
+    small = ["--prompts", "8", "--heldout", "2", "--max-new-tokens", "8"]
+    done = subprocess.run(
+        [sys.executable, "-c", inside, "demo", "--target", str(target), *small],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    results = json.loads((tmp_path / "outputs" / "demo" / "results.json").read_text())["results"]
+    assert results["fresh head"]["identical"] == results["fresh head"]["prompts"] == 2
