@@ -16,7 +16,7 @@ import safetensors.torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from headstart.model.files import written_beside
+from headstart.model.files import recover, written_beside
 
 FOLDER = "state"  # within the folder of the run
 STATE, TENSORS = "state.json", "state.safetensors"
@@ -64,6 +64,7 @@ def save_facts(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def load_facts(folder: Path) -> dict[str, Any] | None:
     """What `save_state` was told, or None when there is no checkpoint."""
+    recover(folder)
     if not (folder / STATE).is_file():
         return None
     try:
