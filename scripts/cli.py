@@ -11,7 +11,7 @@ from .fuse import fuse
 from .generate import generate
 from .inspect_ import inspect_data, inspect_head
 from .train import train
-from .ui import friendly
+from .ui import KEPT, friendly
 
 app = typer.Typer(
     help="Train draft heads on a frozen language model, fuse both, and decode exactly with a tree.",
@@ -21,8 +21,8 @@ app = typer.Typer(
 )
 inspect = typer.Typer(help="Look into data and checkpoints.", no_args_is_help=True)
 
-app.command()(friendly(demo))
-app.command()(friendly(data))
+app.command()(friendly(demo, KEPT))
+app.command()(friendly(data, KEPT))
 app.command()(friendly(train))
 app.command()(friendly(fuse))
 app.command()(friendly(generate))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .ui import progress, show
+from .ui import check_top_p, progress, show
 
 if TYPE_CHECKING:
     from headstart.inference.answer import AnswerSettings, Prompt
@@ -28,7 +28,7 @@ def data(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    top_p: Annotated[float | None, typer.Option(callback=check_top_p)] = None,
     seed: int = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
@@ -43,7 +43,12 @@ def data(
     from .prompts import read_prompts
 
     settings = AnswerSettings(max_new_tokens, temperature, top_k, top_p, seed)
-    wanted, broken = read_prompts(prompts, split=split, skip_broken=skip_broken)
+    wanted, broken = read_prompts(
+        prompts,
+        split=split,
+        skip_broken=skip_broken,
+        remedy="Mend or remove the line, or leave such lines out with --skip-broken.",
+    )
     for note in broken:
         show(f"left out: {note}")
     count = write_answers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -46,13 +47,19 @@ def evaluate(
     from .generate import tree_shape
     from .shipped import shipped_checkpoint
 
+    if out is not None:  # before the work: a place that cannot be written to would waste it
+        if out.is_dir():
+            raise ValueError(f"{out} is a folder. Name a file for the figures, such as {out}.json.")
+        out.parent.mkdir(parents=True, exist_ok=True)
     folder = folder or shipped_checkpoint()
     target, head = load_fused(folder, dtype=dtype)
     contestants = {head.kind: Contestant(head, tree_shape(nodes, depth, width))}
     results = compare(target, contestants, prompts, limit, max_new_tokens)
     figures = report(target, contestants, results)
     if out is not None:
-        out.write_text(json.dumps(figures, indent=2) + "\n")
+        part = out.with_name(f".{out.name}.part")
+        part.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, out)
     if record:
         name = Path(prompts).name if prompts else "heldout.jsonl"
         write_down(folder, head, measurement(figures, head.kind, name, max_new_tokens))
@@ -92,10 +99,11 @@ def compare(
     """Decode the first turns of a prompt file with everyone, in turn."""
     from headstart.inference.measure import measure
 
-    from .prompts import first_turns, read_prompts, shipped_prompts
+    from .prompts import check_room, first_turns, read_prompts, shipped_prompts
 
     found, _ = read_prompts([prompts or str(shipped_prompts("heldout"))])
     ids = first_turns(target, found[:limit])
+    check_room(target, found, ids)
     with progress("decoding", len(ids)) as update:
         return measure(target, contestants, ids, max_new_tokens=max_new_tokens, report=update)
 

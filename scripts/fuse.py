@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .ui import say
+from .ui import show
 
 
 def fuse(
@@ -26,4 +26,4 @@ def fuse(
 
     write(target, head, out, link=link, index=index)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    say(f"{out} ({size / 1e6:,.0f} MB)")
+    show(f"{out} ({size / 1e6:,.0f} MB)")

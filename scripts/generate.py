@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .ui import coloured, console, legend, say
+from .ui import check_top_p, coloured, console, legend, say
 
 if TYPE_CHECKING:
     from headstart.inference.generate import SpeculativeModel
@@ -28,7 +28,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    top_p: Annotated[float | None, typer.Option(callback=check_top_p)] = None,
     seed: int = 0,
     plain: Annotated[bool, typer.Option(help="Without speculation, to compare.")] = False,
     nodes: Annotated[int | None, typer.Option(min=2, help="Nodes of the tree.")] = None,
@@ -147,8 +147,12 @@ def pieces(model: SpeculativeModel, steps: Iterable[list[int]]) -> Iterable[tupl
 
 def _arguments(first: str | None, second: str | None, chat: bool) -> tuple[Path | None, str | None]:
     """Which of the two arguments is the folder: `generate FOLDER PROMPT` or `generate PROMPT`."""
-    if second is not None:
-        return Path(first or ""), second
+    if first is not None and not first.strip():
+        raise ValueError(
+            "The first argument is empty. Give a fused checkpoint and a prompt, or only a prompt."
+        )
+    if first is not None and second is not None:
+        return Path(first), second
     if first is None:
         if not chat:
             raise ValueError(

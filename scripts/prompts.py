@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from headstart.inference.answer import Message, Prompt, prompt_ids
+from headstart.inference.decode import context_limit
 from headstart.model.target import Target
 from headstart.training.sources import read_lines
 
@@ -23,27 +24,37 @@ def shipped_prompts(name: str) -> Path:
 
 
 def read_prompts(
-    paths: Sequence[str], *, split: str = "train", skip_broken: bool = False
+    paths: Sequence[str],
+    *,
+    split: str = "train",
+    skip_broken: bool = False,
+    remedy: str = "Mend or remove the line.",
 ) -> tuple[list[Prompt], list[str]]:
     """Prompts of JSONL files, local data sets or Hub data sets, and notes on lines left out.
 
-    ValueError names the file and line of what cannot be read, unless skip_broken.
+    ValueError names the file and line of what cannot be read, unless skip_broken. remedy: what can
+    be done about such a line where the prompts are used.
     """
     prompts: dict[str, Prompt] = {}
     broken: list[str] = []
-    for where, value in _lines(paths, split, skip_broken, broken):
+    lines = [
+        line
+        for path in paths
+        for line in read_lines(path, split=split, skip_broken=True, broken=broken)
+    ]
+    if broken and not skip_broken:
+        raise ValueError(f"{broken[0]} {remedy}")
+    for where, value in lines:
         try:
             prompt = _prompt(where, value)
             if prompt == prompts.get(prompt.id):
                 broken.append(f"{where} repeats an earlier prompt.")
                 continue
             if prompt.id in prompts:
-                raise ValueError(
-                    f"{where} repeats the id {prompt.id!r}. Give every prompt its own."
-                )
+                raise ValueError(f"{where} repeats the id {prompt.id!r} of another prompt.")
         except ValueError as error:
             if not skip_broken:
-                raise
+                raise ValueError(f"{error} {remedy}") from error
             broken.append(str(error))
             continue
         prompts[prompt.id] = prompt
@@ -60,11 +71,19 @@ def first_turns(target: Target, prompts: Sequence[Prompt]) -> list[list[int]]:
     ]
 
 
-def _lines(
-    paths: Sequence[str], split: str, skip_broken: bool, broken: list[str]
-) -> Iterator[tuple[str, Any]]:
-    for path in paths:
-        yield from read_lines(path, split=split, skip_broken=skip_broken, broken=broken)
+def check_room(target: Target, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> None:
+    """ValueError names the first prompt that leaves the target no room for an answer."""
+    for prompt, tokens in zip(prompts, ids, strict=False):
+        if not has_room(target, tokens):
+            raise ValueError(
+                f"The prompt {prompt.id!r} has {len(tokens)} tokens, but {target.name} reads "
+                f"{context_limit(target)} in all, prompt and answer together. Shorten or remove it."
+            )
+
+
+def has_room(target: Target, tokens: Sequence[int]) -> bool:
+    limit = context_limit(target)
+    return limit is None or len(tokens) < limit
 
 
 def _prompt(where: str, value: Any) -> Prompt:
@@ -72,7 +91,7 @@ def _prompt(where: str, value: Any) -> Prompt:
         raise ValueError(f"{where} holds {type(value).__name__}, not a JSON object.")
     before, turns = _turns(where, value)
     if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise ValueError(f"{where} has an empty prompt. Give it some text or remove the line.")
+        raise ValueError(f"{where} has an empty prompt.")
     # Without an id one that follows from the text: a place in a file would name other prompts too.
     text = json.dumps([before, turns], sort_keys=True)
     name = str(value.get("id", f"prompt-{hashlib.sha256(text.encode()).hexdigest()[:12]}"))
@@ -95,9 +114,10 @@ def _turns(where: str, value: Mapping[str, Any]) -> tuple[tuple[Message, ...], t
             for one in messages
         ):
             raise ValueError(
-                f"{where} has a message that is no object with `role` and `content`, both text. "
-                "Mend or remove the line."
+                f"{where} has a message that is no object with `role` and `content`, both text."
             )
+        if not any(one["role"] == "user" for one in messages):
+            raise ValueError(f"{where} has no message of a user, so there is nothing to answer.")
         system = tuple(dict(one) for one in messages if one.get("role") == "system")
         return system, tuple(one["content"] for one in messages if one.get("role") == "user")
     raise ValueError(

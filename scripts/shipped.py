@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from .fetch_smollm2 import cache_folder, fetch_smollm2
-from .ui import say
+from .ui import show
 
 NAME = "smollm2-135m-instruct"
 
@@ -27,6 +27,6 @@ def shipped_checkpoint() -> Path:
         digest.update(file.name.encode() + file.read_bytes())
     folder = cache_folder() / f"{NAME}-{digest.hexdigest()[:12]}"
     if not is_fused(folder):
-        say(f"fusing SmolLM2-135M-Instruct with the shipped head into {folder}")
+        show(f"fusing SmolLM2-135M-Instruct with the shipped head into {folder}")
         fuse(fetch_smollm2(), head, folder)
     return folder

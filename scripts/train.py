@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .ui import progress, say
+from .ui import progress, say, show
 
 if TYPE_CHECKING:
     from headstart.model.head import DraftHead
@@ -31,7 +31,7 @@ def train(
 
     resolved = recipes.load_recipe(find_recipe(recipe), overrides or [])
     if explain:
-        say(recipes.explain(resolved))
+        show(recipes.explain(resolved))
         return
     run_recipe(resolved)
 
@@ -122,23 +122,23 @@ def evaluation_prompts(name: str, count: int, target: Target) -> list[list[int]]
     """The prompts of a file, or of a shipped one, as the target reads them.
 
     ValueError for one that leaves no room for an answer: better now than in the first evaluation.
+    Shipped ones were not written for this target, so those that do not fit are left out.
     """
-    from headstart.inference.decode import context_limit
-
-    from .prompts import first_turns, read_prompts, shipped_prompts
+    from .prompts import check_room, first_turns, has_room, read_prompts, shipped_prompts
 
     shipped = shipped_prompts(name)
-    known = not Path(name).exists() and shipped.is_file()
-    prompts, _ = read_prompts([str(shipped) if known else name])
-    ids = first_turns(target, prompts[:count])
-    limit = context_limit(target)
-    for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=False), start=1):
-        if limit is not None and len(tokens) >= limit:
-            raise ValueError(
-                f"Prompt {number} of eval.prompts ({prompt.id!r} in {name}) has {len(tokens)} "
-                f"tokens, but {target.name} reads {limit} in all, prompt and answer together. "
-                "Shorten or remove it, or set eval.prompts=null to do without."
-            )
+    if Path(name).exists() or not shipped.is_file():
+        prompts, _ = read_prompts([name])
+        ids = first_turns(target, prompts[:count])
+        check_room(target, prompts, ids)
+        return ids
+    prompts, _ = read_prompts([str(shipped)])
+    ids = [tokens for tokens in first_turns(target, prompts) if has_room(target, tokens)][:count]
+    if not ids:
+        raise ValueError(
+            f"No shipped prompt leaves {target.name} room for an answer. Name shorter ones in "
+            "eval.prompts, or set eval.prompts=null to choose by the held-out loss."
+        )
     return ids
 
 
@@ -150,7 +150,7 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
         def log(at: Progress) -> None:
             nonlocal best
             if at.kind == "note":
-                say(at.message)
+                show(at.message)
                 return
             if at.kind == "eval" and "accepted_length" in at.metrics:
                 best = f"{at.metrics['accepted_length']:.3f}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, Protocol
 
+import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import (
@@ -22,13 +24,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from safetensors import SafetensorError
 
 P = ParamSpec("P")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
 # Errors whose message is made for users: what, why and what to do.
-MISTAKES = (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, MemoryError)
+MISTAKES = (ValueError, FloatingPointError, MemoryError)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+KEPT = "What was finished is kept; the same command goes on from there."
+UNCHANGED = "Nothing was changed."
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
 
@@ -87,9 +93,17 @@ def legend() -> Text:
     return text
 
 
-def friendly(command: Callable[P, None]) -> Callable[P, None]:
+def check_top_p(value: float | None) -> float | None:
+    """For the option `--top-p`, whose own range cannot leave out 0."""
+    if value is not None and not 0 < value <= 1:
+        raise typer.BadParameter(f"{value} leaves no token: give more than 0 and at most 1.")
+    return value
+
+
+def friendly(command: Callable[P, None], stopped: str = UNCHANGED) -> Callable[P, None]:
     """A user's mistake ends in a message (what, why, what to do), Ctrl-C in exit status 130.
 
+    stopped: what to say of the work after Ctrl-C, where the command itself does not say it.
     HEADSTART_DEBUG=1 shows tracebacks all the same.
     """
 
@@ -100,20 +114,44 @@ def friendly(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt as stop:
-            note = str(stop) or "What was finished is kept; the same command goes on from there."
-            errors.print(f"\nStopped. {note}", style="yellow")
+            note = f"\nStopped. {str(stop) or stopped}"
+            errors.print(note, style="yellow", markup=False, soft_wrap=True)
             sys.exit(INTERRUPTED)
         except MISTAKES as mistake:
             _fail(str(mistake))
+        except BrokenPipeError:
+            raise  # the reader of a pipe has gone: typer ends quietly
         except OSError as trouble:
-            if trouble.errno != errno.ENOSPC:
+            _fail(_told(trouble, trouble.errno))
+        except SafetensorError as trouble:
+            number = re.search(r"os error (\d+)", str(trouble))
+            if number is None:
                 raise
-            _fail(
-                f"The disk is full: {trouble}. Files that were complete before are untouched. "
-                "Free some space and run the same command again."
-            )
+            _fail(_told(trouble, int(number[1])))
 
     return wrapped
+
+
+def _told(trouble: Exception, number: int | None) -> str:
+    """What the system refused, and what to do. number: its errno; None for our own messages."""
+    if number is None:
+        return str(trouble)
+    if number in FULL:
+        return (
+            f"The disk is full: {trouble}. Files that were complete before are untouched. "
+            "Free some space and run the same command again."
+        )
+    advice = {
+        errno.ENOENT: "Check the path.",
+        errno.EEXIST: "Choose another place, or remove what is there.",
+        errno.ENOTDIR: "A part of the path is a file: choose another place.",
+        errno.EISDIR: "Name a file, not a folder.",
+        errno.EACCES: "Change the permissions, or choose another place.",
+        errno.EPERM: "Change the permissions, or choose another place.",
+        errno.EROFS: "Choose a place that can be written to.",
+    }
+    general = "Check the path, the disk and the network, then run the same command again."
+    return f"The system refused: {trouble}. {advice.get(number, general)}"
 
 
 def _fail(message: str) -> None:
