@@ -188,7 +188,7 @@ def _compare(
     figures = report(target, contestants, results)
     path = out / "results.json"
     path.write_text(json.dumps(figures, indent=2) + "\n")
-    say(f"[dim]{figures['conditions']['device']}; all figures in {path}[/]")
+    show(f"{figures['conditions']['device']}; all figures in {path}")
 
 
 def _show(target: Target, contestant: Contestant) -> None:

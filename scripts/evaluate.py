@@ -26,7 +26,7 @@ def evaluate(
         Path | None, typer.Argument(help="Fused checkpoint; the shipped one if left out.")
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="Prompt JSONL; the shipped held-out ones if left out.")
+        str | None, typer.Option(help="Prompt JSONL, or shipped: train, dev, heldout.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -99,11 +99,9 @@ def compare(
     """Decode the first turns of a prompt file with everyone, in turn."""
     from headstart.inference.measure import measure
 
-    from .prompts import check_room, first_turns, read_prompts, shipped_prompts
+    from .prompts import decodable
 
-    found, _ = read_prompts([prompts or str(shipped_prompts("heldout"))])
-    ids = first_turns(target, found[:limit])
-    check_room(target, found, ids)
+    ids = decodable(prompts or "heldout", limit, target)
     with progress("decoding", len(ids)) as update:
         return measure(target, contestants, ids, max_new_tokens=max_new_tokens, report=update)
 

@@ -71,14 +71,32 @@ def first_turns(target: Target, prompts: Sequence[Prompt]) -> list[list[int]]:
     ]
 
 
-def check_room(target: Target, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> None:
-    """ValueError names the first prompt that leaves the target no room for an answer."""
-    for prompt, tokens in zip(prompts, ids, strict=False):
-        if not has_room(target, tokens):
-            raise ValueError(
-                f"The prompt {prompt.id!r} has {len(tokens)} tokens, but {target.name} reads "
-                f"{context_limit(target)} in all, prompt and answer together. Shorten or remove it."
-            )
+def decodable(name: str, limit: int | None, target: Target) -> list[list[int]]:
+    """The first prompts of a file, or of a shipped one, as the target reads them.
+
+    ValueError for one that leaves no room for an answer: better now than when its turn comes.
+    Shipped ones were not written for this target, so those that do not fit are left out.
+    """
+    shipped = shipped_prompts(name)
+    if Path(name).exists() or not shipped.is_file():
+        prompts, _ = read_prompts([name])
+        ids = first_turns(target, prompts[:limit])
+        for prompt, tokens in zip(prompts, ids, strict=False):
+            if not has_room(target, tokens):
+                raise ValueError(
+                    f"The prompt {prompt.id!r} has {len(tokens)} tokens, but {target.name} reads "
+                    f"{context_limit(target)} in all, prompt and answer together. Shorten or "
+                    "remove it."
+                )
+        return ids
+    prompts, _ = read_prompts([str(shipped)])
+    ids = [tokens for tokens in first_turns(target, prompts) if has_room(target, tokens)]
+    if not ids:
+        raise ValueError(
+            f"No shipped prompt leaves {target.name} room for an answer. Name a file of shorter "
+            "ones, or in a recipe set eval.prompts=null to choose by the held-out loss."
+        )
+    return ids[:limit]
 
 
 def has_room(target: Target, tokens: Sequence[int]) -> bool:

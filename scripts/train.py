@@ -67,7 +67,7 @@ def run_recipe(recipe: Recipe, target: Target | None = None) -> Path:
             recipe, target=target, head=head, evaluate=evaluator(recipe.eval, target), log=log
         )
     length = "" if result.score is None else f", accepted length {result.score:.2f}"
-    say(f"best head: {result.best} (step {result.best_step}{length})")
+    show(f"best head: {result.best} (step {result.best_step}{length})")
     return result.best
 
 
@@ -92,7 +92,7 @@ def evaluator(
     if config.prompts is None:
         return None
     if not target.has_tokenizer or target.tokenizer.chat_template is None:
-        say(
+        show(
             f"{target.name} has no chat template: the best head is chosen by the held-out loss "
             "(data.holdout), not by decoding prompts."
         )
@@ -100,7 +100,9 @@ def evaluator(
     from headstart.inference.measure import accepted_length
     from headstart.model.tree import TreeShape
 
-    ids = evaluation_prompts(config.prompts, config.count, target)
+    from .prompts import decodable
+
+    ids = decodable(config.prompts, config.count, target)
     shape = TreeShape.dynamic(config.nodes, config.depth, config.width)
 
     def evaluate(head: DraftHead) -> Mapping[str, float]:
@@ -116,30 +118,6 @@ def evaluator(
         return {"accepted_length": stats.tau, **depths}
 
     return evaluate
-
-
-def evaluation_prompts(name: str, count: int, target: Target) -> list[list[int]]:
-    """The prompts of a file, or of a shipped one, as the target reads them.
-
-    ValueError for one that leaves no room for an answer: better now than in the first evaluation.
-    Shipped ones were not written for this target, so those that do not fit are left out.
-    """
-    from .prompts import check_room, first_turns, has_room, read_prompts, shipped_prompts
-
-    shipped = shipped_prompts(name)
-    if Path(name).exists() or not shipped.is_file():
-        prompts, _ = read_prompts([name])
-        ids = first_turns(target, prompts[:count])
-        check_room(target, prompts, ids)
-        return ids
-    prompts, _ = read_prompts([str(shipped)])
-    ids = [tokens for tokens in first_turns(target, prompts) if has_room(target, tokens)][:count]
-    if not ids:
-        raise ValueError(
-            f"No shipped prompt leaves {target.name} room for an answer. Name shorter ones in "
-            "eval.prompts, or set eval.prompts=null to choose by the held-out loss."
-        )
-    return ids
 
 
 @contextmanager
