@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 RECIPE = "demo"
 DRAFT_VOCAB = 4096  # of the recipe
 ANSWER_TOKENS = 80
-ANSWER_SECONDS = 240  # no new batch of answers after that
+ANSWER_SECONDS = 150  # no new batch of answers after that
 SHOWN_PROMPT = "How does a bicycle stay upright? Give an example that a child would understand."
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from .muon import Float32Muon
+from .precision import native_bfloat16
 from .recipe import TrainConfig
 
 
@@ -23,15 +26,7 @@ def make_optimizers(module: nn.Module, config: TrainConfig) -> list[Optimizer]:
     if config.optimizer == "muon":
         muon = [p for p in matrices if p.dim() == 2]
         adamw = [p for p in matrices if p.dim() != 2]
-        first: list[Optimizer] = [
-            Muon(
-                muon,
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                momentum=config.betas[1],
-                adjust_lr_fn="match_rms_adamw",
-            )
-        ]
+        first: list[Optimizer] = [_muon(muon, config)]
     else:
         first, adamw = [], matrices
     groups = [
@@ -40,6 +35,17 @@ def make_optimizers(module: nn.Module, config: TrainConfig) -> list[Optimizer]:
     ]
     groups = [group for group in groups if group["params"]]
     return [*first, *([AdamW(groups, lr=config.lr, betas=config.betas)] if groups else [])]
+
+
+def _muon(matrices: list[nn.Parameter], config: TrainConfig) -> Muon:
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "momentum": config.betas[1],
+    }
+    if all(one.device.type == "cpu" for one in matrices) and not native_bfloat16():
+        return Float32Muon(matrices, **settings)
+    return Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings)
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
