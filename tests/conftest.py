@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 from headstart.scripts.fetch_smollm2 import fetch_smollm2
+
+# A shell's background jobs ignore Ctrl-C and pass that on, but some tests send it to a child.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny models are slower with threads than without, most of all on a busy machine.
 torch.set_num_threads(1)
