@@ -23,7 +23,7 @@ SHAPES = {
     "dynamic": TreeShape.dynamic(nodes=8, depth=4, width=3),
 }
 PROMPTS = 10
-TOKENS = 32
+TOKENS = 24
 MEGABYTES = 12  # what the shipped head may weigh
 
 
