@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 import time
@@ -39,6 +40,13 @@ def written_beside(folder: Path, marker: str, key: str | None = None) -> Iterato
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def recover(folder: Path) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from . import gguf
 from .card import CARD, TARGET_CARD, model_card
 from .engines import LM_HEAD, engine_keys, lm_head_rows, tensor_name
-from .files import recover, written_beside
+from .files import recover, replace_text, written_beside
 from .head import DraftHead, head_class
 from .indexed import write_index
 from .meta import HeadMeta, Measurement
@@ -150,15 +149,9 @@ def record(folder: str | Path, head: DraftHead, measured: Measurement) -> None:
     meta = meta.model_copy(update={"measured": (*others, measured)})
     config = json.loads((inner / CONFIG).read_text(encoding="utf-8"))
     config[OURS]["meta"] = meta.model_dump(mode="json")
-    _replace(inner / CONFIG, json.dumps(config, indent=2) + "\n")
+    replace_text(inner / CONFIG, json.dumps(config, indent=2) + "\n")
     if is_fused(folder):
-        _replace(Path(folder) / CARD, model_card(head, meta, Path(folder)))
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+        replace_text(Path(folder) / CARD, model_card(head, meta, Path(folder)))
 
 
 def load_head(folder: str | Path, target: Target) -> DraftHead:

@@ -8,7 +8,6 @@ so an interrupted demo goes on where it stopped.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,10 +102,10 @@ class _Done:
         self.save()
 
     def save(self) -> None:
+        from headstart.model.files import replace_text
+
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, self.path)
+        replace_text(self.path, json.dumps(self.facts, indent=2) + "\n")
 
 
 def _size(target: Target) -> str:

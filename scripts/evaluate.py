@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -41,6 +40,7 @@ def evaluate(
 ) -> None:
     """Decode prompts plainly and with the head, in turn, and compare."""
     from headstart.inference.measure import Contestant
+    from headstart.model.files import replace_text
     from headstart.model.fused import load_fused
     from headstart.model.fused import record as write_down
 
@@ -57,9 +57,7 @@ def evaluate(
     results = compare(target, contestants, prompts, limit, max_new_tokens)
     figures = report(target, contestants, results)
     if out is not None:
-        part = out.with_name(f".{out.name}.part")
-        part.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, out)
+        replace_text(out, json.dumps(figures, indent=2) + "\n")
     if record:
         name = Path(prompts).name if prompts else "heldout.jsonl"
         write_down(folder, head, measurement(figures, head.kind, name, max_new_tokens))

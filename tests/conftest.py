@@ -12,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from headstart.scripts import ui
 from headstart.scripts.fetch_smollm2 import fetch_smollm2
 
 # A shell's background jobs ignore Ctrl-C and pass that on, but some tests send it to a child.
@@ -30,3 +31,10 @@ def _seed() -> None:
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file (downloaded once, 98 MB)."""
     return fetch_smollm2()
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages in one line, so that they can be searched."""
+    monkeypatch.setattr(ui.errors, "_width", 4000)
+    monkeypatch.setattr(ui.console, "_width", 4000)

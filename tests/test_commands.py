@@ -16,6 +16,8 @@ from headstart.model.fused import read_head_file
 from headstart.scripts import ui
 from headstart.scripts.cli import app
 
+pytestmark = pytest.mark.usefixtures("wide")
+
 RECIPE = """
 target: {{name: {target}}}
 head: {{kind: {kind}, {settings}}}
@@ -40,13 +42,6 @@ def refused(*arguments: object) -> str:
     assert isinstance(result.exception, SystemExit), result.exception
     assert "Traceback" not in result.output
     return " ".join(result.output.replace("\u2502", " ").split())
-
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages in one line, so that they can be searched."""
-    monkeypatch.setattr(ui.errors, "_width", 4000)
-    monkeypatch.setattr(ui.console, "_width", 4000)
 
 
 @pytest.fixture(scope="module")

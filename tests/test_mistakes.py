@@ -19,12 +19,7 @@ from headstart.scripts import ui
 from headstart.scripts.cli import app
 from headstart.scripts.prompts import read_prompts
 
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages in one line, so that they can be searched."""
-    monkeypatch.setattr(ui.errors, "_width", 4000)
-    monkeypatch.setattr(ui.console, "_width", 4000)
+pytestmark = pytest.mark.usefixtures("wide")
 
 
 @pytest.fixture(scope="module")
