@@ -18,7 +18,7 @@ import torch
 
 from headstart.model.target import Target
 
-from .decode import Stop, context_limit, plain
+from .decode import Stop, plain
 from .sampling import Sampler
 
 WINDOW = 8  # batches among which prompts of similar length are looked for
@@ -101,7 +101,7 @@ def _asked(target: Target, turn: _Turn, skipped: Callable[[str, str], None]) -> 
     question = {"role": "user", "content": turn.prompt.turns[turn.number]}
     messages = (*turn.messages, question)
     tokens = prompt_ids(target, messages)
-    limit = context_limit(target)
+    limit = target.context_limit
     if limit is not None and len(tokens) >= limit:
         skipped(turn.prompt.id, f"{len(tokens)} tokens, but {target.name} reads {limit}")
         return None

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -207,7 +206,7 @@ def _rows(target: Target, tokens_BT: Tensor, mask_BT: Tensor, stop: Stop) -> lis
         raise ValueError(
             f"max_new_tokens is {stop.max_new_tokens}, so there is nothing to do. Set at least 1."
         )
-    limit = context_limit(target)
+    limit = target.context_limit
     if limit is not None and max(lengths) >= limit:
         raise ValueError(
             f"A prompt has {max(lengths)} tokens, but {target.name} reads {limit} in all, prompt "
@@ -222,27 +221,6 @@ def _rows(target: Target, tokens_BT: Tensor, mask_BT: Tensor, stop: Stop) -> lis
         )
         for number, (given, length) in enumerate(zip(tokens_BT.tolist(), lengths, strict=True))
     ]
-
-
-def context_limit(target: Target) -> int | None:
-    """How many tokens the target can read; None where its configuration names no limit.
-
-    With longrope (Phi) that is the length it was first trained for. Past it, transformers turns all
-    positions of a read by other angles, while the keys in the cache keep the old ones. What a token
-    then sees depends on which read it came in: a tree would switch sooner than single tokens do.
-    """
-    limit: int | None = getattr(target.config, "max_position_embeddings", None)  # ALiBi has none
-    rope: dict[str, Any] = getattr(target.config, "rope_parameters", None) or {}
-    kinds = [
-        rope,
-        *(one for one in rope.values() if isinstance(one, dict)),
-    ]
-    first = [
-        one["original_max_position_embeddings"]
-        for one in kinds
-        if one.get("rope_type") == "longrope"
-    ]
-    return min(first if limit is None else [limit, *first], default=None)
 
 
 class _Loop:
@@ -261,7 +239,7 @@ class _Loop:
         self.target, self.head, self.sampler = target, head, sampler
         self.stop, self.shape, self.stats = stop, shape, stats
         self.rows, self.batch = rows, len(rows)
-        self.limit = context_limit(target)
+        self.limit = target.context_limit
         self.cache: KVCache = target.new_cache(self.batch)
         self.state = None if head is None else head.start(self.batch)
         self.layers = () if head is None else head.layers

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,27 @@ class LogitsRule:
         if self.cap:
             logits = (logits / self.cap).tanh() * self.cap
         return logits
+
+
+def context_limit(config: PretrainedConfig) -> int | None:
+    """How many tokens a model can read; None where its configuration names no limit.
+
+    With longrope (Phi) that is the length it was first trained for. Past it, transformers turns all
+    positions of a read by other angles, while the keys in the cache keep the old ones. What a token
+    then sees depends on which read it came in: a tree would switch sooner than single tokens do.
+    """
+    limit: int | None = getattr(config, "max_position_embeddings", None)  # ALiBi has none
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    kinds = [
+        rope,
+        *(one for one in rope.values() if isinstance(one, dict)),
+    ]
+    first = [
+        one["original_max_position_embeddings"]
+        for one in kinds
+        if one.get("rope_type") == "longrope"
+    ]
+    return min(first if limit is None else [limit, *first], default=None)
 
 
 def output_head(model: PreTrainedModel, name: str) -> nn.Linear:

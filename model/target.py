@@ -22,6 +22,7 @@ from .cache import KVCache
 from .families import (
     LogitsRule,
     Windows,
+    context_limit,
     decoder_layers,
     inner_model,
     output_head,
@@ -124,6 +125,11 @@ class Target:
                 "length cannot be batched. Set pad_token in its tokenizer, or use a batch of one."
             )
         return self.eos_ids[0]
+
+    @property
+    def context_limit(self) -> int | None:
+        """How many tokens it can read, prompt and answer together; None where it names no limit."""
+        return context_limit(self.config)
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty cache for `read`."""

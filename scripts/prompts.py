@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from headstart.inference.answer import Message, Prompt, prompt_ids
-from headstart.inference.decode import context_limit
 from headstart.model.target import Target
 from headstart.training.sources import read_lines
 
@@ -85,7 +84,7 @@ def decodable(name: str, limit: int | None, target: Target) -> list[list[int]]:
             if not has_room(target, tokens):
                 raise ValueError(
                     f"The prompt {prompt.id!r} has {len(tokens)} tokens, but {target.name} reads "
-                    f"{context_limit(target)} in all, prompt and answer together. Shorten or "
+                    f"{target.context_limit} in all, prompt and answer together. Shorten or "
                     "remove it."
                 )
         return ids
@@ -100,7 +99,7 @@ def decodable(name: str, limit: int | None, target: Target) -> list[list[int]]:
 
 
 def has_room(target: Target, tokens: Sequence[int]) -> bool:
-    limit = context_limit(target)
+    limit = target.context_limit
     return limit is None or len(tokens) < limit
 
 

@@ -87,9 +87,16 @@ def test_one_size_of_a_layer_changes_only_that(tmp_path):
     assert saved["head.layer.mlp.up_proj.weight"].shape == (24, 48)
 
 
-def test_conversations_beyond_the_target_are_refused(tmp_path):
+@pytest.mark.parametrize("rope", ["default", "longrope"])
+def test_conversations_beyond_the_target_are_refused(tmp_path, rope):
     target = tiny_target()
-    target.config.max_position_embeddings = 16
+    if rope == "default":
+        target.config.max_position_embeddings = 16
+    else:  # the length it was first trained for, as in decoding
+        target.config.rope_parameters = {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": 16,
+        }
     with pytest.raises(ValueError, match=r"reads 16 at most\. Set data\.max_length=16"):
         run_recipe(make_recipe(recipe_values(tmp_path)), target)
 

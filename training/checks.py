@@ -46,7 +46,7 @@ def check_early(recipe: Recipe) -> None:
 
 
 def check_lengths(data: Conversations, target: Target) -> None:
-    limit: int | None = getattr(target.config, "max_position_embeddings", None)  # ALiBi has none
+    limit = target.context_limit
     longest = max(data.train.longest, data.holdout.longest)
     if limit is not None and longest > limit:
         raise ValueError(
