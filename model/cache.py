@@ -1,20 +1,41 @@
 """Keys and values of a ragged batch, of which the newest rows are only guesses.
 
-Row b's committed keys are the columns [0, lengths_B[b]). A read writes its N rows into the columns
-[width, width + N), where width = max(lengths_B): they are pending. `commit` moves the accepted
-ones behind the row's committed columns and forgets the rest, which the next read overwrites.
-Sliding windows are left to the mask: a layer that drops old columns cannot take a guess back.
+Row b's committed keys are the columns [0, lengths_B[b]). A read writes its N rows right behind
+them: they are pending. `commit` keeps the accepted ones, moves those that do not lie where they
+belong yet, and forgets the rest, which the next read overwrites. Sliding windows are left to the
+mask: a layer that drops old columns cannot take a guess back.
 
-Legend: B batch rows, P accepted positions, N pending rows, H heads, S columns, D head size.
+A cache grows by blocks, and a read sees the columns up to the longest row's last. With a fixed
+capacity it sees all columns each time, every shape stays the same and no number is read on the
+host: what CUDA graphs and compiled code need. The mask hides what is not written yet.
+
+Legend: B batch rows, P accepted positions, N new rows of a read, M pending rows, H heads,
+S columns, D head size.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 BLOCK = 256  # columns by which a layer grows
+
+
+@dataclass
+class _Place:
+    """Where the new rows of a read lie; all layers share it.
+
+    first: the column of the first one where that is the same for all batch rows, else None, and
+    columns_BN says it. end: the columns that a read sees. fixed: whether that never changes.
+    """
+
+    first: int | None = 0
+    columns_BN: Tensor | None = None
+    end: int = 0
+    fixed: bool = False
 
 
 class KVLayer(CacheLayerMixin):
@@ -24,34 +45,34 @@ class KVLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, place: _Place) -> None:
         super().__init__()
-        self.width = 0  # first column of the pending rows
+        self.place = place
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys = key_states[:, :, :0]
-        self.values = value_states[:, :, :0]
+        self.keys = _grown(key_states[:, :, :0], self.place)
+        self.values = _grown(value_states[:, :, :0], self.place)
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write new rows (B x H x N x D) behind the committed columns; all columns so far."""
+        """Write new rows (B x H x N x D) to their place; the columns that a read sees."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.width + key_states.shape[2]
-        if end > self.keys.shape[2]:
-            self.keys = _grown(self.keys, self.width, end)
-            self.values = _grown(self.values, self.width, end)
-        self.keys[:, :, self.width : end] = key_states
-        self.values[:, :, self.width : end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        elif self.place.end > self.keys.shape[2]:
+            self.keys = _grown(self.keys, self.place)
+            self.values = _grown(self.values, self.place)
+        return _written(self.keys, key_states, self.place), _written(
+            self.values, value_states, self.place
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.width + query_length, 0
+        return self.place.end, 0
 
     def get_seq_length(self) -> int:
-        return self.width
+        """Columns in front of the new rows, where those follow each other without a gap."""
+        return self.place.first or 0
 
     def get_max_length(self) -> int:
         return -1
@@ -63,51 +84,89 @@ class KVLayer(CacheLayerMixin):
 class KVCache(Cache):
     """What the target remembers of a batch: see the head of this file.
 
-    lengths_B: committed tokens of each row.
+    capacity: columns of a cache that does not grow; None for one that does. lengths_B: committed
+    tokens of each row.
     """
 
-    def __init__(self, batch_size: int, num_layers: int, device: torch.device):
-        self.kv_layers = [KVLayer() for _ in range(num_layers)]
+    def __init__(
+        self, batch_size: int, num_layers: int, device: torch.device, capacity: int | None = None
+    ):
+        self._place = _Place(end=capacity or 0, fixed=capacity is not None)
+        self.kv_layers = [KVLayer(self._place) for _ in range(num_layers)]
         super().__init__(layers=list(self.kv_layers))
         self.lengths_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._lengths = [0] * batch_size  # the same on the host: no device read per step
         self._pending = 0
 
     @property
+    def fixed(self) -> bool:
+        return self._place.fixed
+
+    @property
     def width(self) -> int:
-        """Columns in front of the pending rows: the longest row's committed tokens."""
-        return self.kv_layers[0].width
+        """The longest row's committed tokens. Of a growing cache only."""
+        assert not self.fixed
+        return max(self._lengths, default=0)
+
+    @property
+    def columns(self) -> int:
+        """How many columns the current read sees."""
+        return self._place.end
 
     @property
     def rows(self) -> int:
-        return len(self._lengths)
+        return len(self.lengths_B)
 
     @property
     def even(self) -> bool:
-        """True where every row holds as many tokens as the others."""
-        return min(self._lengths) == self.width
+        """True where every row is known to hold as many tokens as the others."""
+        return not self.fixed and min(self._lengths) == self.width
 
-    def expect(self, pending: int) -> None:
-        """The next read writes this many rows; what was pending before is dropped."""
-        self._pending = pending
+    def expect(self, new: int, after: int = 0) -> None:
+        """The next read writes `new` rows; of those pending before, the first `after` stay."""
+        place, self._pending = self._place, after + new
+        place.first = self.width + after if self.even else None
+        place.columns_BN = None
+        if place.first is None:
+            steps_N = torch.arange(after, after + new, device=self.lengths_B.device)
+            place.columns_BN = self.lengths_B[:, None] + steps_N
+        if not self.fixed:
+            place.end = self.width + self._pending
 
-    def commit(self, path_BP: Tensor, counts_B: Tensor) -> None:
+    def visible(self, pending_BNM: Tensor) -> Tensor:
+        """B x N x S: True where a new row sees a column: committed ones, and of the pending ones
+        those that `pending_BNM` says."""
+        batch, new, pending = pending_BNM.shape
+        assert pending == self._pending
+        if self.even:
+            old_BNS = pending_BNM.new_ones(batch, new, self.width)
+            return torch.cat([old_BNS, pending_BNM], -1)
+        behind_BS = self._behind()
+        if not pending:
+            return (behind_BS < 0)[:, None].expand(batch, new, -1)
+        index_B1S = behind_BS.clamp(0, pending - 1)[:, None]
+        seen_BNS = pending_BNM.gather(2, index_B1S.expand(batch, new, -1))
+        seen_BNS = seen_BNS & (behind_BS < pending)[:, None]
+        return seen_BNS | (behind_BS < 0)[:, None]
+
+    def positions(self, steps_BM: Tensor) -> Tensor:
+        """B x S: each column's position in the text. steps_BM: those of the pending rows, counted
+        from the first token that is not committed."""
+        behind_BS = self._behind()
+        steps_BS = steps_BM.gather(1, behind_BS.clamp(0, self._pending - 1))
+        return self.lengths_B[:, None] + torch.where(behind_BS < 0, behind_BS, steps_BS)
+
+    def commit(self, path_BP: Tensor | None, counts_B: Tensor) -> None:
         """Keep the pending rows path_BP[b, :counts_B[b]] of the last read, in that order.
 
-        The rest is dropped. Entries of path_BP past the count are ignored.
+        None: the first counts_B[b] ones. The rest is dropped. Entries past the count are ignored.
         """
-        paths, counts = path_BP.tolist(), counts_B.tolist()
-        assert len(paths) == self.rows and max(counts) <= path_BP.shape[1], "paths do not fit"
-        kept = [path[:count] for path, count in zip(paths, counts, strict=True)]
-        assert all(0 <= node < self._pending for path in kept for node in path), "not pending"
-        width = self.width
-        first = min(map(_in_place, kept, self._shifts()), default=0)
-        last = max(counts)
-        if first < last:
-            self._move(path_BP[:, first:last], first)
+        if self.fixed:
+            if path_BP is not None:
+                self._move(path_BP, 0)
+        else:
+            self._commit_on_host(path_BP, counts_B.tolist())
         self.lengths_B = self.lengths_B + counts_B
-        self._set_lengths([n + count for n, count in zip(self._lengths, counts, strict=True)])
-        assert self.width <= width + self._pending
         self._pending = 0
 
     def keep(self, rows_B: Tensor) -> None:
@@ -124,12 +183,25 @@ class KVCache(Cache):
                 layer.keys = _kept(layer.keys, rows_B, places_M)
                 layer.values = _kept(layer.values, rows_B, places_M)
         self.lengths_B = self.lengths_B[rows_B]
-        self._set_lengths([self._lengths[row] for row in rows])
+        self._lengths = [self._lengths[row] for row in rows]
         self._pending = 0
 
-    def _shifts(self) -> list[int]:
-        """How many columns each row's first pending row lies behind its committed ones."""
-        return [self.width - length for length in self._lengths]
+    def _behind(self) -> Tensor:
+        """B x S: how far each column lies behind the row's committed ones; negative inside."""
+        columns_S = torch.arange(self.columns, device=self.lengths_B.device)
+        return columns_S - self.lengths_B[:, None]
+
+    def _commit_on_host(self, path_BP: Tensor | None, counts: list[int]) -> None:
+        assert len(counts) == self.rows and max(counts) <= self._pending, "paths do not fit"
+        if path_BP is not None:
+            paths = zip(path_BP.tolist(), counts, strict=True)
+            kept = [path[:count] for path, count in paths]
+            assert all(0 <= node < self._pending for path in kept for node in path), "not pending"
+            moved = [_in_place(path) for path in kept if _in_place(path) < len(path)]
+            if moved:
+                first, last = min(moved), max(counts)
+                self._move(path_BP[:, first:last], first)
+        self._lengths = [n + count for n, count in zip(self._lengths, counts, strict=True)]
 
     def _move(self, path_BP: Tensor, first: int) -> None:
         """Copy pending rows to the columns from lengths_B + first on.
@@ -138,25 +210,28 @@ class KVCache(Cache):
         """
         steps_P = torch.arange(first, first + path_BP.shape[1], device=path_BP.device)
         target_BP = self.lengths_B[:, None] + steps_P
-        source_BP = self.width + path_BP.clamp(0, self._pending - 1)
+        source_BP = self.lengths_B[:, None] + path_BP.clamp(0, self._pending - 1)
         rows_B1 = torch.arange(self.rows, device=path_BP.device)[:, None]
         for layer in self.kv_layers:
             if layer.is_initialized:
                 layer.keys[rows_B1, :, target_BP] = layer.keys[rows_B1, :, source_BP]
                 layer.values[rows_B1, :, target_BP] = layer.values[rows_B1, :, source_BP]
 
-    def _set_lengths(self, lengths: list[int]) -> None:
-        self._lengths = lengths
-        for layer in self.kv_layers:
-            layer.width = max(lengths, default=0)
+
+def _written(columns: Tensor, new_BHND: Tensor, place: _Place) -> Tensor:
+    """Put the new rows where they belong; what a read sees."""
+    if place.first is not None:
+        columns[:, :, place.first : place.first + new_BHND.shape[2]] = new_BHND
+    else:
+        rows_B1 = torch.arange(len(new_BHND), device=new_BHND.device)[:, None]
+        columns[rows_B1, :, place.columns_BN] = new_BHND.transpose(1, 2)
+    return columns[:, :, : place.end]
 
 
-def _in_place(path: list[int], shift: int) -> int:
+def _in_place(path: list[int]) -> int:
     """How many of the path's first rows already lie where they belong."""
-    if shift:
-        return 0
     same = (place for place, node in enumerate(path) if place != node)
-    return next(same, 1 << 62)
+    return next(same, len(path))
 
 
 def _kept(columns: Tensor, rows_B: Tensor, places_M: Tensor) -> Tensor:
@@ -166,13 +241,13 @@ def _kept(columns: Tensor, rows_B: Tensor, places_M: Tensor) -> Tensor:
     return columns[: len(rows_B)]
 
 
-def _grown(columns: Tensor, used: int, needed: int) -> Tensor:
-    """The same columns with room for at least `needed`.
+def _grown(columns: Tensor, place: _Place) -> Tensor:
+    """The same columns with room for what a read sees.
 
     New ones are zero: a masked column has weight 0, and 0 times a stray NaN would be NaN.
     """
-    batch, heads, _, size = columns.shape
-    capacity = -(-needed // BLOCK) * BLOCK
+    batch, heads, used, size = columns.shape
+    capacity = place.end if place.fixed else -(-place.end // BLOCK) * BLOCK
     grown = columns.new_zeros(batch, heads, capacity, size)
-    grown[:, :, :used] = columns[:, :, :used]
+    grown[:, :, :used] = columns
     return grown

@@ -57,23 +57,19 @@ class Windows:
     def mask(
         self, cache: KVCache, depths_BN: Tensor, tree: Tree | None, dtype: torch.dtype
     ) -> Tensor | dict[str, Tensor]:
-        """Additive mask B x 1 x N x S of new rows behind the cache, one per kind if there are more.
+        """Additive mask B x 1 x N x S of the cache's new rows, one per kind if there are more.
 
         tree: whose nodes see their ancestors; None for a text, whose rows see those before them.
         """
-        lengths_B11 = cache.lengths_B[:, None, None]
-        columns_S = torch.arange(cache.width, device=depths_BN.device)
-        batch, new = depths_BN.shape
-        old_BNS = (columns_S < lengths_B11).expand(batch, new, cache.width)
         if tree is None:
             new_BNN = depths_BN[:, :, None] >= depths_BN[:, None, :]
         else:
             new_BNN = tree.ancestors_BNN
-        seen_BNS = torch.cat([old_BNS, new_BNN], -1)
+        seen_BNS = cache.visible(new_BNN)
         if self.kinds == (FULL,):
             return _additive(seen_BNS, dtype)
         new_places_BN = depths_BN + cache.lengths_B[:, None]
-        places_BS = torch.cat([columns_S.expand(batch, -1), new_places_BN], 1)
+        places_BS = cache.positions(depths_BN)
         masks = {
             kind: _additive(seen_BNS & self._near(kind, new_places_BN, places_BS), dtype)
             for kind in self.kinds

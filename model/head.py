@@ -46,12 +46,16 @@ class DraftHead(nn.Module, ABC):
 
     `layers` are the target's decoder layers (0-based) whose outputs it reads, beside the input of
     the LM head, which is always there. `max_depth` is the longest path it can draft, or None.
+    `temperatures`: one per depth, dividing the logits of guesses so that path probabilities are
+    calibrated; the last one also holds for deeper guesses, and without any it is 1. They are kept
+    in the checkpoint's `HeadMeta` alone, from where `load_head` puts them here.
     The target's embedding and LM head are borrowed by `bind` and never part of the state dict.
     """
 
     kind: ClassVar[str]
     layers: tuple[int, ...] = ()
     max_depth: int | None = None
+    temperatures: tuple[float, ...] = ()
 
     def __init__(self, config: HeadConfig):
         super().__init__()
@@ -125,9 +129,15 @@ class DraftHead(nn.Module, ABC):
         """Draft logits R x Vd of draft hidden states, by the target's own LM head."""
         return self.target.unembed(hidden_RD, self.draft_ids)
 
-    def guesses(self, hidden_BFD: Tensor, width: int) -> Children:
-        """The likeliest next tokens: log-probabilities and ids, B x F x width, best first."""
-        logp_BFV = self.logits(hidden_BFD).float().log_softmax(-1)
+    def guesses(self, hidden_BFD: Tensor, width: int, depth: int = 0) -> Children:
+        """The likeliest next tokens: log-probabilities and ids, B x F x width, best first.
+
+        depth: of the nodes whose children are guessed, 0 for the root.
+        """
+        logits_BFV = self.logits(hidden_BFD).float()
+        if self.temperatures:
+            logits_BFV = logits_BFV / self.temperatures[min(depth, len(self.temperatures) - 1)]
+        logp_BFV = logits_BFV.log_softmax(-1)
         logp_BFW, index_BFW = logp_BFV.topk(min(width, logp_BFV.shape[-1]), dim=-1)
         ids = self.draft_ids
         return logp_BFW, index_BFW if ids is None else ids[index_BFW]

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .quantized import Int8, QuantizedLinear
+
 
 def _made_by_intel() -> bool:
     """Whether the processor is one that MKL is made for."""
@@ -69,6 +71,51 @@ class PackedLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which pack their own weights: the layouts cannot be saved."""
         return {name: value for name, value in vars(self).items() if name != "_packed"}
+
+
+class Product:
+    """Linear layers that read the same input, their outputs side by side.
+
+    Where one layout is the best for every row count they are one product of joined weights, and
+    quantised layers are always. LookupError for layers that are not plain linear ones.
+    """
+
+    def __init__(self, *linears: nn.Module):
+        known = (nn.Linear, PackedLinear, QuantizedLinear)
+        plain = [one for one in linears if isinstance(one, nn.Linear) and type(one) in known]
+        self._quantized = any(type(one) is QuantizedLinear for one in plain)
+        joinable = len({(one.bias is None, type(one) is QuantizedLinear) for one in plain}) == 1
+        if len(plain) != len(linears) or not joinable:
+            raise LookupError("these layers are no plain linear ones")
+        self._linears: list[nn.Linear] = plain
+        self._joined = len(plain) > 1 and not INTEL and torch.backends.mkldnn.is_available()
+        self._made_from: list[tuple[int, int]] = []
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+        self._int8: Int8 | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if self._quantized:
+            if self._int8 is None:
+                self._int8 = Int8(*self._side_by_side())
+            return self._int8(hidden)
+        if not self._joined:
+            parts = [one.forward(hidden) for one in self._linears]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        made_from = [identity(one.weight) for one in self._linears]
+        if made_from != self._made_from:
+            self._made_from = made_from
+            joined, self._bias = self._side_by_side()
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(joined, ONEDNN_LAYOUT)
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(
+            hidden, self._weight, self._bias, "none", [], ""
+        )
+        return result
+
+    def _side_by_side(self) -> tuple[Tensor, Tensor | None]:
+        weight = torch.cat([one.weight.detach() for one in self._linears])
+        biases = [one.bias.detach() for one in self._linears if one.bias is not None]
+        return weight, torch.cat(biases) if biases else None
 
 
 def identity(tensor: Tensor) -> tuple[int, int]:

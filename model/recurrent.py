@@ -17,13 +17,14 @@ columns, H query heads, G key/value heads, C head channels, D hidden size.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .cache import KVCache
 from .head import DraftHead
 from .layers import Attend, grouped_attention
 from .seen import Seen
@@ -31,7 +32,6 @@ from .tree import Children, Frontier, Tree, TreeShape, grow
 
 AttentionLayout = Literal["append", "kvshare"]
 QUERY_CHUNK = 512  # rows of the explicit attention of later training steps held at once
-GROW_COLUMNS = 256
 
 
 class RecurrentHead(DraftHead):
@@ -70,42 +70,38 @@ class RecurrentHead(DraftHead):
             feature_BTD = self.recycle(output_BTD)
         return hidden
 
-    def start(self, batch_size: int) -> PairCache:
-        return PairCache.empty(batch_size, self.target.device)
+    def start(self, batch_size: int) -> Pairs:
+        return Pairs(KVCache(batch_size, 1, self.target.device))
 
-    def keep(self, state: PairCache, rows: Tensor) -> PairCache:
+    def keep(self, state: Pairs, rows: Tensor) -> Pairs:
         return state.keep(rows)
 
     @torch.no_grad()
-    def advance(
-        self, state: PairCache, seen: Seen, next_tokens_BP: Tensor, counts_B: Tensor
-    ) -> PairCache:
+    def advance(self, state: Pairs, seen: Seen, next_tokens_BP: Tensor, counts_B: Tensor) -> Pairs:
         feature_BPD = self.feature(seen)
-        steps_P = torch.arange(next_tokens_BP.shape[1], device=next_tokens_BP.device)
-        columns_BP = state.lengths_B[:, None] + steps_P
-        embedded_BPD = self.target.embed(next_tokens_BP).to(feature_BPD.dtype)
-
-        def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            state.write(columns_BP, keys, values)
-            keys_BGSC, values_BGSC, columns_S = state.filled(int(columns_BP.max()) + 1)
-            mask_BPS = columns_S <= columns_BP[..., None]
-            return grouped_attention(queries, keys_BGSC, values_BGSC, mask_BPS[:, None])
-
-        output_BPD = self.cell(embedded_BPD, feature_BPD, columns_BP, attend)
+        batch, new = next_tokens_BP.shape
+        steps_P = torch.arange(new, device=next_tokens_BP.device)
+        positions_BP = state.cache.lengths_B[:, None] + steps_P
+        state.cache.expect(new)
+        causal_BPP = (steps_P[:, None] >= steps_P).expand(batch, -1, -1)
+        output_BPD = self.cell(
+            self.target.embed(next_tokens_BP).to(feature_BPD.dtype),
+            feature_BPD,
+            positions_BP,
+            _writing(state.cache, causal_BPP),
+        )
+        state.cache.commit(None, counts_B)
         last_B1 = (counts_B - 1)[:, None]
-        return replace(
-            state,
-            lengths_B=state.lengths_B + counts_B,
-            root_B=next_tokens_BP.gather(1, last_B1)[:, 0],
-            output_B1D=output_BPD.gather(
-                1, last_B1[..., None].expand(-1, -1, output_BPD.shape[-1])
-            ),
+        index_B1D = last_B1[..., None].expand(-1, -1, output_BPD.shape[-1])
+        return Pairs(
+            state.cache, output_BPD.gather(1, index_B1D), next_tokens_BP.gather(1, last_B1)[:, 0]
         )
 
     @torch.no_grad()
-    def draft(self, state: PairCache, shape: TreeShape) -> Tree:
+    def draft(self, state: Pairs, shape: TreeShape) -> Tree:
         assert state.output_B1D is not None and state.root_B is not None
-        nodes = _DraftedNodes(state, self.attention_layout)
+        nodes = _DraftedNodes(state.cache, self.attention_layout)
+        last_B1 = state.cache.lengths_B[:, None] - 1
         output_BFD = state.output_B1D
 
         def step(frontier: Frontier) -> Children:
@@ -113,13 +109,12 @@ class RecurrentHead(DraftHead):
             parents_BFD = frontier.parents_BF[..., None].expand(-1, -1, output_BFD.shape[-1])
             feature_BFD = self.recycle(output_BFD).gather(1, parents_BFD)
             embedded_BFD = self.target.embed(frontier.tokens_BF).to(feature_BFD.dtype)
-            last_B1 = (state.lengths_B - 1)[:, None]
             positions_BF = (last_B1 + frontier.depth).expand_as(frontier.tokens_BF)
             attend = nodes.attend(frontier)
             output_BFD = self.cell(embedded_BFD, feature_BFD, positions_BF, attend)
-            return self.guesses(self.readout(output_BFD), shape.width)
+            return self.guesses(self.readout(output_BFD), shape.width, frontier.depth)
 
-        first = self.guesses(self.readout(output_BFD), shape.width)
+        first = self.guesses(self.readout(output_BFD), shape.width, 0)
         return grow(state.root_B, first, step, shape)
 
 
@@ -182,81 +177,57 @@ def _attend_chain(
 
 
 @dataclass(frozen=True)
-class PairCache:
+class Pairs:
     """Decoding state: keys and values of the committed pairs, and what the next tree starts from.
 
-    Row b's pairs are the columns [0, lengths_B[b]); what lies behind is scratch. output_B1D: the
-    cell's output at the last pair. root_B: the token after it.
+    output_B1D: the cell's output at the last pair. root_B: the token after it.
     """
 
-    keys_BGSC: Tensor | None
-    values_BGSC: Tensor | None
-    lengths_B: Tensor
+    cache: KVCache
     output_B1D: Tensor | None = None
     root_B: Tensor | None = None
 
-    @staticmethod
-    def empty(batch_size: int, device: torch.device) -> PairCache:
-        return PairCache(None, None, torch.zeros(batch_size, dtype=torch.int64, device=device))
+    def keep(self, rows: Tensor) -> Pairs:
+        self.cache.keep(rows)
+        if self.output_B1D is None or self.root_B is None:
+            return self
+        return Pairs(self.cache, self.output_B1D[rows], self.root_B[rows])
 
-    def write(self, columns_BP: Tensor, keys_BGPC: Tensor, values_BGPC: Tensor) -> None:
-        """Put new pairs in their columns, growing by blocks."""
-        needed = int(columns_BP.max()) + 1
-        if self.keys_BGSC is None or self.keys_BGSC.shape[2] < needed:
-            self._grow(needed, keys_BGPC, values_BGPC)
-        assert self.keys_BGSC is not None and self.values_BGSC is not None
-        rows_B1 = torch.arange(len(columns_BP), device=columns_BP.device)[:, None]
-        self.keys_BGSC[rows_B1, :, columns_BP] = keys_BGPC.transpose(1, 2)
-        self.values_BGSC[rows_B1, :, columns_BP] = values_BGPC.transpose(1, 2)
 
-    def filled(self, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.keys_BGSC is not None and self.values_BGSC is not None
-        columns_S = torch.arange(columns, device=self.lengths_B.device)
-        return self.keys_BGSC[:, :, :columns], self.values_BGSC[:, :, :columns], columns_S
+def _writing(cache: KVCache, pending_BNM: Tensor) -> Attend:
+    """Attention that puts the new keys into the cache; `pending_BNM` says which of the pending
+    ones a query sees."""
 
-    def keep(self, rows: Tensor) -> PairCache:
-        def pick(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[rows]
+    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        mask_BNS = cache.visible(pending_BNM)
+        keys, values = cache.update(keys, values, 0)
+        return grouped_attention(queries, keys, values, mask_BNS[:, None])
 
-        return PairCache(
-            pick(self.keys_BGSC),
-            pick(self.values_BGSC),
-            self.lengths_B[rows],
-            pick(self.output_B1D),
-            pick(self.root_B),
-        )
-
-    def _grow(self, needed: int, keys_BGPC: Tensor, values_BGPC: Tensor) -> None:
-        columns = -(-needed // GROW_COLUMNS) * GROW_COLUMNS
-        for name, new in (("keys_BGSC", keys_BGPC), ("values_BGSC", values_BGPC)):
-            batch, groups, _, channels = new.shape
-            grown = new.new_zeros(batch, groups, columns, channels)
-            old = self.keys_BGSC if name == "keys_BGSC" else self.values_BGSC
-            if old is not None:
-                grown[:, :, : old.shape[2]] = old
-            object.__setattr__(self, name, grown)  # the storage grows, the state stays the same
+    return attend
 
 
 class _DraftedNodes:
-    """Keys of drafted nodes, in scratch columns behind the committed pairs of every row."""
+    """Keys of drafted nodes: pending in the cache, behind the committed pairs of every row."""
 
-    def __init__(self, state: PairCache, layout: AttentionLayout):
-        self.state, self.layout = state, layout
-        self.begin = int(state.lengths_B.max())
+    def __init__(self, cache: KVCache, layout: AttentionLayout):
+        self.cache, self.layout = cache, layout
         self.ancestors_BFM: Tensor | None = None
 
     def attend(self, frontier: Frontier) -> Attend:
         return self._shared if self.layout == "kvshare" else self._appended(frontier)
 
     def _shared(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        keys_BGSC, values_BGSC, columns_S = self.state.filled(self.begin)
-        mask_BS = columns_S < self.state.lengths_B[:, None]
-        return grouped_attention(queries, keys_BGSC, values_BGSC, mask_BS[:, None, None])
+        self.cache.expect(0)
+        nothing_BF0 = queries.new_zeros(len(queries), queries.shape[2], 0, dtype=torch.bool)
+        keys_BGSC, values_BGSC = self.cache.update(keys[:, :, :0], values[:, :, :0], 0)
+        mask_BFS = self.cache.visible(nothing_BF0)
+        return grouped_attention(queries, keys_BGSC, values_BGSC, mask_BFS[:, None])
 
     def _appended(self, frontier: Frontier) -> Attend:
-        batch, nodes = frontier.tokens_BF.shape
-        device = frontier.tokens_BF.device
-        own_BFF = torch.eye(nodes, dtype=torch.bool, device=device).expand(batch, -1, -1)
+        batch, new = frontier.tokens_BF.shape
+        own_FF = torch.eye(new, dtype=torch.bool, device=frontier.tokens_BF.device)
+        own_BFF = own_FF.expand(batch, -1, -1)
+        drafted = 0
         if self.ancestors_BFM is None:
             self.ancestors_BFM = own_BFF
         else:
@@ -264,16 +235,5 @@ class _DraftedNodes:
             parents_BFM = frontier.parents_BF[..., None].expand(-1, -1, drafted)
             inherited_BFM = self.ancestors_BFM.gather(1, parents_BFM)
             self.ancestors_BFM = torch.cat([inherited_BFM, own_BFF], -1)
-        ancestors_BFM = self.ancestors_BFM
-
-        def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            end = self.begin + ancestors_BFM.shape[-1]
-            new_F = torch.arange(end - nodes, end, device=device)
-            self.state.write(new_F.expand(batch, -1), keys, values)
-            keys_BGSC, values_BGSC, columns_S = self.state.filled(end)
-            committed_BS = columns_S[: self.begin] < self.state.lengths_B[:, None]
-            committed_BFS = committed_BS[:, None].expand(-1, nodes, -1)
-            mask_BFS = torch.cat([committed_BFS, ancestors_BFM], -1)
-            return grouped_attention(queries, keys_BGSC, values_BGSC, mask_BFS[:, None])
-
-        return attend
+        self.cache.expect(new, after=drafted)
+        return _writing(self.cache, self.ancestors_BFM)

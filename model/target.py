@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .attention import shared_keys
 from .cache import KVCache
 from .families import (
+    FULL,
     LogitsRule,
     Windows,
     context_limit,
@@ -30,6 +32,7 @@ from .families import (
     refuse,
     refuse_unused_window,
 )
+from .lean import Lean
 from .packed import identity, pack_linears
 from .pretrained import open_pretrained
 from .seen import Seen
@@ -64,8 +67,10 @@ class Target:
         self.hidden_size, self.vocab_size = self._head.in_features, self._head.out_features
         self.num_layers = len(self._layers)
         self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
+        self._lean: Lean | None = None
         probe(self)
         pack_linears(model)
+        self._lean = Lean.of(self._decoder, self._layers, self.config)
 
     @classmethod
     def load(
@@ -161,21 +166,37 @@ class Target:
             steps_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
             ids_BT = ids_BT.masked_fill(steps_T >= lengths_B[:, None], 0)
         steps_BT = _steps(ids_BT) if tree is None else tree.depths_BN
+        lean = self._lean if cache is not None and Lean.suits(ids_BT) else None
         mask: Tensor | dict[str, Tensor] | None = None  # None: the model's own causal mask
         if cache is not None:
-            if tree is not None or not _plain(cache, ids_BT):
+            cache.expect(ids_BT.shape[1])
+            if tree is not None or not _plain(cache, ids_BT, self._windows, lean is not None):
                 mask = self._windows.mask(cache, steps_BT, tree, self.dtype)
             steps_BT = steps_BT + cache.lengths_B[:, None]
-            cache.expect(ids_BT.shape[1])
-        with self._tapped(layers) as hidden:
-            last_BTD = self._decoder(
+        if lean is not None and cache is not None:
+            last_BTD, hidden = lean.read(ids_BT, steps_BT, cache, mask, layers)
+        else:
+            last_BTD, hidden = self._read(ids_BT, steps_BT, cache, mask, layers)
+        return Seen(self.unembed(last_BTD) if logits else None, last_BTD, hidden)
+
+    def _read(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        cache: KVCache | None,
+        mask: Tensor | dict[str, Tensor] | None,
+        layers: tuple[int, ...],
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """With the model's own modules."""
+        with self._tapped(layers) as hidden, shared_keys():
+            last_BTD: Tensor = self._decoder(
                 input_ids=ids_BT,
                 attention_mask=mask,
-                position_ids=steps_BT,
+                position_ids=positions_BT,
                 use_cache=cache is not None,
                 **{self._cache_name: cache},
             ).last_hidden_state
-        return Seen(self.unembed(last_BTD) if logits else None, last_BTD, hidden)
+        return last_BTD, hidden
 
     def text(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """Tokens as text; special: with the special ones."""
@@ -248,6 +269,9 @@ def _cache_name(decoder: nn.Module) -> str:
     return "cache" if "cache" in known else "past_key_values"
 
 
-def _plain(cache: KVCache, ids_BT: Tensor) -> bool:
-    """True where the model's own causal mask is right: one token more, or all from the start."""
+def _plain(cache: KVCache, ids_BT: Tensor, windows: Windows, lean: bool) -> bool:
+    """True where no mask of ours is needed: one token more, or all from the start, for which the
+    model makes its own."""
+    if lean:
+        return cache.even and ids_BT.shape[1] == 1 and windows.kinds == (FULL,)
     return cache.even and (ids_BT.shape[1] == 1 or cache.width == 0)

@@ -222,7 +222,7 @@ def test_stops_at_the_end_of_the_context() -> None:
     assert [len(answer) for answer in truth] == [7, 11]  # prompt and answer are 16
     both(target, ids_BT, mask_BT, truth, Stop(100))
     asked: list[int] = []
-    target.model.get_decoder().register_forward_pre_hook(
+    target.model.get_decoder().rotary_emb.register_forward_pre_hook(
         lambda _, __, given: asked.append(int(given["position_ids"].max())), with_kwargs=True
     )
     both(target, ids_BT, mask_BT, truth, Stop(100))

@@ -49,7 +49,7 @@ def forced(head: DraftHead, follow: list[int]) -> list[Tensor]:
     """Make a head draft given tokens; returns the list that its hidden states will go to."""
     hidden: list[Tensor] = []
 
-    def guesses(hidden_BFD: Tensor, width: int) -> Children:
+    def guesses(hidden_BFD: Tensor, width: int, depth: int = 0) -> Children:
         token = follow[len(hidden)]
         hidden.append(hidden_BFD[:, 0])
         return torch.zeros(1, 1, 1).double(), torch.full((1, 1, 1), token)

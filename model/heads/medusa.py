@@ -98,7 +98,7 @@ class Head(DraftHead):
         shape = shape.limited(len(self.heads))
 
         def at_depth(depth: int) -> Children:
-            return self.guesses(self.heads[depth](last_B1D), shape.width)
+            return self.guesses(self.heads[depth](last_B1D), shape.width, depth)
 
         def step(frontier: Frontier) -> Children:
             logp_B1W, tokens_B1W = at_depth(frontier.depth)
