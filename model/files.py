@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and the folder of what is kept for later."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ def written_beside(folder: Path, marker: str, key: str | None = None) -> Iterato
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def cache_folder() -> Path:
+    """Where downloads and measured costs are kept: `$HEADSTART_HOME`, else `~/.cache/headstart`."""
+    home = os.environ.get("HEADSTART_HOME")
+    return Path(home).expanduser() if home else Path.home() / ".cache" / "headstart"
 
 
 def replace_text(path: Path, text: str) -> None:

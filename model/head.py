@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .packed import pack_linears
 from .seen import Seen
-from .tree import Children, Tree, TreeShape
+from .tree import Children, GoesOn, Tree, TreeShape
 
 if TYPE_CHECKING:
     from .target import Target
@@ -174,8 +174,10 @@ class DraftHead(nn.Module, ABC):
         """
 
     @abstractmethod
-    def draft(self, state: Any, shape: TreeShape) -> Tree:
-        """Guess what follows the last committed token."""
+    def draft(self, state: Any, shape: TreeShape, goes_on: GoesOn | None = None) -> Tree:
+        """Guess what follows the last committed token: at most `shape.nodes` nodes.
+
+        goes_on: asked after each depth, may end the tree earlier (see `grow`)."""
 
     @abstractmethod
     def keep(self, state: Any, rows: Tensor) -> Any:

@@ -16,6 +16,7 @@ S columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ Norm = Callable[[Tensor], Tensor]
 class Lean:
     """The layers of a decoder, as functions of its weights. See the head of this file."""
 
-    def __init__(self, decoder: nn.Module, layers: nn.ModuleList, kinds: Sequence[str]):
+    def __init__(self, decoder: Any, layers: nn.ModuleList, kinds: Sequence[str]):
         """kinds: the kind of attention of each layer. LookupError for a model with other parts."""
         if _children(decoder) != DECODER or decoder.training:
             raise LookupError("the decoder has other parts")
@@ -113,7 +114,7 @@ class Lean:
 class _Layer:
     """One decoder layer: attention and a gated MLP, each behind a norm and with a residual."""
 
-    def __init__(self, layer: nn.Module, kind: str):
+    def __init__(self, layer: Any, kind: str):
         attention, mlp = layer.self_attn, layer.mlp
         named = _children(attention)
         if _children(layer) != LAYER or _children(mlp) != MLP:

@@ -28,7 +28,7 @@ from .cache import KVCache
 from .head import DraftHead
 from .layers import Attend, grouped_attention
 from .seen import Seen
-from .tree import Children, Frontier, Tree, TreeShape, grow
+from .tree import Children, Frontier, GoesOn, Tree, TreeShape, grow
 
 AttentionLayout = Literal["append", "kvshare"]
 QUERY_CHUNK = 512  # rows of the explicit attention of later training steps held at once
@@ -98,7 +98,7 @@ class RecurrentHead(DraftHead):
         )
 
     @torch.no_grad()
-    def draft(self, state: Pairs, shape: TreeShape) -> Tree:
+    def draft(self, state: Pairs, shape: TreeShape, goes_on: GoesOn | None = None) -> Tree:
         assert state.output_B1D is not None and state.root_B is not None
         nodes = _DraftedNodes(state.cache, self.attention_layout)
         last_B1 = state.cache.lengths_B[:, None] - 1
@@ -115,7 +115,7 @@ class RecurrentHead(DraftHead):
             return self.guesses(self.readout(output_BFD), shape.width, frontier.depth)
 
         first = self.guesses(self.readout(output_BFD), shape.width, 0)
-        return grow(state.root_B, first, step, shape)
+        return grow(state.root_B, first, step, shape, goes_on)
 
 
 class _Unrolled:

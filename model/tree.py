@@ -1,7 +1,7 @@
 """A tree of guessed tokens, and how one grows. Knows no model and no cache.
 
-Legend: B batch rows, N tree nodes, M nodes of one depth, F frontier nodes (those expanded at one
-depth), W children per node.
+Legend: B batch rows, N tree nodes, M nodes of one depth or chosen ones, F frontier nodes (those
+expanded at one depth), W children per node.
 """
 
 from __future__ import annotations
@@ -73,16 +73,35 @@ class Tree:
         if nodes >= self.nodes:
             return self
         order_BN = self.scores_BN.sort(dim=1, descending=True, stable=True).indices
-        kept_BN = order_BN[:, :nodes].sort(dim=1).values  # the old order keeps parents first
+        return self._taken(order_BN[:, :nodes].sort(dim=1).values)  # parents stay in front
+
+    def chain_first(self) -> Tree:
+        """The same tree with its likeliest chain in front: from each node to its likeliest child.
+
+        When that chain is what the target says, its keys lie where they belong already.
+        """
+        if self.nodes <= 2:
+            return self
+        parents_BN = self.parents_BN.clamp(min=0)
+        none_BN = torch.full_like(self.scores_BN, -torch.inf)
+        inner_BN = torch.where(self.parents_BN >= 0, self.scores_BN, -torch.inf)
+        best_BN = none_BN.scatter_reduce(1, parents_BN, inner_BN, "amax")
+        later_BN = (inner_BN < best_BN.gather(1, parents_BN)) | ~self.valid_BN
+        later_BN[:, 0] = False
+        off_BN = (self.ancestors_BNN & later_BN[:, None]).any(-1)
+        return self._taken(off_BN.to(torch.uint8).argsort(dim=1, stable=True))
+
+    def _taken(self, kept_BM: Tensor) -> Tree:
+        """The nodes kept_BM in that order; with each node comes its parent, before it."""
         rank_BN = torch.full_like(self.tokens_BN, NO_PARENT)
-        places_BN = torch.arange(nodes, device=kept_BN.device).expand_as(kept_BN)
-        rank_BN.scatter_(1, kept_BN, places_BN)
-        parents_BN = self.parents_BN.gather(1, kept_BN)
-        moved_BN = rank_BN.gather(1, parents_BN.clamp(min=0))
+        places_BM = torch.arange(kept_BM.shape[1], device=kept_BM.device).expand_as(kept_BM)
+        rank_BN.scatter_(1, kept_BM, places_BM)
+        parents_BM = self.parents_BN.gather(1, kept_BM)
+        moved_BM = rank_BN.gather(1, parents_BM.clamp(min=0))
         return Tree(
-            self.tokens_BN.gather(1, kept_BN),
-            torch.where(parents_BN >= 0, moved_BN, parents_BN),
-            self.scores_BN.gather(1, kept_BN),
+            self.tokens_BN.gather(1, kept_BM),
+            torch.where(parents_BM >= 0, moved_BM, parents_BM),
+            self.scores_BN.gather(1, kept_BM),
         )
 
 
@@ -178,13 +197,22 @@ class Frontier:
 Children = tuple[Tensor, Tensor]  # logp_BFW, tokens_BFW
 
 
+# (scores_BN of all candidates, scores_BM of the deepest) -> whether one depth more is wanted
+GoesOn = Callable[[Tensor, Tensor], bool]
+
+
 def grow(
-    root_B: Tensor, first: Children, step: Callable[[Frontier], Children], shape: TreeShape
+    root_B: Tensor,
+    first: Children,
+    step: Callable[[Frontier], Children],
+    shape: TreeShape,
+    goes_on: GoesOn | None = None,
 ) -> Tree:
     """Grow a tree from the root.
 
     root_B: the last committed tokens. first: the root's children (F = 1). step: asked once per
     further depth for the children of a frontier. Each W must be at least `shape.width`, best first.
+    goes_on: may end a dynamic tree before `shape.depth`.
     """
     pool = _Pool(root_B)
     parents_BF = torch.zeros_like(root_B)[:, None]
@@ -195,7 +223,7 @@ def grow(
             pool.add(parents_BF, logp_BFW[..., : shape.width], tokens_BFW[..., : shape.width])
         else:
             pool.add_ranks(parents_BF, logp_BFW, tokens_BFW, chosen)
-        if depth == shape.depth:
+        if depth == shape.depth or (goes_on and not goes_on(pool.scores_BN, pool.deepest_BM)):
             break
         picked_BF = pool.frontier(shape, depth)
         frontier = Frontier(
@@ -236,6 +264,11 @@ class _Pool:
         self._last = 0  # first index of the deepest depth
         self._frontier_BF = torch.zeros_like(tree.tokens_BN)
 
+    @property
+    def deepest_BM(self) -> Tensor:
+        """Scores of the deepest candidates."""
+        return self.scores_BN[:, self._last :]
+
     def add(self, parents_BF: Tensor, logp_BFW: Tensor, tokens_BFW: Tensor) -> None:
         batch, frontier, width = tokens_BFW.shape
         parents_BFW = parents_BF[..., None].expand(batch, frontier, width)
@@ -258,9 +291,8 @@ class _Pool:
     def frontier(self, shape: TreeShape, depth: int) -> Tensor:
         """Indices of the nodes to expand: a static tree's inner nodes, or the likeliest."""
         if shape.ranks is None:
-            scores_BM = self.scores_BN[:, self._last :]
-            width = min(shape.width, scores_BM.shape[1])
-            return self._last + scores_BM.topk(width, dim=1).indices
+            width = min(shape.width, self.deepest_BM.shape[1])
+            return self._last + self.deepest_BM.topk(width, dim=1).indices
         at_depth = [path for path in shape.ranks if len(path) == depth]
         inner = [self._last + at_depth.index(path) for path in _expanded(shape, depth)]
         return torch.tensor(inner, device=self.tokens_BN.device).expand(len(self.tokens_BN), -1)

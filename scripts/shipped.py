@@ -6,7 +6,9 @@ import hashlib
 from importlib import resources
 from pathlib import Path
 
-from .fetch_smollm2 import cache_folder, fetch_smollm2
+from headstart.model.files import cache_folder
+
+from .fetch_smollm2 import fetch_smollm2
 from .ui import show
 
 NAME = "smollm2-135m-instruct"

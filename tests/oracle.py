@@ -82,7 +82,7 @@ class Oracle(DraftHead):
             told.append(before + len(new))
         return replace(state, told=told)
 
-    def draft(self, state: Known, shape: TreeShape) -> Tree:
+    def draft(self, state: Known, shape: TreeShape, goes_on: object = None) -> Tree:
         roots_B = torch.tensor(
             [self.answers[row][told - 1] for row, told in zip(state.rows, state.told, strict=True)]
         )

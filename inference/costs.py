@@ -1,0 +1,206 @@
+"""What a round of decoding costs on this machine, measured once and kept.
+
+Which tree is the best depends on how much longer a read of many nodes takes than one of a single
+token: nearly nothing on a large GPU, a fifth of a step per node on many CPUs. So it is timed, in a
+few seconds, for the very target and head, and kept in the user's cache folder.
+
+Legend: B batch rows, N tree nodes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import statistics
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headstart.model.files import cache_folder, replace_text
+from headstart.model.head import DraftHead
+from headstart.model.target import Target
+from headstart.model.tree import Tree, TreeShape
+
+from .verify import accept
+
+CONTEXT = 256  # tokens in front of what is timed
+NODES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+WIDTH = 3  # of the drafted trees that are timed
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of the parts of a round, of one text.
+
+    verify[i]: reading a tree of nodes[i] nodes, the first is 1 (a plain step). advance: the head
+    takes in a path and makes its first guesses. deepen: one depth more. rest: what a speculative
+    round takes besides (choosing nodes, accepting, moving keys).
+    """
+
+    nodes: tuple[int, ...]
+    verify: tuple[float, ...]
+    advance: float
+    deepen: float
+    rest: float
+
+    def read(self, nodes: int) -> float:
+        """Seconds to read so many nodes: between the measured ones in proportion, past the last as
+        the last ones grew."""
+        high = min(max(bisect_left(self.nodes, nodes), 1), len(self.nodes) - 1)
+        left, right = self.nodes[high - 1], self.nodes[high]
+        low_cost, high_cost = self.verify[high - 1], self.verify[high]
+        return low_cost + (high_cost - low_cost) * (nodes - left) / (right - left)
+
+    @property
+    def plain(self) -> float:
+        """Seconds of a plain step."""
+        return self.verify[0]
+
+    def round(self, nodes: int, depth: int) -> float:
+        """Seconds of a round with a drafted tree of so many nodes and so many depths."""
+        return self.read(nodes) + self.advance + (depth - 1) * self.deepen + self.rest
+
+    @staticmethod
+    def of(target: Target, head: DraftHead) -> Costs:
+        """Measured on this machine, or kept from an earlier run."""
+        path = _path(target, head)
+        if path.is_file():
+            try:
+                kept = json.loads(path.read_text(encoding="utf-8"))["costs"]
+                return Costs(tuple(kept.pop("nodes")), tuple(kept.pop("verify")), **kept)
+            except (ValueError, KeyError, TypeError):
+                pass  # written by another version, or damaged: measure again
+        costs = measure_costs(target, head)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps({"about": _about(target, head), "costs": asdict(costs)}))
+        return costs
+
+
+def measure_costs(target: Target, head: DraftHead) -> Costs:
+    """Time the reads and the drafts behind a text of `CONTEXT` tokens; takes seconds."""
+    timed = _Timer(target, head)
+    verify: list[float] = []
+    for nodes in NODES:
+        seconds = timed.read(nodes)
+        verify.append(max(seconds, verify[-1] if verify else 0.0))  # noise must not pay
+    advance, deepen = timed.draft()
+    return Costs(NODES, tuple(verify), advance, deepen, timed.rest())
+
+
+class _Timer:
+    """A text in the caches of a target and a head, and what happens behind it by the clock."""
+
+    @torch.no_grad()
+    def __init__(self, target: Target, head: DraftHead):
+        self.target, self.head = target, head
+        known = target.context_limit or CONTEXT + NODES[-1]
+        length = max(1, min(CONTEXT, known - NODES[-1]))
+        steps_T = torch.arange(length, device=target.device)
+        self.ids_1T = (steps_T * 31 % target.vocab_size)[None]
+        self.cache = target.new_cache(1)
+        seen = target.read(self.ids_1T, self.cache, layers=head.layers, logits=False)
+        counts_B = torch.tensor([length], device=target.device)
+        self.cache.commit(None, counts_B)
+        self.state = head.advance(head.start(1), seen, self.ids_1T, counts_B)
+
+    @torch.no_grad()
+    def read(self, nodes: int) -> float:
+        root_B = self.ids_1T[:, 0]
+        tree = Tree.root(root_B) if nodes == 1 else _comb(root_B, nodes)
+        return self._median(lambda: self.target.read(tree, self.cache, layers=self.head.layers))
+
+    @torch.no_grad()
+    def draft(self) -> tuple[float, float]:
+        """Seconds to take in two tokens and guess once, and of one depth more."""
+        two_B = torch.tensor([2], device=self.target.device)
+        ids_12 = self.ids_1T[:, :2] if self.ids_1T.shape[1] > 1 else self.ids_1T.expand(-1, 2)
+        seen = self.target.read(ids_12, self.cache, layers=self.head.layers, logits=False)
+
+        def advance() -> None:
+            self.state = self.head.advance(self.state, seen, ids_12, two_B)
+            self.head.draft(self.state, TreeShape.dynamic(NODES[-1], 1, WIDTH))
+
+        first = self._median(advance)
+        deepest = min(3, self.head.max_depth or 3)
+        if deepest == 1:
+            return first, 0.0
+        by_depth = [
+            self._median(lambda depth=depth: self._grow(depth))  # type: ignore[misc]
+            for depth in (1, deepest)
+        ]
+        return first, max(0.0, by_depth[1] - by_depth[0]) / (deepest - 1)
+
+    def _grow(self, depth: int) -> None:
+        self.head.draft(self.state, TreeShape.dynamic(NODES[-1], depth, WIDTH))
+
+    @torch.no_grad()
+    def rest(self) -> float:
+        """Seconds to accept a path of a tree and to keep its keys, where none lies in place."""
+        tree = _comb(self.ids_1T[:, 0], 8)
+        draws_BN = tree.tokens_BN.roll(-1, 1)
+        counts_B = torch.tensor([2], device=self.target.device)
+        path_BP = torch.tensor([[0, 2]], device=self.target.device)
+
+        def after() -> None:
+            accept(tree.cut(7).chain_first(), draws_BN[:, :7]).tokens_BP.tolist()
+            self.cache.expect(8)
+            self.cache.commit(path_BP, counts_B)
+
+        return self._median(after)
+
+    def _median(self, run: Callable[[], Any]) -> float:
+        run()  # packs weights, grows the cache
+        seconds: list[float] = []
+        for _ in range(REPEATS):
+            self._wait()
+            begin = time.perf_counter()
+            run()
+            self._wait()
+            seconds.append(time.perf_counter() - begin)
+        return statistics.median(seconds)
+
+    def _wait(self) -> None:
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize(self.target.device)
+
+
+def _comb(root_B: torch.Tensor, nodes: int) -> Tree:
+    """A chain with a leaf beside each link."""
+    parents = [-1, *(max(0, (node - 1) // 2 * 2 - 1) for node in range(1, nodes))]
+    parents_BN = torch.tensor([parents], device=root_B.device)
+    return Tree(root_B[:, None].expand(-1, nodes), parents_BN, torch.zeros_like(parents_BN).float())
+
+
+def _path(target: Target, head: DraftHead) -> Path:
+    about = json.dumps(_about(target, head), sort_keys=True)
+    return cache_folder() / "costs" / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+
+
+def _about(target: Target, head: DraftHead) -> dict[str, Any]:
+    """Everything that the costs depend on, as far as it is known."""
+    return {
+        "device": _device(target.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(target.dtype),
+        "target": target.config.to_json_string(),
+        "head": head.config.model_dump(mode="json"),
+        "versions": {name: version(name) for name in ("torch", "transformers", "headstart")},
+        "nodes": NODES,
+    }
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
