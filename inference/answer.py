@@ -18,7 +18,8 @@ import torch
 
 from headstart.model.target import Target
 
-from .decode import Stop, plain
+from .decode import plain
+from .rows import Stop
 from .sampling import Sampler
 
 WINDOW = 8  # batches among which prompts of similar length are looked for

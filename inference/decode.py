@@ -33,6 +33,10 @@ from .verify import Accepted, accept
 
 # Small enough to pay on a CPU, where every node costs a quarter of a step.
 DEFAULT_TREE = TreeShape.dynamic(nodes=8, depth=4, width=3)
+# With a budget: as much as can pay on any machine; the budget takes the part that does.
+WIDEST_TREE = TreeShape.dynamic(nodes=64, depth=8, width=4)
+
+Rounds = Iterator[list[list[int]]]  # per pass, for every row of the batch, the tokens it gave
 
 
 def plain(
@@ -43,7 +47,7 @@ def plain(
     sampler: Sampler,
     stop: Stop,
     stats: Stats | None = None,
-) -> Iterator[list[list[int]]]:
+) -> Rounds:
     """One token per pass. Arguments and result as in `decode`, without a head."""
     shape = TreeShape.chain(1)
     return _started(target, None, tokens_BT, mask_BT, sampler, stop, shape, None, False, stats)
@@ -61,7 +65,7 @@ def decode(
     budget: Budget | None = None,
     lookup: bool = False,
     stats: Stats | None = None,
-) -> Iterator[list[list[int]]]:
+) -> Rounds:
     """Answer prompts, several tokens per pass: exactly what `plain` would answer.
 
     tokens_BT: prompts. mask_BT: 1 for tokens and 0 for padding, which may be on either side; None
@@ -89,7 +93,7 @@ def _started(
     budget: Budget | None,
     lookup: bool,
     stats: Stats | None,
-) -> Iterator[list[list[int]]]:
+) -> Rounds:
     """Check what was given now, not at the first token."""
     if mask_BT is None:
         mask_BT = torch.ones_like(tokens_BT)
@@ -144,7 +148,7 @@ class _Loop:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def run(self, tokens_BT: Tensor, lengths_B: Tensor) -> Iterator[list[list[int]]]:
+    def run(self, tokens_BT: Tensor, lengths_B: Tensor) -> Rounds:
         self.stats.begin(self.batch, self.target.device)
         read, drawn = self._prompt(tokens_BT, lengths_B)
         tree: Tree | None = None

@@ -34,7 +34,9 @@ from headstart.model.head import DraftHead
 from headstart.model.target import Target
 from headstart.model.tree import TreeShape
 
-from .decode import DEFAULT_TREE, Stop, decode, plain
+from .budget import Budget
+from .decode import DEFAULT_TREE, WIDEST_TREE, decode, plain
+from .rows import Stop
 from .sampling import Sampler
 from .stats import Stats
 
@@ -59,6 +61,8 @@ class _How:
     """Our own arguments of `generate`, those that transformers does not know."""
 
     tree: TreeShape | None
+    budget: Budget | None
+    lookup: bool
     speculate: bool
     seed: int | None
     timing: bool
@@ -91,6 +95,8 @@ class SpeculativeModel:
         attention_mask: Tensor | None = None,
         *,
         tree: TreeShape | None = None,
+        budget: Budget | None = None,
+        lookup: bool = False,
         speculate: bool = True,
         seed: int | None = None,
         streamer: BaseStreamer | None = None,
@@ -101,8 +107,10 @@ class SpeculativeModel:
         """Answer prompts, with the arguments and results of transformers' `generate`.
 
         input_ids: B x T prompts. attention_mask: 0 for padding. tree: the shape of the guesses.
-        speculate: False decodes plainly, with the same tokens as a result. seed: of the
-        sampling; None takes one from torch's global generator. timing: measure time by phase.
+        budget: `Budget.auto(model.target, model.head)` sizes each tree by what pays on this
+        machine; `tree` is then the largest one. lookup: guess from the text itself too. speculate:
+        False decodes plainly, with the same tokens as a result. seed: of the sampling; None takes
+        one from torch's global generator. timing: measure time by phase.
         options: any other option of `generate`, e.g. max_new_tokens, do_sample, temperature, top_p,
         top_k, eos_token_id, stopping_criteria, return_dict_in_generate. B x L ids, padded on the
         right. Stopping criteria get no scores (None): a token that is accepted may not have any.
@@ -113,7 +121,7 @@ class SpeculativeModel:
                 "A streamer takes one prompt at a time, because rows of a batch grow by different "
                 "numbers of tokens. Pass a batch of one, or no streamer."
             )
-        how = _How(tree, speculate, seed, timing)
+        how = _How(tree, budget, lookup, speculate, seed, timing)
         request = self._request(input_ids, attention_mask, how, stop_strings, streamer, options)
         answers: list[list[int]] = [[] for _ in range(request.rows)]
         for step in request.steps:
@@ -130,6 +138,8 @@ class SpeculativeModel:
         input_ids: Tensor,
         *,
         tree: TreeShape | None = None,
+        budget: Budget | None = None,
+        lookup: bool = False,
         speculate: bool = True,
         seed: int | None = None,
         stop_strings: str | list[str] | None = None,
@@ -144,7 +154,7 @@ class SpeculativeModel:
             raise ValueError(
                 f"stream answers one prompt at a time, got {len(input_ids)}. Use generate for more."
             )
-        how = _How(tree, speculate, seed, timing)
+        how = _How(tree, budget, lookup, speculate, seed, timing)
         request = self._request(input_ids, None, how, stop_strings, None, options)
         return (step[0] for step in request.steps)
 
@@ -194,7 +204,9 @@ class SpeculativeModel:
                     mask_BT,
                     sampler=sampler,
                     stop=stop,
-                    shape=how.tree or DEFAULT_TREE,
+                    shape=how.tree or (DEFAULT_TREE if how.budget is None else WIDEST_TREE),
+                    budget=how.budget,
+                    lookup=how.lookup,
                     stats=stats,
                 )
             return _Request(input_ids, steps, generation_config)

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from headstart.model.head import DraftHead
 from headstart.model.target import Target
 from headstart.model.tree import TreeShape
 
-from .decode import DEFAULT_TREE, Stop, decode, plain
+from .budget import Budget
+from .decode import DEFAULT_TREE, Rounds, decode, plain
+from .rows import Stop
 from .sampling import Sampler
 from .stats import Stats
 
@@ -26,10 +29,27 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Contestant:
-    """A head and the tree it drafts."""
+    """Who guesses, and how much: the arguments of `decode`."""
 
-    head: DraftHead
+    head: DraftHead | None
     shape: TreeShape = DEFAULT_TREE
+    budget: Budget | None = None
+    lookup: bool = False
+
+    def decode(
+        self, target: Target, tokens_BT: Tensor, mask_BT: Tensor | None = None, **options: Any
+    ) -> Rounds:
+        """As `decode`, its other arguments in `options`."""
+        return decode(
+            target,
+            self.head,
+            tokens_BT,
+            mask_BT,
+            shape=self.shape,
+            budget=self.budget,
+            lookup=self.lookup,
+            **options,
+        )
 
 
 @dataclass
@@ -125,10 +145,7 @@ def _run(
     if contestant is None:
         rounds = plain(target, tokens_BT, sampler=sampler, stop=stop, stats=stats)
     else:
-        head, shape = contestant.head, contestant.shape
-        rounds = decode(
-            target, head, tokens_BT, sampler=sampler, stop=stop, shape=shape, stats=stats
-        )
+        rounds = contestant.decode(target, tokens_BT, sampler=sampler, stop=stop, stats=stats)
     return [token for emitted in rounds for token in emitted[0]]
 
 

@@ -199,5 +199,6 @@ def _show(target: Target, contestant: Contestant) -> None:
     console.print(legend())
     say(f"[bold]> {SHOWN_PROMPT}[/]")
     ids = prompt_ids(target, [{"role": "user", "content": SHOWN_PROMPT}])
+    assert contestant.head is not None
     model = SpeculativeModel(target, contestant.head)
     stream(model, ids, max_new_tokens=160, tree=contestant.shape)

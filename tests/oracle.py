@@ -19,7 +19,7 @@ from torch import Tensor
 from headstart.model.head import DraftHead, HeadConfig
 from headstart.model.seen import Seen
 from headstart.model.target import Target
-from headstart.model.tree import Children, Frontier, Tree, TreeShape, grow
+from headstart.model.tree import Children, Frontier, GoesOn, Tree, TreeShape, grow
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Oracle(DraftHead):
             told.append(before + len(new))
         return replace(state, told=told)
 
-    def draft(self, state: Known, shape: TreeShape, goes_on: object = None) -> Tree:
+    def draft(self, state: Known, shape: TreeShape, goes_on: GoesOn | None = None) -> Tree:
         roots_B = torch.tensor(
             [self.answers[row][told - 1] for row, told in zip(state.rows, state.told, strict=True)]
         )
@@ -109,7 +109,7 @@ class Oracle(DraftHead):
             true_BF = true_BF.gather(1, frontier.parents_BF) & (frontier.tokens_BF == truth_B1)
             return children(frontier.depth)
 
-        return grow(roots_B, children(0), step, shape)
+        return grow(roots_B, children(0), step, shape, goes_on)
 
     def _children(self, row: int, told: int, depth: int, on_path: bool, width: int) -> list[int]:
         """Distinct tokens for a node at a depth, perhaps with the true one among them."""

@@ -1,0 +1,228 @@
+"""How large trees become: by what they cost and give, never at the price of another answer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, padded, prompts
+from oracle import Oracle
+from test_exact import answers, batch, target_of
+from torch import Tensor
+
+from headstart.inference.budget import PAUSE, Budget, Spending
+from headstart.inference.costs import NODES, Costs
+from headstart.inference.decode import WIDEST_TREE, decode, plain
+from headstart.inference.rows import Stop
+from headstart.inference.sampling import Sampler
+from headstart.inference.stats import Stats
+from headstart.model.head import kinds, make_head
+from headstart.model.target import Target
+
+NEW_TOKENS = 24
+
+
+def costs(per_node: float, advance: float = 0.1, deepen: float = 0.1) -> Costs:
+    """A plain step is one second."""
+    nodes = (1, 4, 16, 64)
+    verify = tuple(1 + per_node * (count - 1) for count in nodes)
+    return Costs(nodes, verify, advance=advance, deepen=deepen, rest=0.0)
+
+
+FREE, USUAL, DEAR = costs(0.0), costs(0.1), costs(1.0)
+
+
+def scores(*probabilities: list[float]) -> Tensor:
+    return torch.tensor(probabilities).log()
+
+
+def test_between_and_past_the_measured_counts() -> None:
+    known = Costs((1, 4, 8), (10.0, 16.0, 20.0), advance=2.0, deepen=1.0, rest=0.5)
+    assert [known.read(n) for n in (1, 2, 4, 6, 8, 12)] == [10, 12, 16, 18, 20, 24]
+    assert known.plain == 10 and known.round(4, depth=3) == 16 + 2 + 2 + 0.5
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("speedup", [1.0, 1.7])
+def test_nodes_are_read_while_they_pay(rows: int, speedup: float) -> None:
+    """The best count by trying all of them, at the rate that is reached."""
+    generator = torch.Generator().manual_seed(0)
+    for per_node in (0.02, 0.1, 0.3):
+        spending = Spending(costs(per_node), speedup=speedup)
+        probabilities_BN = torch.rand(rows, 20, generator=generator) ** 3
+        probabilities_BN[:, 0] = 1
+        sorted_BN = probabilities_BN.sort(1, descending=True).values
+        rate = speedup * rows / spending.costs.read(rows)
+        values = [
+            float(sorted_BN[:, :count].sum()) - rate * spending.costs.read(rows * count)
+            for count in range(1, 21)
+        ]
+        assert spending.nodes(probabilities_BN.log()) == values.index(max(values)) + 1
+
+
+def test_easy_text_gets_large_trees_and_hard_text_none() -> None:
+    easy, hard = scores([1.0, 0.9, 0.8, 0.7, 0.6, 0.05]), scores([1.0, 0.08, 0.05, 0.01, 0.0, 0.0])
+    assert Spending(USUAL).nodes(easy) == 5
+    assert Spending(USUAL).nodes(hard) == 1
+    assert Spending(FREE).nodes(hard) > 3  # where reading costs nothing, everything helps
+    assert Spending(DEAR).nodes(easy) == 1
+
+
+def test_drafting_ends_where_a_guess_is_worth_less_than_its_time() -> None:
+    spending = Spending(USUAL)
+    likely, unlikely = scores([1.0, 0.9]), scores([1.0, 0.2])
+    assert spending.goes_on(likely, likely[:, 1:])
+    assert not spending.goes_on(unlikely, unlikely[:, 1:])
+
+
+def test_a_head_that_costs_more_than_it_gives_is_left_alone_longer_and_longer() -> None:
+    spending = Spending(USUAL)
+    gaps, since = [], 0
+    for _ in range(400):
+        asked = spending.asks_head(0.0)
+        if asked:
+            gaps.append(since)
+        since = 0 if asked else since + 1
+        spending.learn(rows=1, emitted=1, nodes=4 if asked else 1, depth=2 if asked else 0)
+    pauses = [gap for gap in gaps if gap]
+    assert pauses[:3] == [PAUSE[0], 2 * PAUSE[0], 4 * PAUSE[0]] and max(pauses) == PAUSE[1]
+    spending._paused = 0
+    for _ in range(5):  # the text gets easy
+        assert spending.asks_head(0.0)
+        spending.learn(rows=1, emitted=4, nodes=4, depth=3)
+    assert spending._pause == PAUSE[0] and spending.speedup > 1
+
+
+def test_the_head_is_not_asked_where_other_guesses_are_better() -> None:
+    spending = Spending(USUAL, given=1.5)
+    assert spending.asks_head(1.0) and not spending.asks_head(2.0)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("lookup", [False, True])
+@pytest.mark.parametrize("price", [FREE, USUAL, DEAR], ids=["free", "usual", "dear"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_no_budget_changes_an_answer(family: str, price: Costs, lookup: bool, rows: int) -> None:
+    target = target_of(family)
+    ids_BT, mask_BT = batch(family, rows)
+    stop = Stop(NEW_TOKENS)
+    truth = answers(plain(target, ids_BT, mask_BT, sampler=Sampler(), stop=stop), rows)
+    heads = [Oracle(target, truth, right=right) for right in (0.9, 0.2)]
+    heads += [make_head(target, kind, {}) for kind in kinds()]
+    for head in heads:
+        stats = Stats()
+        steps = decode(
+            target,
+            head.for_decoding(target) if not isinstance(head, Oracle) else head,
+            ids_BT,
+            mask_BT,
+            sampler=Sampler(),
+            stop=stop,
+            shape=WIDEST_TREE,
+            budget=Budget(price),
+            lookup=lookup,
+            stats=stats,
+        )
+        assert answers(steps, rows) == truth
+        assert stats.tokens == sum(map(len, truth))
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_a_head_that_was_away_has_missed_nothing(kind: str) -> None:
+    """What was read meanwhile is taken in at once: its next tree is the one of a head that was
+    asked in every round."""
+    target = target_of("llama")
+    torch.manual_seed(0)
+    head = make_head(target, kind, {}).for_decoding(target)
+    ids_BT, mask_BT = batch("llama", 3)
+
+    def trees(away: range) -> list[Tensor]:
+        seen: list[Tensor] = []
+        rounds = 0
+
+        class Away(Spending):
+            def asks_head(self, known: float) -> bool:
+                nonlocal rounds
+                rounds += 1
+                return rounds not in away
+
+            def goes_on(self, scores_BN: Tensor, deepest_BM: Tensor) -> bool:
+                return True
+
+            def nodes(self, scores_BN: Tensor) -> int:
+                seen.append(scores_BN)
+                return 1
+
+        class Fixed(Budget):
+            def start(self) -> Spending:
+                return Away(self.costs)
+
+        list(
+            decode(
+                target, head, ids_BT, mask_BT, sampler=Sampler(), stop=Stop(12),
+                budget=Fixed(FREE),
+            )
+        )  # fmt: skip
+        return seen
+
+    always, sometimes = trees(range(0)), trees(range(2, 7))
+    assert len(sometimes) == len(always) - 5
+    for left, right in zip(always[6:], sometimes[1:], strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_looked_up_guesses_alone_are_exact_and_help_with_repetitions() -> None:
+    target = target_of("llama")
+    ids_BT, _ = padded(prompts([12, 7]))
+    ids_BT = torch.cat([ids_BT[:, :7]] * 5, 1)  # the same again and again
+    stop = Stop(32)
+    truth = answers(plain(target, ids_BT, sampler=Sampler(), stop=stop), 2)
+    stats = Stats()
+    steps = decode(
+        target, None, ids_BT, sampler=Sampler(), stop=stop, shape=WIDEST_TREE, lookup=True,
+        stats=stats,
+    )  # fmt: skip
+    assert answers(steps, 2) == truth and stats.rounds <= stats.tokens
+
+
+def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADSTART_HOME", str(tmp_path))
+    target = Target.wrap(FAMILIES["llama"]())
+    head = make_head(target, "eagle3", {}).for_decoding(target)
+    first = Costs.of(target, head)
+    assert first.nodes == NODES and len(first.verify) == len(NODES)
+    assert list(first.verify) == sorted(first.verify) and first.verify[0] > 0
+    assert min(first.advance, first.rest) > 0 and first.deepen >= 0
+    (file,) = (tmp_path / "costs").glob("*.json")
+    assert Costs.of(target, head) == first
+    kept = json.loads(file.read_text())
+    kept["costs"]["advance"] = 7.0
+    file.write_text(json.dumps(kept))
+    assert Costs.of(target, head) == replace(first, advance=7.0)
+    other = make_head(target, "medusa", {}).for_decoding(target)
+    Costs.of(target, other)
+    assert len(list((tmp_path / "costs").glob("*.json"))) == 2
+    file.write_text("{")  # damaged
+    assert Costs.of(target, head).advance < 7.0
+
+
+def test_a_budget_for_sampling_keeps_every_draw() -> None:
+    target = target_of("llama")
+    ids_BT, mask_BT = batch("llama", 3)
+    stop = Stop(NEW_TOKENS)
+
+    def drawn(head: Oracle | None, budget: Budget | None) -> list[list[int]]:
+        sampler = Sampler.of(1.0, seed=3)
+        if head is None:
+            return answers(plain(target, ids_BT, mask_BT, sampler=sampler, stop=stop), 3)
+        steps = decode(
+            target, head, ids_BT, mask_BT, sampler=sampler, stop=stop, shape=WIDEST_TREE,
+            budget=budget,
+        )  # fmt: skip
+        return answers(steps, 3)
+
+    truth = drawn(None, None)
+    assert drawn(Oracle(target, truth), Budget(USUAL)) == truth
