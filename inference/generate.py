@@ -35,7 +35,7 @@ from headstart.model.target import Target
 from headstart.model.tree import TreeShape
 
 from .budget import Budget
-from .decode import DEFAULT_TREE, WIDEST_TREE, decode, plain
+from .decode import DEFAULT_TREE, WIDEST_TREE, Rounds, decode, plain
 from .rows import Stop
 from .sampling import Sampler
 from .stats import Stats
@@ -192,23 +192,7 @@ class SpeculativeModel:
                 logits_processor, sample=sample, seed=_seed(how.seed) if sample else 0
             )
             stop = _stop([*stopping_criteria, *stops], input_ids.shape[1])
-            if not how.speculate:
-                steps = plain(
-                    self.target, input_ids, mask_BT, sampler=sampler, stop=stop, stats=stats
-                )
-            else:
-                steps = decode(
-                    self.target,
-                    self.head,
-                    input_ids,
-                    mask_BT,
-                    sampler=sampler,
-                    stop=stop,
-                    shape=how.tree or (DEFAULT_TREE if how.budget is None else WIDEST_TREE),
-                    budget=how.budget,
-                    lookup=how.lookup,
-                    stats=stats,
-                )
+            steps = self._steps(how, input_ids, mask_BT, sampler=sampler, stop=stop, stats=stats)
             return _Request(input_ids, steps, generation_config)
 
         request: _Request = self.target.model.generate(
@@ -219,6 +203,23 @@ class SpeculativeModel:
             **options,
         )
         return request
+
+    def _steps(
+        self, how: _How, input_ids: Tensor, mask_BT: Tensor | None, **options: Any
+    ) -> Rounds:
+        if not how.speculate:
+            return plain(self.target, input_ids, mask_BT, **options)
+        usual = DEFAULT_TREE if how.budget is None else WIDEST_TREE
+        return decode(
+            self.target,
+            self.head,
+            input_ids,
+            mask_BT,
+            shape=how.tree or usual,
+            budget=how.budget,
+            lookup=how.lookup,
+            **options,
+        )
 
     def _stop_criteria(
         self, stop_strings: str | list[str] | None, options: dict[str, Any]

@@ -38,6 +38,9 @@ OTHER = (0.12, 0.27, 0.27, 0.27, 0.27, 0.27, 0.27, 0.27)
 # How many guesses of a row's own weigh as much as the tables: the best of 6, 12, 24 and 50 by the
 # likelihood of those answers.
 STRENGTH = 24.0
+# A token that the head could have proposed, and did not, came true 0.6 times as often as a match of
+# its length says (natural log; the shipped head, trees of 8 nodes).
+DOUBT = 0.5
 
 
 class Guess(NamedTuple):
@@ -111,7 +114,9 @@ class Lookup:
     def guesses(self, depth: int, chains: int) -> list[Guess]:
         """Up to `chains` continuations of `depth` tokens, each with a first token of its own.
 
-        The longest match comes first, among equals the latest. None where the last token is new.
+        The longest match comes first, among equals (and all of LONGEST and more) the latest. None
+        where the last token is new. What comes next, which `extend` will tell, is held against the
+        guesses of the last call, so that the row's chances become those of its own text.
         A match that runs into the end of the text repeats itself: after "a b a b" comes "a b".
         """
         self._asked = []
@@ -178,17 +183,18 @@ def merge(tree: Tree, guesses_B: Sequence[Sequence[Guess]]) -> Tree:
     """The tree with the guesses in it, `guesses_B[b]` in row b.
 
     A guessed token that the tree has at that place already is not added again: the node takes the
-    greater of both log-probabilities. New nodes come behind the old ones, rows with fewer are
-    padded. What a guess says of a token, given the tokens before it, counts from the score of
-    its parent, so no node scores above its parent.
+    greater of both log-probabilities. What a guess says of a token, given the tokens before it,
+    counts from its parent's score in the tree, so no node scores above its parent. Where the tree
+    has other children there, the new one is less likely: `DOUBT`. New nodes come behind the old
+    ones, rows with fewer are padded.
 
     Reads the tree on the host, once: an accelerator is waited for.
     """
     if not any(guesses_B):
         return tree
-    # One transfer each way; float64 holds token ids and float32 scores exactly.
+    # One transfer each way; float32, which every device has, holds ids up to 2**24 exactly.
     parts = (tree.tokens_BN, tree.parents_BN, tree.scores_BN)
-    rows = torch.stack([part.double() for part in parts], 1).tolist()
+    rows = torch.stack([part.float() for part in parts], 1).tolist()
     for (tokens, parents, scores), guesses in zip(rows, guesses_B, strict=True):
         _graft(tokens, parents, scores, guesses)
     nodes = max(len(row[0]) for row in rows)
@@ -197,9 +203,9 @@ def merge(tree: Tree, guesses_B: Sequence[Sequence[Guess]]) -> Tree:
         tokens += [0] * missing
         parents += [NO_PARENT] * missing
         scores += [-math.inf] * missing
-    merged = torch.tensor(rows, dtype=torch.float64, device=tree.tokens_BN.device)
+    merged = torch.tensor(rows, dtype=torch.float32, device=tree.tokens_BN.device)
     tokens_BN, parents_BN, scores_BN = merged.unbind(1)
-    return Tree(tokens_BN.long(), parents_BN.long(), scores_BN.to(tree.scores_BN.dtype))
+    return Tree(tokens_BN.long(), parents_BN.long(), scores_BN)
 
 
 def _graft(
@@ -207,6 +213,7 @@ def _graft(
 ) -> None:
     """Add guesses to one row's nodes, in place."""
     nodes = {place: node for node, place in enumerate(zip(parents, tokens, strict=True))}
+    expanded = set(parents)
     for guess in guesses:
         parent, before = 0, 0.0
         for token, logp in zip(guess.tokens, guess.logp, strict=True):
@@ -215,7 +222,7 @@ def _graft(
             if node == len(tokens):
                 tokens.append(token)
                 parents.append(parent)
-                scores.append(score)
+                scores.append(score - DOUBT if parent in expanded else score)
             else:
                 scores[node] = max(scores[node], score)
             parent, before = node, logp

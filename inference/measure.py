@@ -110,7 +110,7 @@ def measure(
             result.prompts += 1
             result.identical += answer == expected
             if answer != expected:
-                result.differences.append((place, _first_difference(answer, expected)))
+                result.differences.append((place, first_difference(answer, expected)))
         report(place + 1)
     return results
 
@@ -149,6 +149,6 @@ def _run(
     return [token for emitted in rounds for token in emitted[0]]
 
 
-def _first_difference(left: Sequence[int], right: Sequence[int]) -> int:
+def first_difference(left: Sequence[int], right: Sequence[int]) -> int:
     pairs = enumerate(zip(left, right, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(left), len(right)))

@@ -7,9 +7,10 @@ mask: a layer that drops old columns cannot take a guess back.
 
 A cache grows by blocks, and a read sees the columns up to the longest row's last. With a fixed
 capacity it sees all columns each time, every shape stays the same and no number is read on the
-host: what CUDA graphs and compiled code need. The mask hides what is not written yet.
+host: what CUDA graphs and compiled code need. The mask hides what is not written yet. There the lengths
+change in place, because a graph knows them by their address.
 
-Legend: B batch rows, P accepted positions, N new rows of a read, M pending rows, H heads,
+Legend: B batch rows, P accepted positions, N new rows of a read, M pending rows, L layers, H heads,
 S columns, D head size.
 """
 
@@ -29,10 +30,12 @@ class _Place:
     """Where the new rows of a read lie; all layers share it.
 
     first: the column of the first one where that is the same for all batch rows, else None, and
-    columns_BN says it. end: the columns that a read sees. fixed: whether that never changes.
+    rows_B1 and columns_BN say it. end: the columns that a read sees. fixed: whether that never
+    changes.
     """
 
     first: int | None = 0
+    rows_B1: Tensor | None = None
     columns_BN: Tensor | None = None
     end: int = 0
     fixed: bool = False
@@ -97,6 +100,7 @@ class KVCache(Cache):
         self.lengths_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._lengths = [0] * batch_size  # the same on the host: no device read per step
         self._pending = 0
+        self._stacks: tuple[Tensor, Tensor] | None = None  # all layers' keys and values, L x
 
     @property
     def fixed(self) -> bool:
@@ -126,8 +130,9 @@ class KVCache(Cache):
         """The next read writes `new` rows; of those pending before, the first `after` stay."""
         place, self._pending = self._place, after + new
         place.first = self.width + after if self.even else None
-        place.columns_BN = None
+        place.rows_B1 = place.columns_BN = None
         if place.first is None:
+            place.rows_B1 = torch.arange(self.rows, device=self.lengths_B.device)[:, None]
             steps_N = torch.arange(after, after + new, device=self.lengths_B.device)
             place.columns_BN = self.lengths_B[:, None] + steps_N
         if not self.fixed:
@@ -164,9 +169,29 @@ class KVCache(Cache):
         if self.fixed:
             if path_BP is not None:
                 self._move(path_BP, 0)
+            self.lengths_B += counts_B
         else:
             self._commit_on_host(path_BP, counts_B.tolist())
-        self.lengths_B = self.lengths_B + counts_B
+            self.lengths_B = self.lengths_B + counts_B
+        self._pending = 0
+
+    def fix(self, capacity: int) -> None:
+        """From now on exactly so many columns. Of an empty cache only."""
+        assert not self.fixed and self.width == 0
+        self._place.end, self._place.fixed = capacity, True
+
+    def take(self, other: KVCache) -> None:
+        """Hold what another cache of as many rows and layers holds. Of a fixed cache only, whose
+        tensors stay where they are. Pending rows are dropped."""
+        held = other.columns if other.fixed else other.width
+        assert self.fixed and held <= self.columns and other.rows == self.rows
+        if not any(layer.is_initialized for layer in self.kv_layers):
+            self._make_room(other)
+        for layer, source in zip(self.kv_layers, other.kv_layers, strict=True):
+            if source.is_initialized:
+                layer.keys[:, :, :held] = source.keys[:, :, :held]
+                layer.values[:, :, :held] = source.values[:, :, :held]
+        self.lengths_B.copy_(other.lengths_B)
         self._pending = 0
 
     def keep(self, rows_B: Tensor) -> None:
@@ -191,6 +216,33 @@ class KVCache(Cache):
         columns_S = torch.arange(self.columns, device=self.lengths_B.device)
         return columns_S - self.lengths_B[:, None]
 
+    def _make_room(self, like: KVCache) -> None:
+        """Where all layers have one shape, in one tensor: a path is then moved in all of them at
+        once, not by a few small operations per layer."""
+        pairs = [(mine, one) for mine, one in zip(self.kv_layers, like.kv_layers, strict=True)]
+        known = [one for _, one in pairs if one.is_initialized]
+        shapes = {(one.keys.shape[1::2], one.values.shape[1::2], one.keys.dtype) for one in known}
+        if len(shapes) != 1 or len(known) < len(pairs):
+            for mine, one in pairs:
+                if one.is_initialized:
+                    mine.lazy_initialization(one.keys, one.values)
+            return
+        keys_LBHSD, values_LBHSD = (
+            columns.new_zeros(
+                len(known), self.rows, columns.shape[1], self.columns, columns.shape[3]
+            )
+            for columns in (known[0].keys, known[0].values)
+        )
+        self._stacks = keys_LBHSD, values_LBHSD
+        for mine, keys, values in zip(self.kv_layers, keys_LBHSD, values_LBHSD, strict=True):
+            mine.keys, mine.values, mine.is_initialized = keys, values, True
+
+    def _blocks(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values, ... x B x H x S x D."""
+        if self._stacks is not None:
+            return [self._stacks]
+        return [(layer.keys, layer.values) for layer in self.kv_layers if layer.is_initialized]
+
     def _commit_on_host(self, path_BP: Tensor | None, counts: list[int]) -> None:
         assert len(counts) == self.rows and max(counts) <= self._pending, "paths do not fit"
         if path_BP is not None:
@@ -212,10 +264,9 @@ class KVCache(Cache):
         target_BP = self.lengths_B[:, None] + steps_P
         source_BP = self.lengths_B[:, None] + path_BP.clamp(0, self._pending - 1)
         rows_B1 = torch.arange(self.rows, device=path_BP.device)[:, None]
-        for layer in self.kv_layers:
-            if layer.is_initialized:
-                layer.keys[rows_B1, :, target_BP] = layer.keys[rows_B1, :, source_BP]
-                layer.values[rows_B1, :, target_BP] = layer.values[rows_B1, :, source_BP]
+        for keys, values in self._blocks():
+            keys[..., rows_B1, :, target_BP, :] = keys[..., rows_B1, :, source_BP, :]
+            values[..., rows_B1, :, target_BP, :] = values[..., rows_B1, :, source_BP, :]
 
 
 def _written(columns: Tensor, new_BHND: Tensor, place: _Place) -> Tensor:
@@ -223,8 +274,7 @@ def _written(columns: Tensor, new_BHND: Tensor, place: _Place) -> Tensor:
     if place.first is not None:
         columns[:, :, place.first : place.first + new_BHND.shape[2]] = new_BHND
     else:
-        rows_B1 = torch.arange(len(new_BHND), device=new_BHND.device)[:, None]
-        columns[rows_B1, :, place.columns_BN] = new_BHND.transpose(1, 2)
+        columns[place.rows_B1, :, place.columns_BN] = new_BHND.transpose(1, 2)
     return columns[:, :, : place.end]
 
 

@@ -35,6 +35,7 @@ def model_card(head: DraftHead, meta: HeadMeta, folder: Path) -> str:
         "checks the guesses with the target, so the text is what the target alone would write.",
         _usage(head),
         "## Measured\n\n" + (_table(meta) if meta.measured else "Not measured."),
+        *(["## Calibration\n\n" + _calibration(meta)] if meta.calibration_rows else []),
         "## Training\n\n" + _training(head, meta),
     ]
     return "\n\n".join(parts) + "\n"
@@ -85,6 +86,35 @@ def _row(measured: Measurement) -> str:
         measured.conditions,
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _calibration(meta: HeadMeta) -> str:
+    columns = (
+        meta.calibration_rows,
+        meta.temperatures,
+        meta.calibration_errors,
+        meta.rank_acceptance,
+    )
+    rows = [
+        f"| {depth} | {positions:,} | {temperature:.2f} | {before:.3f} | {after:.3f} "
+        f"| {' '.join(f'{share:.3f}' for share in ranks)} |"
+        for depth, (positions, temperature, (before, after), ranks) in enumerate(
+            zip(*columns, strict=True), start=1
+        )
+    ]
+    text = [
+        "| depth | positions | temperature | error before | error after | acceptance by rank |",
+        "|--:|--:|--:|--:|--:|---|",
+        *rows,
+        "",
+        "On held-out answers. Error: mean distance between the probability of a guess and how "
+        "often it comes. Acceptance by rank: how often the likeliest guess comes, the second "
+        "likeliest, and so on.",
+    ]
+    if meta.path_errors is not None:
+        before, after = meta.path_errors
+        text[-1] += f" Over whole paths of drafted trees: {before:.3f} before, {after:.3f} after."
+    return "\n".join(text)
 
 
 def _training(head: DraftHead, meta: HeadMeta) -> str:

@@ -142,11 +142,18 @@ def record(folder: str | Path, head: DraftHead, measured: Measurement) -> None:
 
     It takes the place of an earlier one on the same prompts under the same conditions.
     """
-    inner = _head_folder(folder)
-    meta = _read_file(inner).meta
+    meta = read_head_file(folder).meta
     same = (measured.prompts, measured.conditions)
     others = [one for one in meta.measured if (one.prompts, one.conditions) != same]
-    meta = meta.model_copy(update={"measured": (*others, measured)})
+    rewrite_meta(folder, head, meta.model_copy(update={"measured": (*others, measured)}))
+
+
+def rewrite_meta(folder: str | Path, head: DraftHead, meta: HeadMeta) -> None:
+    """Replace what a head's folder, or a fused one and its card, say about the head.
+
+    The weights are not touched, and config.json is written whole or not at all.
+    """
+    inner = _head_folder(folder)
     config = json.loads((inner / CONFIG).read_text(encoding="utf-8"))
     config[OURS]["meta"] = meta.model_dump(mode="json")
     replace_text(inner / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -175,7 +182,22 @@ def load_head(folder: str | Path, target: Target) -> DraftHead:
             "guesses are worth little. Use the target it was trained on, or train a new head."
         )
     _fill(head, folder / WEIGHTS)
+    head.temperatures = file.meta.temperatures
+    head.rank_acceptance = file.meta.rank_acceptance
     return head.for_decoding(target)
+
+
+def as_loaded(head: DraftHead) -> DraftHead:
+    """A copy of a bound head as it would be loaded again: its file holds bfloat16."""
+    copy = type(head)(head.config)
+    state = head.state_dict()
+    copy.load_state_dict(
+        {
+            name: value.to(torch.bfloat16) if value.is_floating_point() else value
+            for name, value in state.items()
+        }
+    )
+    return copy.for_decoding(head.target)
 
 
 def _fill(head: DraftHead, path: Path) -> None:

@@ -47,8 +47,9 @@ class DraftHead(nn.Module, ABC):
     `layers` are the target's decoder layers (0-based) whose outputs it reads, beside the input of
     the LM head, which is always there. `max_depth` is the longest path it can draft, or None.
     `temperatures`: one per depth, dividing the logits of guesses so that path probabilities are
-    calibrated; the last one also holds for deeper guesses, and without any it is 1. They are kept
-    in the checkpoint's `HeadMeta` alone, from where `load_head` puts them here.
+    calibrated; the last one also holds for deeper guesses, and without any it is 1.
+    `rank_acceptance`: per depth, how often the guess of each rank was right. Both are kept in the
+    checkpoint's `HeadMeta` alone, from where `load_head` puts them here.
     The target's embedding and LM head are borrowed by `bind` and never part of the state dict.
     """
 
@@ -56,6 +57,7 @@ class DraftHead(nn.Module, ABC):
     layers: tuple[int, ...] = ()
     max_depth: int | None = None
     temperatures: tuple[float, ...] = ()
+    rank_acceptance: tuple[tuple[float, ...], ...] = ()
 
     def __init__(self, config: HeadConfig):
         super().__init__()

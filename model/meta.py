@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Measurement(BaseModel):
@@ -30,8 +35,14 @@ class HeadMeta(BaseModel):
     """What is known about a trained head.
 
     target: the Hub id or name of its target. steps: how many steps ahead it was trained for.
-    tokens: how many answer tokens it saw. data_hash: sha256 of the training data. temperatures: one
-    per depth, dividing its logits so that path probabilities are calibrated.
+    tokens: how many answer tokens it saw. data_hash: sha256 of the training data.
+
+    Calibration, all of it empty before (training/calibrate.py). temperatures: one per depth,
+    dividing its logits so that path probabilities are calibrated; what a loaded head drafts with.
+    rank_acceptance: per depth, the share of positions whose next token is the head's likeliest
+    guess, its second likeliest, and so on, where the path up to there was guessed.
+    calibration_rows: positions per depth. calibration_errors: per depth, the expected calibration
+    error of its guesses before and after. path_errors: that of the nodes of drafted trees.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,5 +53,9 @@ class HeadMeta(BaseModel):
     tokens: int | None = None
     data: str | None = None
     data_hash: str | None = None
-    temperatures: tuple[float, ...] = ()
+    temperatures: tuple[Temperature, ...] = ()
+    rank_acceptance: tuple[tuple[Share, ...], ...] = ()
+    calibration_rows: tuple[int, ...] = ()
+    calibration_errors: tuple[tuple[float, float], ...] = ()
+    path_errors: tuple[float, float] | None = None
     measured: tuple[Measurement, ...] = ()

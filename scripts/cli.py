@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from .bench import bench
+from .calibrate import calibrate
 from .data import data
 from .demo import demo
 from .evaluate import evaluate
@@ -27,6 +29,8 @@ app.command()(friendly(train))
 app.command()(friendly(fuse))
 app.command()(friendly(generate))
 app.command("eval")(friendly(evaluate))
+app.command()(friendly(bench))
+app.command()(friendly(calibrate))
 inspect.command("data")(friendly(inspect_data))
 inspect.command("head")(friendly(inspect_head))
 app.add_typer(inspect, name="inspect")

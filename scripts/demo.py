@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from .budgets import contestant
 from .ui import console, legend, say, show
 
 if TYPE_CHECKING:
@@ -165,13 +166,12 @@ def _overrides(target: Target, name: str | None, answers: Path, output: Path) ->
 
 
 def _contestants(target: Target, fused: Path, *, shipped: bool) -> dict[str, Contestant]:
-    from headstart.inference.measure import Contestant
     from headstart.model.fused import load_head
 
     from .shipped import shipped_head
 
     heads = {"fresh head": fused} | ({"shipped head": shipped_head()} if shipped else {})
-    return {name: Contestant(load_head(folder, target)) for name, folder in heads.items()}
+    return {name: contestant(target, load_head(folder, target)) for name, folder in heads.items()}
 
 
 def _compare(
@@ -190,7 +190,7 @@ def _compare(
     show(f"{figures['conditions']['device']}; all figures in {path}")
 
 
-def _show(target: Target, contestant: Contestant) -> None:
+def _show(target: Target, guesses: Contestant) -> None:
     from headstart.inference.answer import prompt_ids
     from headstart.inference.generate import SpeculativeModel
 
@@ -199,6 +199,6 @@ def _show(target: Target, contestant: Contestant) -> None:
     console.print(legend())
     say(f"[bold]> {SHOWN_PROMPT}[/]")
     ids = prompt_ids(target, [{"role": "user", "content": SHOWN_PROMPT}])
-    assert contestant.head is not None
-    model = SpeculativeModel(target, contestant.head)
-    stream(model, ids, max_new_tokens=160, tree=contestant.shape)
+    assert guesses.head is not None
+    model = SpeculativeModel(target, guesses.head)
+    stream(model, ids, max_new_tokens=160, guesses=guesses)

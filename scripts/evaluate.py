@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from .budgets import DEFAULT, HELP, check_budget, contestant, described
 from .ui import console, progress
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    nodes: Annotated[int | None, typer.Option(min=2, help="Nodes of the tree.")] = None,
-    depth: Annotated[int | None, typer.Option(min=1)] = None,
-    width: Annotated[int | None, typer.Option(min=1)] = None,
+    budget: Annotated[str, typer.Option(callback=check_budget, help=HELP)] = DEFAULT,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
     record: Annotated[
@@ -39,12 +38,10 @@ def evaluate(
     ] = False,
 ) -> None:
     """Decode prompts plainly and with the head, in turn, and compare."""
-    from headstart.inference.measure import Contestant
     from headstart.model.files import replace_text
     from headstart.model.fused import load_fused
     from headstart.model.fused import record as write_down
 
-    from .generate import tree_shape
     from .shipped import shipped_checkpoint
 
     if out is not None:  # before the work: a place that cannot be written to would waste it
@@ -53,7 +50,7 @@ def evaluate(
         out.parent.mkdir(parents=True, exist_ok=True)
     folder = folder or shipped_checkpoint()
     target, head = load_fused(folder, dtype=dtype)
-    contestants = {head.kind: Contestant(head, tree_shape(nodes, depth, width))}
+    contestants = {head.kind: contestant(target, head, budget)}
     results = compare(target, contestants, prompts, limit, max_new_tokens)
     figures = report(target, contestants, results)
     if out is not None:
@@ -80,8 +77,9 @@ def measurement(
         answers=one["prompts"],
         identical=one["identical"],
         conditions=(
-            f"{where['device']}, {where['threads']} threads, {where['dtype']}, greedy, tree of "
-            f"{tree['nodes']} nodes (depth {tree['depth']}, width {tree['width']}), "
+            f"{where['device']}, {where['threads']} threads, {where['dtype']}, greedy, trees of "
+            f"{tree['nodes']} nodes (depth {tree['depth']}, width {tree['width']}), budget "
+            f"{tree['budget']}, {'with' if tree['lookup'] else 'without'} lookup, "
             f"torch {where['torch']}, transformers {where['transformers']}"
         ),
     )
@@ -110,10 +108,7 @@ def report(
     """Show the table; the figures with their conditions."""
     console.print(table(results))
     figures = summaries(results)
-    shapes = {
-        name: {"nodes": one.shape.nodes, "depth": one.shape.depth, "width": one.shape.width}
-        for name, one in contestants.items()
-    }
+    shapes = {name: described(one) for name, one in contestants.items()}
     return {"conditions": conditions(target), "trees": shapes, "results": figures}
 
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .budgets import DEFAULT, HELP, check_budget, contestant
 from .ui import check_top_p, coloured, console, legend, say
 
 if TYPE_CHECKING:
     from headstart.inference.generate import SpeculativeModel
-    from headstart.model.tree import TreeShape
+    from headstart.inference.measure import Contestant
 
 
 BROKEN = "\ufffd"  # what a tokenizer writes for an unfinished character
@@ -31,9 +32,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(callback=check_top_p)] = None,
     seed: int = 0,
     plain: Annotated[bool, typer.Option(help="Without speculation, to compare.")] = False,
-    nodes: Annotated[int | None, typer.Option(min=2, help="Nodes of the tree.")] = None,
-    depth: Annotated[int | None, typer.Option(min=1)] = None,
-    width: Annotated[int | None, typer.Option(min=1)] = None,
+    budget: Annotated[str, typer.Option(callback=check_budget, help=HELP)] = DEFAULT,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
 ) -> None:
     """Answer a prompt; the colour tells how many tokens one step of the target gave."""
@@ -43,6 +42,7 @@ def generate(
 
     folder, prompt = _arguments(folder_or_prompt, prompt, chat)
     model = SpeculativeModel.from_pretrained(folder or shipped_checkpoint(), dtype=dtype)
+    guesses = None if plain else contestant(model.target, model.head, budget)
     messages: list[dict[str, str]] = []
     console.print(legend())
     while True:
@@ -60,8 +60,7 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            tree=tree_shape(nodes, depth, width),
-            speculate=not plain,
+            guesses=guesses,
         )
         messages.append({"role": "assistant", "content": answer})
         if not chat:
@@ -69,29 +68,18 @@ def generate(
         prompt = None
 
 
-def tree_shape(nodes: int | None, depth: int | None, width: int | None) -> TreeShape:
-    """The default tree with some settings changed."""
-    from headstart.inference.decode import DEFAULT_TREE
-    from headstart.model.tree import TreeShape
-
-    return TreeShape.dynamic(
-        nodes or DEFAULT_TREE.nodes, depth or DEFAULT_TREE.depth, width or DEFAULT_TREE.width
-    )
-
-
 def stream(
     model: SpeculativeModel,
     ids: list[int],
     *,
     max_new_tokens: int,
-    tree: TreeShape,
+    guesses: Contestant | None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    speculate: bool = True,
 ) -> str:
-    """Print an answer as it comes; its text."""
+    """Print an answer as it comes; its text. guesses: how; None decodes plainly."""
     import torch
 
     sampling: dict[str, Any] = {"do_sample": False}
@@ -107,8 +95,10 @@ def stream(
         torch.tensor([ids]),
         max_new_tokens=max_new_tokens,
         seed=seed,
-        tree=tree,
-        speculate=speculate,
+        tree=guesses.shape if guesses else None,
+        budget=guesses.budget if guesses else None,
+        lookup=guesses is not None and guesses.lookup,
+        speculate=guesses is not None,
         timing=True,
         **sampling,
     )

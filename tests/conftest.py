@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
@@ -11,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from benched import fused, opened, suites  # noqa: F401 (fixtures)
 
 from headstart.scripts import ui
 from headstart.scripts.fetch_smollm2 import fetch_smollm2
@@ -25,6 +27,15 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_costs_are_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tiny models would fill the user's folder of measured costs."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headstart.inference.costs.cache_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

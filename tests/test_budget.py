@@ -189,7 +189,7 @@ def test_looked_up_guesses_alone_are_exact_and_help_with_repetitions() -> None:
 
 
 def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HEADSTART_HOME", str(tmp_path))
+    monkeypatch.setattr("headstart.inference.costs.cache_folder", lambda: tmp_path)
     target = Target.wrap(FAMILIES["llama"]())
     head = make_head(target, "eagle3", {}).for_decoding(target)
     first = Costs.of(target, head)

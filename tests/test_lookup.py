@@ -14,7 +14,7 @@ import torch
 from oracle import Known, Oracle
 from test_exact import SHAPES, batch, reference, speculative, target_of
 
-from headstart.inference.lookup import FIRST, LONGEST, OTHER, Guess, Lookup, alone, merge
+from headstart.inference.lookup import DOUBT, FIRST, LONGEST, OTHER, Guess, Lookup, alone, merge
 from headstart.model.tree import Tree, TreeShape
 
 
@@ -184,6 +184,16 @@ def test_a_second_guess_is_judged_only_when_the_first_was_wrong() -> None:
     assert share[0] == pytest.approx(share[1])
 
 
+def test_a_guess_that_is_asked_for_twice_is_judged_once() -> None:
+    once, twice = Lookup([1, 2, 3, 1]), Lookup([1, 2, 3, 1])
+    for lookup, times in ((once, 1), (twice, 2)):
+        for _ in range(times):
+            lookup.guesses(3, 2)
+        lookup.extend([9, 1])
+    assert once.guesses(3, 2) == twice.guesses(3, 2)
+    assert once.guesses(3, 2)[0].logp[0] < math.log(FIRST[0])
+
+
 def paths(tree: Tree, row: int) -> dict[tuple[int, ...], float]:
     """Token path to every node that is not padding, and its score; asserts that no path is there
     twice, that parents come first, and that none scores below its child."""
@@ -217,7 +227,8 @@ def test_known_nodes_are_shared_and_new_ones_come_behind() -> None:
     assert merged.tokens_BN.tolist() == [[7, 1, 2, 3, 4, 5]]
     assert merged.parents_BN.tolist() == [[-1, 0, 0, 1, 3, 0]]
     # What follows a known token counts from the known score: -0.5 - 0.125, then 1 less.
-    assert merged.scores_BN.tolist() == [[0, -0.5, -1.5, -0.625, -1.625, -3]]
+    # The draft has children of the root, and 5 is none of them.
+    assert merged.scores_BN.tolist() == [[0, -0.5, -1.5, -0.625, -1.625, -3 - DOUBT]]
     assert merged.depths_BN.tolist() == [[0, 1, 1, 2, 3, 1]]
     assert merged.ancestors_BNN[0, 4].tolist() == [True, True, False, True, True, False]
     assert merged.tokens_BN.dtype == merged.parents_BN.dtype == torch.long
@@ -234,6 +245,7 @@ def test_two_guesses_share_their_beginning() -> None:
     merged = alone(torch.tensor([7]), [[Guess([1, 2], [-0.5, -1.0]), Guess([1, 3], [-0.5, -2.0])]])
     assert merged.tokens_BN.tolist() == [[7, 1, 2, 3]]
     assert merged.parents_BN.tolist() == [[-1, 0, 1, 1]]
+    assert merged.scores_BN.tolist() == [[0, -0.5, -1, -2]], "guesses do not doubt each other"
 
 
 def test_padding_is_no_place_for_a_guess() -> None:
@@ -242,7 +254,7 @@ def test_padding_is_no_place_for_a_guess() -> None:
     merged = merge(tree, [[Guess([0], [-1.0])], []])
     assert merged.parents_BN.tolist() == [[-1, 0, -1, 0], [-1, 0, 0, -1]]
     assert merged.valid_BN.tolist() == [[True, True, False, True], [True, True, True, False]]
-    assert paths(merged, 0) == {(): 0, (1,): -0.5, (0,): -1.0}
+    assert paths(merged, 0) == {(): 0, (1,): -0.5, (0,): -1.0 - DOUBT}
     assert paths(merged, 1) == {(): 0, (1,): -0.5, (2,): -1.0}
 
 
@@ -293,7 +305,9 @@ def test_merging_keeps_what_a_tree_is(rows: int) -> None:
             }
             assert set(after) == set(before) | set(guessed)
             assert all(after[path] >= score for path, score in before.items())
-            assert all(after[path] >= logp - 1e-6 for path, logp in guessed.items())
+            for path, logp in guessed.items():
+                doubts = 0 if path in before else DOUBT  # once, where the path leaves the tree
+                assert after[path] >= logp - doubts - 1e-6
             assert all(after[path] == before[path] for path in set(before) - set(guessed))
             lengths = [len(path) for path in after]
             assert merged.depths_BN[row][merged.valid_BN[row]].tolist() == lengths

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart.model.fused import save_head, target_hash
+from headstart.model.fused import as_loaded, save_head, target_hash
 from headstart.model.head import DraftHead
 from headstart.model.meta import HeadMeta
 from headstart.model.seen import Seen
 from headstart.model.target import Target
 
+from .calibrate import calibrate_best
 from .checkpoint import (
     FOLDER,
     could_not_save,
@@ -149,6 +150,7 @@ class _Run:
                     self._save()  # before the evaluation: if that fails, no training is lost
                 if due:
                     self._evaluate()
+            self._calibrate()
         finally:
             if self.report is not None:
                 self.report.close()
@@ -251,6 +253,17 @@ class _Run:
             save_facts(self.folder / FOLDER, self._facts())
         self.team.wait()
 
+    def _calibrate(self) -> None:
+        """The best head, on held-out conversations. A run that is stopped here can go on here."""
+        done = not self.team.main
+        if self.report is not None:  # in the main process
+            with suppress(Abandoned), self.stop.abandons():
+                note = calibrate_best(self.folder / "best", self.target, self.holdout, self.recipe)
+                self.report.note(self.at.step, self.at.total, note)
+                done = True
+        if self._anyone(not done):
+            raise Interrupted(self._how_to_go_on())
+
     @torch.no_grad()
     def _held_out(self) -> dict[str, float]:
         if not len(self.holdout):
@@ -269,22 +282,10 @@ class _Run:
         if not self.team.main or self.evaluate is None:
             return {}
         with self.stop.abandons():
-            figures = dict(self.evaluate(self._decoding_copy()))
+            figures = dict(self.evaluate(as_loaded(self.head)))
         if SCORE not in figures:
             raise ValueError(f"evaluate has to return {SCORE!r} among its figures.")
         return figures
-
-    def _decoding_copy(self) -> DraftHead:
-        """The head as it will be loaded for decoding: its file holds bfloat16."""
-        copy = type(self.head)(self.head.config)
-        state = self.head.state_dict()
-        copy.load_state_dict(
-            {
-                name: value.to(torch.bfloat16) if value.is_floating_point() else value
-                for name, value in state.items()
-            }
-        )
-        return copy.for_decoding(self.target)
 
     def _save_head(self, name: str) -> None:
         meta = HeadMeta(

@@ -1,0 +1,108 @@
+"""The option `--budget`: who guesses, and how much.
+
+    auto         trees of as many nodes as pay on this machine (measured at first use)
+    static       the best fixed tree for this head and machine, from the head's calibration
+    12           always trees of 12 nodes
+    12/5/4       the same with a greatest depth and a width
+    off          the default tree, nothing measured
+    lookup       no head: only guesses from the text itself
+
+`+lookup` behind the others adds guesses from the text: `auto+lookup`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from headstart.inference.measure import Contestant
+    from headstart.model.head import DraftHead
+    from headstart.model.target import Target
+    from headstart.model.tree import TreeShape
+
+DEFAULT = "auto"
+HELP = "auto, static, off, NODES, NODES/DEPTH/WIDTH or lookup; with +lookup, guesses from the text."
+FORM = re.compile(r"(auto|static|off|\d+(/\d+/\d+)?)(\+lookup)?|lookup")
+
+
+def check_budget(value: str) -> str:
+    """For the option `--budget` and each of several."""
+    if FORM.fullmatch(value) is None:
+        raise typer.BadParameter(
+            f"{value!r} is none of auto, static, off, lookup, NODES and NODES/DEPTH/WIDTH (such as "
+            "8/4/3), with or without +lookup."
+        )
+    if value[0].isdigit():
+        try:
+            _dynamic(value.partition("+")[0])
+        except ValueError as wrong:  # the numbers make no tree
+            raise typer.BadParameter(str(wrong)) from wrong
+    return value
+
+
+def check_budgets(values: list[str] | None) -> list[str]:
+    return [check_budget(value) for value in values or []]
+
+
+def contestants(target: Target, head: DraftHead, budgets: Sequence[str]) -> dict[str, Contestant]:
+    """By name, in the order given."""
+    return {
+        f"{head.kind if budget != 'lookup' else 'own'} {budget}": contestant(target, head, budget)
+        for budget in dict.fromkeys(budgets)
+    }
+
+
+def contestant(target: Target, head: DraftHead, budget: str = DEFAULT) -> Contestant:
+    """ValueError for a static tree of a head that was never calibrated."""
+    from headstart.inference.budget import Budget
+    from headstart.inference.decode import DEFAULT_TREE, WIDEST_TREE
+    from headstart.inference.measure import Contestant
+
+    if budget == "lookup":
+        return Contestant(None, WIDEST_TREE, Budget.auto(target, head), lookup=True)
+    size, _, more = budget.partition("+")
+    lookup = more == "lookup"
+    if size == "auto":
+        return Contestant(head, WIDEST_TREE, Budget.auto(target, head), lookup)
+    if size == "off":
+        return Contestant(head, DEFAULT_TREE, None, lookup)
+    shape = _static(target, head) if size == "static" else _dynamic(size)
+    return Contestant(head, shape, None, lookup)
+
+
+def described(one: Contestant) -> dict[str, Any]:
+    """How a contestant guesses, for figures that are kept."""
+    shape = one.shape
+    return {
+        "nodes": shape.nodes,
+        "depth": shape.depth,
+        "width": shape.width,
+        "static": shape.ranks is not None,
+        "budget": "auto" if one.budget is not None else "off",
+        "lookup": one.lookup,
+    }
+
+
+def _dynamic(size: str) -> TreeShape:
+    from headstart.inference.decode import DEFAULT_TREE
+    from headstart.model.tree import TreeShape
+
+    nodes, *rest = (int(part) for part in size.split("/"))
+    depth, width = rest or (DEFAULT_TREE.depth, DEFAULT_TREE.width)
+    return TreeShape.dynamic(nodes, depth, width)
+
+
+def _static(target: Target, head: DraftHead) -> TreeShape:
+    from headstart.inference.costs import Costs
+    from headstart.inference.static import best_for
+
+    if not head.rank_acceptance:
+        raise ValueError(
+            "The best static tree follows from how often each guess was right, and this head was "
+            "never calibrated. Run `headstart calibrate` first, or take another --budget."
+        )
+    return best_for(head.rank_acceptance, Costs.of(target, head).round)
