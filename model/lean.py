@@ -26,6 +26,7 @@ from transformers import PretrainedConfig
 from .cache import KVCache
 from .layers import grouped_attention
 from .packed import ROWS, Product
+from .quantized import QuantizedLinear, exact_attention, full_precision
 
 DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -55,8 +56,10 @@ class Lean:
             return None
         kinds = getattr(config, "layer_types", None) or [""] * len(layers)
         try:
-            lean = Lean(decoder, layers, kinds)
-            return lean if lean._agrees(decoder, config) else None
+            with full_precision(decoder):  # integers would make a step of a last bit
+                if not Lean(decoder, layers, kinds)._agrees(decoder, config):
+                    return None
+            return Lean(decoder, layers, kinds)
         except (LookupError, RuntimeError, TypeError, AttributeError, ValueError):
             return None  # other parts, or parts that work together in another way
 
@@ -133,6 +136,8 @@ class _Layer:
         self._out = Product(attention.o_proj)
         self._gate_up, self._down = Product(mlp.gate_proj, mlp.up_proj), Product(mlp.down_proj)
         self._activation: Norm = mlp.act_fn
+        quantized = type(attention.o_proj) is QuantizedLinear
+        self._attention = exact_attention if quantized else grouped_attention
 
     def __call__(
         self,
@@ -166,7 +171,7 @@ class _Layer:
         cos, sin = turn
         turned = torch.addcmul(turned * cos, turned.roll(self._channels // 2, -1), sin)
         keys, values = cache.kv_layers[index].update(turned[:, -self._groups :], values)
-        attended_BHNC = grouped_attention(
+        attended_BHNC = self._attention(
             turned[:, : -self._groups], keys, values, mask, scale=self._scale
         )
         return attended_BHNC.transpose(1, 2).reshape(batch, new, -1)

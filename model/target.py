@@ -35,6 +35,8 @@ from .families import (
 from .lean import Lean
 from .packed import identity, pack_linears
 from .pretrained import open_pretrained
+from .quantized import KINDS, QuantizedLinear
+from .quantized import quantize as quantize_target
 from .seen import Seen
 from .tree import Tree
 
@@ -49,7 +51,13 @@ class Target:
     head, which can be more than the tokenizer knows.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | str, name: str):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | str,
+        name: str,
+        quantize: str | None = None,
+    ):
         """tokenizer: or the reason why there is none. ValueError if the model cannot be read."""
         refuse(model, name)
         self.model = model.eval().requires_grad_(False)
@@ -68,7 +76,11 @@ class Target:
         self.num_layers = len(self._layers)
         self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
         self._lean: Lean | None = None
+        self._quantized = False
         probe(self)
+        if quantize is not None:
+            quantize_target(self, quantize)
+            self._quantized = type(self._head) is QuantizedLinear
         pack_linears(model)
         self._lean = Lean.of(self._decoder, self._layers, self.config)
 
@@ -80,21 +92,29 @@ class Target:
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
         revision: str | None = None,
+        quantize: str | None = None,
     ) -> Target:
         """Open a Hub id, a model folder (a fused one too), or a .gguf file.
 
         dtype "auto" is float32 on a CPU and bfloat16 on an accelerator; device None is the
-        accelerator if there is one. ValueError says what cannot be opened and what to do.
+        accelerator if there is one. quantize: "int8" for products of integers (CPU, float32); that
+        model is then the target, whose output is kept. ValueError says what cannot be opened and
+        what to do.
         """
+        if quantize not in (None, *KINDS):
+            raise ValueError(f"quantize takes {' or '.join(KINDS)}, got {quantize!r}.")
         model, tokenizer = open_pretrained(str(name), dtype, device, revision)
-        return cls(model, tokenizer, str(name))
+        return cls(model, tokenizer, str(name), quantize)
 
     @classmethod
     def wrap(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        quantize: str | None = None,
     ) -> Target:
         """Freeze a model that is already built."""
-        return cls(model, tokenizer or "None was given.", type(model).__name__)
+        return cls(model, tokenizer or "None was given.", type(model).__name__, quantize)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -166,7 +186,9 @@ class Target:
             steps_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
             ids_BT = ids_BT.masked_fill(steps_T >= lengths_B[:, None], 0)
         steps_BT = _steps(ids_BT) if tree is None else tree.depths_BN
-        lean = self._lean if cache is not None and Lean.suits(ids_BT) else None
+        # A quantised model takes one way for all row counts: rounding must not depend on them.
+        suits = self._quantized or Lean.suits(ids_BT)
+        lean = self._lean if cache is not None and suits else None
         mask: Tensor | dict[str, Tensor] | None = None  # None: the model's own causal mask
         if cache is not None:
             cache.expect(ids_BT.shape[1])
