@@ -85,9 +85,13 @@ class SpeculativeModel:
         *,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
+        quantize: str | None = None,
     ) -> SpeculativeModel:
-        """Open a fused checkpoint: a target with its heads in `draft_heads/`."""
-        return cls(*load_fused(folder, dtype=dtype, device=device))
+        """Open a fused checkpoint: a target with its heads in `draft_heads/`.
+
+        Arguments as in `Target.load`.
+        """
+        return cls(*load_fused(folder, dtype=dtype, device=device, quantize=quantize))
 
     def generate(
         self,

@@ -39,7 +39,7 @@ OTHER = (0.12, 0.27, 0.27, 0.27, 0.27, 0.27, 0.27, 0.27)
 # likelihood of those answers.
 STRENGTH = 24.0
 # A token that the head could have proposed, and did not, came true 0.6 times as often as a match of
-# its length says (natural log; the shipped head, trees of 8 nodes).
+# its length says (natural log; the shipped head, trees of 8 nodes, 293 such tokens).
 DOUBT = 0.5
 
 

@@ -7,8 +7,8 @@ mask: a layer that drops old columns cannot take a guess back.
 
 A cache grows by blocks, and a read sees the columns up to the longest row's last. With a fixed
 capacity it sees all columns each time, every shape stays the same and no number is read on the
-host: what CUDA graphs and compiled code need. The mask hides what is not written yet. There the lengths
-change in place, because a graph knows them by their address.
+host: what CUDA graphs and compiled code need. The mask hides what is not written yet. The lengths
+then change in place, because a graph knows them by their address.
 
 Legend: B batch rows, P accepted positions, N new rows of a read, M pending rows, L layers, H heads,
 S columns, D head size.
@@ -219,20 +219,18 @@ class KVCache(Cache):
     def _make_room(self, like: KVCache) -> None:
         """Where all layers have one shape, in one tensor: a path is then moved in all of them at
         once, not by a few small operations per layer."""
-        pairs = [(mine, one) for mine, one in zip(self.kv_layers, like.kv_layers, strict=True)]
+        pairs = list(zip(self.kv_layers, like.kv_layers, strict=True))
         known = [one for _, one in pairs if one.is_initialized]
-        shapes = {(one.keys.shape[1::2], one.values.shape[1::2], one.keys.dtype) for one in known}
+        shapes = {(one.keys.shape, one.values.shape, one.keys.dtype) for one in known}
         if len(shapes) != 1 or len(known) < len(pairs):
             for mine, one in pairs:
                 if one.is_initialized:
                     mine.lazy_initialization(one.keys, one.values)
             return
-        keys_LBHSD, values_LBHSD = (
-            columns.new_zeros(
-                len(known), self.rows, columns.shape[1], self.columns, columns.shape[3]
-            )
-            for columns in (known[0].keys, known[0].values)
-        )
+        layers, (rows, heads, _, size) = len(pairs), known[0].keys.shape
+        value_size = known[0].values.shape[-1]
+        keys_LBHSD = known[0].keys.new_zeros(layers, rows, heads, self.columns, size)
+        values_LBHSD = keys_LBHSD.new_zeros(layers, rows, heads, self.columns, value_size)
         self._stacks = keys_LBHSD, values_LBHSD
         for mine, keys, values in zip(self.kv_layers, keys_LBHSD, values_LBHSD, strict=True):
             mine.keys, mine.values, mine.is_initialized = keys, values, True

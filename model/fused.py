@@ -269,14 +269,15 @@ def load_fused(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
+    quantize: str | None = None,
 ) -> tuple[Target, DraftHead]:
-    """Open a fused folder: its target and its head."""
+    """Open a fused folder: its target and its head. Arguments as in `Target.load`."""
     if not is_fused(folder):
         raise ValueError(
             f"{folder} is not a fused checkpoint: it has no {HEADS} folder. "
             "Make one with `headstart fuse`."
         )
-    target = Target.load(folder, dtype=dtype, device=device)
+    target = Target.load(folder, dtype=dtype, device=device, quantize=quantize)
     return target, load_head(folder, target)
 
 

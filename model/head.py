@@ -15,7 +15,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from .packed import pack_linears
 from .seen import Seen
 from .tree import Children, GoesOn, Tree, TreeShape
 
@@ -98,7 +97,7 @@ class DraftHead(nn.Module, ABC):
     def for_decoding(self, target: Target) -> DraftHead:
         """This head on the target's device and in its dtype, bound and ready to draft."""
         self.to(device=target.device, dtype=target.dtype).bind(target).eval()
-        pack_linears(self)
+        target.speed_up(self)
         return self
 
     def set_draft_vocab(self, token_ids: Tensor) -> None:

@@ -69,9 +69,14 @@ def quantize(target: Target, kind: str) -> None:
     _refuse(model, name)
     _take_attention(model, name)
     probe(target)  # trees too are read with another attention now
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = QuantizedLinear
+    quantize_linears(model)
+
+
+def quantize_linears(module: nn.Module) -> None:
+    """Let every linear layer compute in 8-bit integers."""
+    for one in module.modules():
+        if type(one) is nn.Linear:
+            one.__class__ = QuantizedLinear
 
 
 def available() -> bool:

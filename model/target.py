@@ -35,7 +35,7 @@ from .families import (
 from .lean import Lean
 from .packed import identity, pack_linears
 from .pretrained import open_pretrained
-from .quantized import KINDS, QuantizedLinear
+from .quantized import KINDS, quantize_linears
 from .quantized import quantize as quantize_target
 from .seen import Seen
 from .tree import Tree
@@ -48,7 +48,7 @@ class Target:
 
     model: untouched, in eval mode, no parameter asks for a gradient. config: of its text part.
     name: where it came from. hidden_size: width of the LM head's input. vocab_size: rows of the LM
-    head, which can be more than the tokenizer knows.
+    head, which can be more than the tokenizer knows. quantized: what to, or None.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class Target:
         self.num_layers = len(self._layers)
         self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
         self._lean: Lean | None = None
-        self._quantized = False
+        self.quantized: str | None = None
         probe(self)
         if quantize is not None:
             quantize_target(self, quantize)
-            self._quantized = type(self._head) is QuantizedLinear
+            self.quantized = quantize
         pack_linears(model)
         self._lean = Lean.of(self._decoder, self._layers, self.config)
 
@@ -156,6 +156,12 @@ class Target:
         """How many tokens it can read, prompt and answer together; None where it names no limit."""
         return context_limit(self.config)
 
+    def speed_up(self, module: nn.Module) -> None:
+        """Let a module's linear layers compute as the target's do, as fast as is known here."""
+        if self.quantized is not None:
+            quantize_linears(module)
+        pack_linears(module)
+
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty cache for `read`."""
         return KVCache(batch_size, self.config.num_hidden_layers, self.device)
@@ -187,7 +193,7 @@ class Target:
             ids_BT = ids_BT.masked_fill(steps_T >= lengths_B[:, None], 0)
         steps_BT = _steps(ids_BT) if tree is None else tree.depths_BN
         # A quantised model takes one way for all row counts: rounding must not depend on them.
-        suits = self._quantized or Lean.suits(ids_BT)
+        suits = self.quantized is not None or Lean.suits(ids_BT)
         lean = self._lean if cache is not None and suits else None
         mask: Tensor | dict[str, Tensor] | None = None  # None: the model's own causal mask
         if cache is not None:
@@ -258,7 +264,7 @@ class Target:
         rows.weight = nn.Parameter(self._head.weight[token_ids], requires_grad=False)
         if self._head.bias is not None:
             rows.bias = nn.Parameter(self._head.bias[token_ids], requires_grad=False)
-        pack_linears(rows)
+        self.speed_up(rows)
         return rows
 
     @contextmanager

@@ -23,6 +23,7 @@ from headstart.model.files import replace_text
 from .bench_report import SETTING, check_extra, likeness, table, write_report
 from .budgets import DEFAULT, HELP, check_budgets, contestants, described
 from .evaluate import conditions
+from .quantizing import tell_quantized
 from .ui import Update, console, progress, show
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 
     from .suites import Plan, Suite
 
+INT8 = "int8"  # the target quantised; its own plain decoding is the baseline
 PLAIN, GENERATE, LOOKUP, MTP = BASELINES = ("plain", "generate", "lookup", "mtp")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", INT8)
 LOOKUP_TOKENS = 10  # guesses per pass, as in transformers' own examples
 FIGURES = "figures.json"
 READ = 1 << 29  # bytes that are summed to measure the memory
@@ -61,7 +63,7 @@ def bench(
     budget: Annotated[
         list[str] | None, typer.Option(callback=check_budgets, help=f"{HELP} Give several.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, or e.g. float32,bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, or e.g. float32,bfloat16,int8.")] = "auto",
     baselines: Annotated[
         str, typer.Option(help="Of plain (always there), generate, lookup, mtp.")
     ] = "plain,generate,lookup",
@@ -142,7 +144,7 @@ class _Bench:
     def _with_dtype(self, dtype: str) -> None:
         plan = self.plan
         opened = self._open(dtype)
-        name = str(opened.target.dtype).removeprefix("torch.")
+        name = conditions(opened.target)["dtype"]
         settings = list(product(plan.contexts, plan.temperatures, plan.batches))
         batches = sum(
             ceil(len(cases) / batch)
@@ -161,7 +163,9 @@ class _Bench:
         from .suites import make_cases
 
         plan = self.plan
-        target, head = load_fused(self.folder, dtype=dtype)
+        how = {"quantize": INT8} if dtype == INT8 else {"dtype": dtype}
+        target, head = load_fused(self.folder, **how)
+        tell_quantized(target)
         cases = {
             context: {
                 suite.name: make_cases(suite, target, context=context, room=plan.max_new_tokens)

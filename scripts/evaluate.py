@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from .budgets import DEFAULT, HELP, check_budget, contestant, described
+from .quantizing import QUANTIZE_HELP, tell_quantized
 from .ui import console, progress
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     budget: Annotated[str, typer.Option(callback=check_budget, help=HELP)] = DEFAULT,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help=QUANTIZE_HELP)] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
     record: Annotated[
         bool, typer.Option(help="Add the figures to the checkpoint and to its card.")
@@ -49,7 +51,8 @@ def evaluate(
             raise ValueError(f"{out} is a folder. Name a file for the figures, such as {out}.json.")
         out.parent.mkdir(parents=True, exist_ok=True)
     folder = folder or shipped_checkpoint()
-    target, head = load_fused(folder, dtype=dtype)
+    target, head = load_fused(folder, dtype=dtype, quantize=quantize)
+    tell_quantized(target)
     contestants = {head.kind: contestant(target, head, budget)}
     results = compare(target, contestants, prompts, limit, max_new_tokens)
     figures = report(target, contestants, results)
@@ -149,7 +152,7 @@ def conditions(target: Target) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "target": target.name,
-        "dtype": str(target.dtype).removeprefix("torch."),
+        "dtype": target.quantized or str(target.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

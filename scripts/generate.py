@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .budgets import DEFAULT, HELP, check_budget, contestant
+from .quantizing import QUANTIZE_HELP, tell_quantized
 from .ui import check_top_p, coloured, console, legend, say
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def generate(
     plain: Annotated[bool, typer.Option(help="Without speculation, to compare.")] = False,
     budget: Annotated[str, typer.Option(callback=check_budget, help=HELP)] = DEFAULT,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help=QUANTIZE_HELP)] = None,
 ) -> None:
     """Answer a prompt; the colour tells how many tokens one step of the target gave."""
     from headstart.inference.generate import SpeculativeModel
@@ -41,7 +43,9 @@ def generate(
     from .shipped import shipped_checkpoint
 
     folder, prompt = _arguments(folder_or_prompt, prompt, chat)
-    model = SpeculativeModel.from_pretrained(folder or shipped_checkpoint(), dtype=dtype)
+    folder = folder or shipped_checkpoint()
+    model = SpeculativeModel.from_pretrained(folder, dtype=dtype, quantize=quantize)
+    tell_quantized(model.target)
     guesses = None if plain else contestant(model.target, model.head, budget)
     messages: list[dict[str, str]] = []
     console.print(legend())
