@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -385,15 +384,5 @@ def _ended(tokens: list[int], stop: Stop) -> list[int]:
 def _total(parts: Sequence[Stats]) -> Stats:
     whole = Stats(timing=True)
     for part in parts:
-        whole.rows += part.rows
-        whole.tokens += part.tokens
-        whole.rounds += part.rounds
-        whole.accepted = _added(whole.accepted, part.accepted)
-        whole.tried = _added(whole.tried, part.tried)
-        for phase, seconds in part.seconds.items():
-            whole.seconds[phase] += seconds
+        whole.add(part)
     return whole
-
-
-def _added(left: Sequence[int], right: Sequence[int]) -> list[int]:
-    return [a + b for a, b in zip_longest(left, right, fillvalue=0)]

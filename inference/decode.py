@@ -221,6 +221,8 @@ class _Loop:
         assert seen.logits_BTV is not None
         accepted = self._accept(tree, seen.logits_BTV)
         drawn = _emitted(accepted)
+        if self.stats.timing and tree.nodes > 1:
+            _judge(self.stats, tree, accepted)
         accepted = accepted.first(max(map(len, drawn)))
         path_BP = accepted.path_BP
         return Read(path_BP, accepted.counts_B, seen.at(path_BP), accepted.tokens_BP), drawn
@@ -232,6 +234,14 @@ class _Loop:
         numbers = [row.number for row in self.rows]
         positions = [row.length for row in self.rows]  # of the token after the root
         return accept(tree, self.sampler.draw(tree, logits_BNV, numbers, positions, prefixes))
+
+
+def _judge(stats: Stats, tree: Tree, accepted: Accepted) -> None:
+    """What the draft had said of the nodes, and which of them came true."""
+    came_BN = torch.zeros_like(tree.valid_BN).scatter(1, accepted.path_BP, True)
+    guessed_BN = tree.valid_BN.clone()
+    guessed_BN[:, 0] = False
+    stats.judge(tree.scores_BN.exp()[guessed_BN].tolist(), came_BN[guessed_BN].tolist())
 
 
 def _closed_up(alive: Sequence[bool]) -> list[int]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Literal
 
 import torch
 
 Phase = Literal["prefill", "draft", "verify", "host"]
+BINS = 10  # of equal width, for calibration
 PHASES: tuple[Phase, ...] = ("prefill", "draft", "verify", "host")
 
 
@@ -22,6 +24,8 @@ class Stats:
     end-of-text included. rounds: target forward passes after the prompt, summed over the rows that
     took part. accepted[d]: rows and rounds in which a guess of depth d + 1 was accepted; tried[d]:
     in which the path had come that far and the tree could go on. seconds: time by phase.
+    reliability: of the guesses that were read, by how likely the draft held their paths: how many,
+    the sum of their probabilities, how many were accepted. Only with timing.
     """
 
     timing: bool = False
@@ -31,6 +35,7 @@ class Stats:
     accepted: list[int] = field(default_factory=list)
     tried: list[int] = field(default_factory=list)
     seconds: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    reliability: list[tuple[int, float, int]] = field(default_factory=lambda: [(0, 0.0, 0)] * BINS)
     _device: torch.device | None = None
     _since: float = 0.0
 
@@ -56,6 +61,32 @@ class Stats:
     def tokens_per_second(self) -> float:
         """Emitted tokens per second, the prompt's time included; 0 without timing."""
         return self.tokens / self.wall if self.wall else 0.0
+
+    @property
+    def calibration_error(self) -> float | None:
+        """Expected calibration error: how far stated and true shares lie apart, on average."""
+        total = sum(count for count, _, _ in self.reliability)
+        apart = sum(abs(said - hits) for _, said, hits in self.reliability)
+        return round(apart / total, 4) if total else None
+
+    def judge(self, chances: Sequence[float], came: Sequence[bool]) -> None:
+        """Guesses that were read: the probability of each path, and whether it was accepted."""
+        for chance, true in zip(chances, came, strict=True):
+            place = min(int(chance * BINS), BINS - 1)
+            count, said, hits = self.reliability[place]
+            self.reliability[place] = count + 1, said + chance, hits + true
+
+    def add(self, other: Stats) -> None:
+        """Take over what another run did."""
+        self.rows += other.rows
+        self.tokens += other.tokens
+        self.rounds += other.rounds
+        self.accepted = _added(self.accepted, other.accepted)
+        self.tried = _added(self.tried, other.tried)
+        for phase, seconds in other.seconds.items():
+            self.seconds[phase] += seconds
+        pairs = zip(self.reliability, other.reliability, strict=True)
+        self.reliability = [(a + d, b + e, c + f) for (a, b, c), (d, e, f) in pairs]
 
     def begin(self, rows: int, device: torch.device) -> None:
         """A batch starts."""
@@ -98,3 +129,7 @@ class Stats:
                 self.accepted[level] += 1
             for level in range(reached):
                 self.tried[level] += 1
+
+
+def _added(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    return [a + b for a, b in zip_longest(left, right, fillvalue=0)]

@@ -20,7 +20,8 @@ import typer
 
 from headstart.model.files import replace_text
 
-from .bench_report import SETTING, check_extra, likeness, table, write_report
+from .bench_plots import SETTING
+from .bench_report import check_extra, likeness, table, write_report
 from .budgets import DEFAULT, HELP, check_budgets, contestants, described
 from .evaluate import conditions
 from .quantizing import tell_quantized
@@ -367,7 +368,8 @@ def _summary(score: Score) -> dict[str, Any]:
         "cpu_ms_per_token": round(1e3 * score.cpu_seconds / stats.tokens, 4),
         "peak_memory_mb": None if score.peak is None else round(score.peak / MEGA, 1),
         "working_memory_mb": None if score.working is None else round(score.working / MEGA, 1),
-        "calibration_error": getattr(stats, "calibration_error", None),
+        "calibration_error": stats.calibration_error,
+        "reliability": [[count, round(said, 2), hits] for count, said, hits in stats.reliability],
         "compared": score.compared,
         "identical": score.identical,
         "first_differences": [vars(one) for one in score.differences],

@@ -3,7 +3,8 @@
 figures.json holds:
 
     command, date, max_new_tokens, price    what was asked for; dollars per hour or null
-    trees           by contestant: nodes, depth, width
+    trees           by contestant: nodes, depth, width, static, budget, lookup; costs, the measured
+                    seconds, where the budget is auto
     conditions      by dtype: machine and versions as `headstart eval` has them, and
                     bandwidth_gb_per_second (measured), step_mb (weights that one token's pass
                     reads), models_in_memory (2 beside Hugging Face's runs)
@@ -29,7 +30,8 @@ A contestant (one that failed has `error` and `prompts`, how many it had answere
     share_of_bandwidth           of plain: the time of reading step_mb over that of a step
     peak_memory_mb, working_memory_mb    most in memory, and how much of it came with an answer
     cpu_ms_per_token             of all threads
-    calibration_error            of the drafted nodes' probabilities; null where none was counted
+    calibration_error            of the read nodes' probabilities; null where there were none
+    reliability                  behind it: by probability, [nodes, sum of probabilities, accepted]
     compared, identical          answers beside the plain ones
     first_differences            prompt, place, margin: the plain logits' top-2 distance there
     bleu, rouge_l                against the plain texts, 0 to 100; only with a report
@@ -41,22 +43,19 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
 from headstart.model.files import replace_text
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from .bench_plots import PHASES, draw_all, first_of, setting, working
+
 PLAIN = "plain"
 EXTRA = ("matplotlib", "rouge_score", "sacrebleu", "markdown_it")
-SETTING = ("dtype", "context", "temperature", "batch")
-PHASES = ("prefill", "draft", "verify", "host")
 SLOWEST = 5  # prompts that are listed
 COLUMNS = (
     "", "identical", "accepted", "per depth", "tokens/s", "x plain", "x generate",
@@ -105,7 +104,7 @@ def write_report(figures: Mapping[str, Any], out: Path) -> None:
     """report.md, report.html (which needs no other file) and the plots."""
     from markdown_it import MarkdownIt
 
-    text = markdown(figures, _draw(figures, out))
+    text = markdown(figures, draw_all(figures, out))
     replace_text(out / "report.md", text)
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     body = re.sub(r'src="(\w+\.png)"', lambda name: f'src="{_data(out / name[1])}"', body)
@@ -146,7 +145,7 @@ def cells(name: str, one: Mapping[str, Any]) -> list[str]:
 def table(runs: Sequence[Mapping[str, Any]]) -> Table:
     """Runs in one setting, for the terminal."""
     narrow = [place for place, column in enumerate(COLUMNS) if column in IN_TERMINAL]
-    shown = Table(title=_setting(runs[0]), title_justify="left")
+    shown = Table(title=setting(runs[0]), title_justify="left")
     for column in ("suite", *(COLUMNS[place] for place in narrow)):
         shown.add_column(column, justify="left" if column in ("suite", "") else "right")
     for run in runs:
@@ -162,13 +161,13 @@ def markdown(figures: Mapping[str, Any], pictures: Sequence[str]) -> str:
     runs, totals = figures["runs"], figures["totals"]
     parts = [f"# {_title(figures)}", _headline(figures)]
     for run in totals or runs[:1]:
-        parts += [f"## {run['suite'].capitalize()}: {_setting(run)}", _contestants(run)]
+        parts += [f"## {run['suite'].capitalize()}: {setting(run)}", _contestants(run)]
     parts += pictures
     if len(runs) > len(totals):
         parts += ["## Suite by suite"]
         for run in runs:
             sizes = f"{run['prompts']} prompts, {run['prompt_tokens']} tokens"
-            parts += [f"### {run['suite']}: {_setting(run)}, {sizes}", _contestants(run)]
+            parts += [f"### {run['suite']}: {setting(run)}, {sizes}", _contestants(run)]
     parts += ["## Answers that differ", _differences(runs)]
     parts += ["## The slow cases", _slow(figures), "## What did not run", _missing(runs)]
     return "\n\n".join([*parts, "## Conditions", _conditions(figures)]) + "\n"
@@ -180,8 +179,8 @@ def _title(figures: Mapping[str, Any]) -> str:
 
 
 def _headline(figures: Mapping[str, Any]) -> str:
-    run = _first(figures)
-    ours = [(name, one) for name, one in _working(run).items() if name in figures["trees"]]
+    run = first_of(figures)
+    ours = [(name, one) for name, one in working(run).items() if name in figures["trees"]]
     ours = [(name, one) for name, one in ours if "speedup_over_plain" in one]
     if not ours:
         return "There is no speed-up to tell of: see what did not run."
@@ -191,14 +190,8 @@ def _headline(figures: Mapping[str, Any]) -> str:
         text += f" and {best['speedup_over_generate']:.2f} times as fast as Hugging Face's generate"
     return (
         f"{text}. {best['identical']} of {best['compared']} answers are identical.** "
-        f"({_setting(run)}, {best['prompts']} prompts, {best['tokens']} tokens)"
+        f"({setting(run)}, {best['prompts']} prompts, {best['tokens']} tokens)"
     )
-
-
-def _setting(run: Mapping[str, Any]) -> str:
-    how = "greedy" if run["temperature"] == 0 else f"temperature {run['temperature']:g}"
-    context = "" if run["context"] is None else f", prompts of about {run['context']} tokens"
-    return f"{run['dtype']}, {how}, batch {run['batch']}{context}"
 
 
 def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -215,10 +208,10 @@ def _contestants(run: Mapping[str, Any]) -> str:
 def _differences(runs: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for run in runs:
-        for name, one in _working(run).items():
+        for name, one in working(run).items():
             likeness = [f"{one[key]:.1f}" if key in one else "-" for key in ("bleu", "rouge_l")]
             rows += [
-                [name, run["suite"], _setting(run), where["prompt"], str(where["place"]),
+                [name, run["suite"], setting(run), where["prompt"], str(where["place"]),
                  f"{where['margin']:.2g}", *likeness]
                 for where in one["first_differences"]
             ]  # fmt: skip
@@ -240,7 +233,7 @@ def _slow(figures: Mapping[str, Any]) -> str:
                 if name in took and PLAIN in took:
                     tokens, seconds, rounds = took[name]
                     ratio = tokens / seconds / (took[PLAIN][0] / took[PLAIN][1])
-                    shown = [name, run["suite"], _setting(run), ", ".join(case["prompts"])]
+                    shown = [name, run["suite"], setting(run), ", ".join(case["prompts"])]
                     shown += [f"{ratio:.2f}", f"{tokens / max(rounds, 1):.2f}", str(tokens)]
                     rows.append((ratio, shown))
     header = ("", "suite", "setting", "prompts", "x plain", "tokens/round", "tokens")
@@ -250,7 +243,7 @@ def _slow(figures: Mapping[str, Any]) -> str:
 def _missing(runs: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for run in runs:
-        place = f"{run['suite']}, {_setting(run)}"
+        place = f"{run['suite']}, {setting(run)}"
         lines += [f"- {name} ({place}): {why}" for name, why in run["left_out"].items()]
         failed = {name: one for name, one in run["contestants"].items() if "error" in one}
         lines += [f"- {name} ({place}) failed: {one['error']}" for name, one in failed.items()]
@@ -265,7 +258,7 @@ def _conditions(figures: Mapping[str, Any]) -> str:
     rows = [[key.replace("_", " "), *[str(one[key]) for one in where.values()]] for key in keys]
     share = [
         f"Plain decoding reaches {one['share_of_bandwidth']:.0%} of what the memory allows "
-        f"({_setting(run)})."
+        f"({setting(run)})."
         for run in figures["totals"]
         for one in [run["contestants"].get(PLAIN, {})]
         if "share_of_bandwidth" in one
@@ -275,126 +268,3 @@ def _conditions(figures: Mapping[str, Any]) -> str:
         "all contestants in turn. What Hugging Face's runs guess is counted with the prompt's pass."
     )
     return "\n\n".join([_grid(["", *where], rows), *share, note, f"`{figures['command']}`"])
-
-
-def _first(figures: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The total of the first setting; its first run where it was interrupted."""
-    first: Mapping[str, Any] = (figures["totals"] or figures["runs"])[0]
-    return first
-
-
-def _working(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: one for name, one in run["contestants"].items() if "error" not in one}
-
-
-def _draw(figures: Mapping[str, Any], out: Path) -> list[str]:
-    """Save the plots that have something to show; what shows them in Markdown."""
-    from matplotlib.figure import Figure
-
-    shown = []
-    for name, (title, draw) in PLOTS.items():
-        plot = Figure(figsize=(9, 4), layout="constrained")
-        axes = plot.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(f"{title}: {_setting(_first(figures))}", loc="left", fontsize=10)
-        draw(axes, figures)
-        if axes.has_data():
-            plot.savefig(out / f"{name}.png", dpi=130)
-            shown.append(f"![{title}]({name}.png)")
-    return shown
-
-
-def _same(figures: Mapping[str, Any], kind: str, but: str | None = None) -> list[Mapping[str, Any]]:
-    """Runs or totals in the first setting, whatever one of its parts is."""
-    first = _first(figures)
-    keys = [key for key in SETTING if key != but]
-    return [run for run in figures[kind] if all(run[key] == first[key] for key in keys)]
-
-
-def _speedup(over: str, axes: Axes, figures: Mapping[str, Any]) -> None:
-    """Bars by suite, a colour each contestant."""
-    runs = _same(figures, "runs") + _same(figures, "totals")
-    bars = {name: None for run in runs for name, one in _working(run).items() if over in one}
-    names = [name for name in bars if not over.endswith(name)]
-    for place, name in enumerate(names):
-        there = [
-            number for number, run in enumerate(runs) if over in run["contestants"].get(name, ())
-        ]
-        heights = [runs[number]["contestants"][name][over] for number in there]
-        spots = [number + 0.8 * (place + 0.5) / len(names) - 0.4 for number in there]
-        axes.bar(spots, heights, 0.75 / len(names), label=name)
-    if names:
-        axes.axhline(1, color="grey", linewidth=1)
-        axes.set_xticks(range(len(runs)), [run["suite"] for run in runs])
-        axes.set_ylabel("times as fast")
-        axes.legend()
-
-
-def _by(key: str, axes: Axes, figures: Mapping[str, Any]) -> None:
-    """Speed against one part of the setting, a line each contestant."""
-    totals = [run for run in _same(figures, "totals", but=key) if run[key] is not None]
-    if len(totals) < 2:
-        return
-    for name in dict.fromkeys(name for run in totals for name in _working(run)):
-        points = [
-            (run[key], _working(run)[name]["tokens_per_second"])
-            for run in totals
-            if name in _working(run)
-        ]
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(xlabel=key, ylabel="tokens per second", ylim=(0, None))
-    axes.legend()
-
-
-def _nodes(axes: Axes, figures: Mapping[str, Any]) -> None:
-    ways, trees = _working(_first(figures)), figures["trees"]
-    points = sorted(
-        (trees[name]["nodes"], ways[name]["accepted_length"], name)
-        for name in trees
-        if name in ways
-    )
-    if len(points) > 1:
-        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o")
-        for x, y, name in points:
-            axes.annotate(name, (x, y), xytext=(4, -12), textcoords="offset points", fontsize=8)
-        axes.set(xlabel="nodes of the tree", ylabel="accepted length")
-
-
-def _depths(axes: Axes, figures: Mapping[str, Any]) -> None:
-    for name, one in _working(_first(figures)).items():
-        rates = one["acceptance_per_depth"]
-        if rates:
-            axes.plot(range(1, len(rates) + 1), rates, marker="o", label=name)
-            axes.set(xlabel="depth", ylabel="guesses accepted", ylim=(0, 1))
-            axes.legend()
-
-
-def _times(axes: Axes, figures: Mapping[str, Any]) -> None:
-    """Stacked bars: where the milliseconds of a token go."""
-    ways = _working(_first(figures))
-    left = dict.fromkeys(ways, 0.0)
-    for phase in (*PHASES, "total"):
-        # The total is of those that do not know their phases.
-        shown = [
-            name
-            for name, one in ways.items()
-            if phase in one["seconds"] and (phase != "total" or "host" not in one["seconds"])
-        ]
-        sizes = [1e3 * ways[name]["seconds"][phase] / ways[name]["tokens"] for name in shown]
-        label = "not split" if phase == "total" else phase
-        axes.barh(shown, sizes, left=[left[name] for name in shown], label=label)
-        for name, size in zip(shown, sizes, strict=True):
-            left[name] += size
-    axes.set_xlabel("milliseconds per token")
-    axes.legend()
-
-
-PLOTS: dict[str, tuple[str, Callable[..., None]]] = {
-    "speedup": ("Speed over plain decoding", partial(_speedup, "speedup_over_plain")),
-    "generate": ("Speed over Hugging Face's generate", partial(_speedup, "speedup_over_generate")),
-    "batch": ("Speed by batch size", partial(_by, "batch")),
-    "context": ("Speed by length of the prompts", partial(_by, "context")),
-    "nodes": ("Accepted length by size of the tree", _nodes),
-    "depth": ("Acceptance by depth", _depths),
-    "time": ("Where the time goes", _times),
-}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -77,6 +78,7 @@ def contestant(target: Target, head: DraftHead, budget: str = DEFAULT) -> Contes
 def described(one: Contestant) -> dict[str, Any]:
     """How a contestant guesses, for figures that are kept."""
     shape = one.shape
+    costs = {} if one.budget is None else {"costs": asdict(one.budget.costs)}
     return {
         "nodes": shape.nodes,
         "depth": shape.depth,
@@ -84,6 +86,7 @@ def described(one: Contestant) -> dict[str, Any]:
         "static": shape.ranks is not None,
         "budget": "auto" if one.budget is not None else "off",
         "lookup": one.lookup,
+        **costs,
     }
 
 
