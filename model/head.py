@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from .quantized import quantize_linears
 from .seen import Seen
 from .tree import Children, GoesOn, Tree, TreeShape
 
@@ -68,6 +70,7 @@ class DraftHead(nn.Module, ABC):
         self.register_buffer("d2t", offsets)
         self._target: list[Target] = []  # in a list, so that it is no submodule
         self._draft_ids: Tensor | None = None
+        self._decoded: Callable[[Tensor], Tensor] | None = None  # `logits` for decoding
 
     @property
     def target(self) -> Target:
@@ -91,13 +94,16 @@ class DraftHead(nn.Module, ABC):
                 f"{target.num_layers} (0 to {target.num_layers - 1}). Choose other layers."
             )
         self._target = [target]
-        self._draft_ids = None
+        self._draft_ids = self._decoded = None
         return self
 
     def for_decoding(self, target: Target) -> DraftHead:
-        """This head on the target's device and in its dtype, bound and ready to draft."""
+        """This head on the target's device and in its dtype, bound and ready to draft. It cannot be
+        trained any more where guesses are rounded (`Target.rounds_guesses`)."""
         self.to(device=target.device, dtype=target.dtype).bind(target).eval()
-        target.speed_up(self)
+        if target.rounds_guesses:
+            quantize_linears(self)
+        self._decoded = target.draft_logits(self.draft_ids)
         return self
 
     def set_draft_vocab(self, token_ids: Tensor) -> None:
@@ -110,7 +116,7 @@ class DraftHead(nn.Module, ABC):
                 f"got {len(ids.unique())}. Lower head.draft_vocab or train on more answers."
             )
         self.d2t.copy_(ids - torch.arange(len(ids), device=ids.device))
-        self._draft_ids = None
+        self._draft_ids = self._decoded = None
 
     @property
     def draft_ids(self) -> Tensor | None:
@@ -128,6 +134,8 @@ class DraftHead(nn.Module, ABC):
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Draft logits R x Vd of draft hidden states, by the target's own LM head."""
+        if self._decoded is not None:
+            return self._decoded(hidden_RD)
         return self.target.unembed(hidden_RD, self.draft_ids)
 
     def guesses(self, hidden_BFD: Tensor, width: int, depth: int = 0) -> Children:

@@ -33,6 +33,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,6 +80,7 @@ def quantize_linears(module: nn.Module) -> None:
             one.__class__ = QuantizedLinear
 
 
+@cache
 def available() -> bool:
     """Whether this processor and this build of PyTorch have the integer product."""
     try:

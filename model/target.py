@@ -10,8 +10,9 @@ R any leading dimensions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from .families import (
 from .lean import Lean
 from .packed import identity, pack_linears
 from .pretrained import open_pretrained
-from .quantized import KINDS, quantize_linears
+from .quantized import KINDS, Int8, available
 from .quantized import quantize as quantize_target
 from .seen import Seen
 from .tree import Tree
@@ -156,11 +157,11 @@ class Target:
         """How many tokens it can read, prompt and answer together; None where it names no limit."""
         return context_limit(self.config)
 
-    def speed_up(self, module: nn.Module) -> None:
-        """Let a module's linear layers compute as the target's do, as fast as is known here."""
-        if self.quantized is not None:
-            quantize_linears(module)
-        pack_linears(module)
+    @property
+    def rounds_guesses(self) -> bool:
+        """Whether heads draft in 8-bit integers here: three times as fast on a CPU. It changes
+        what is guessed a little, and never what is said."""
+        return self.device.type == "cpu" and self.dtype == torch.float32 and available()
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty cache for `read`."""
@@ -243,9 +244,21 @@ class Target:
         token_ids: give only the logits of these tokens. Pass the same tensor each time: the rows of
         the LM head are then gathered once. Gradients flow to `hidden_RD`.
         """
-        if token_ids is None:
-            return self._finish(self._head(hidden_RD))
-        return self._finish(self._subset(token_ids)(hidden_RD))
+        rows = self._head if token_ids is None else self._subset(token_ids)
+        return self._finish(rows(hidden_RD))
+
+    def draft_logits(self, token_ids: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """`unembed` for guesses, which may be rounded: in 8-bit integers where those are faster."""
+        if not self.rounds_guesses:
+            return partial(self.unembed, token_ids=token_ids)
+        weight_VD: Tensor = self._head.weight
+        bias_V: Tensor | None = self._head.bias
+        if token_ids is not None:
+            weight_VD = weight_VD[token_ids]
+        if bias_V is not None and token_ids is not None:
+            bias_V = bias_V[token_ids]
+        product = Int8(weight_VD, bias_V)
+        return lambda hidden_RD: self._finish(product(hidden_RD))
 
     def _subset(self, token_ids: Tensor) -> nn.Linear:
         """Rows of the LM head, kept for the tensors asked for last."""
@@ -264,7 +277,7 @@ class Target:
         rows.weight = nn.Parameter(self._head.weight[token_ids], requires_grad=False)
         if self._head.bias is not None:
             rows.bias = nn.Parameter(self._head.bias[token_ids], requires_grad=False)
-        self.speed_up(rows)
+        pack_linears(rows)
         return rows
 
     @contextmanager
