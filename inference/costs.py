@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import statistics
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -32,8 +31,9 @@ from .verify import accept
 
 CONTEXT = 256  # tokens in front of what is timed
 NODES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+DEAREST = 4.0  # plain steps; larger trees than that are not timed, they never pay
 WIDTH = 3  # of the drafted trees that are timed
-REPEATS = 5
+REPEATS = 4
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ class Costs:
         return self.read(nodes) + self.advance + (depth - 1) * self.deepen + self.rest
 
     @staticmethod
+    def known(target: Target, head: DraftHead) -> bool:
+        """Whether an earlier run has measured them."""
+        return _path(target, head).is_file()
+
+    @staticmethod
     def of(target: Target, head: DraftHead) -> Costs:
         """Measured on this machine, or kept from an earlier run."""
         path = _path(target, head)
@@ -91,8 +96,10 @@ def measure_costs(target: Target, head: DraftHead) -> Costs:
     for nodes in NODES:
         seconds = timed.read(nodes)
         verify.append(max(seconds, verify[-1] if verify else 0.0))  # noise must not pay
+        if seconds > DEAREST * verify[0]:
+            break
     advance, deepen = timed.draft()
-    return Costs(NODES, tuple(verify), advance, deepen, timed.rest())
+    return Costs(NODES[: len(verify)], tuple(verify), advance, deepen, timed.rest())
 
 
 class _Timer:
@@ -115,7 +122,7 @@ class _Timer:
     def read(self, nodes: int) -> float:
         root_B = self.ids_1T[:, 0]
         tree = Tree.root(root_B) if nodes == 1 else _comb(root_B, nodes)
-        return self._median(lambda: self.target.read(tree, self.cache, layers=self.head.layers))
+        return self._time(lambda: self.target.read(tree, self.cache, layers=self.head.layers))
 
     @torch.no_grad()
     def draft(self) -> tuple[float, float]:
@@ -128,12 +135,12 @@ class _Timer:
             self.state = self.head.advance(self.state, seen, ids_12, two_B)
             self.head.draft(self.state, TreeShape.dynamic(NODES[-1], 1, WIDTH))
 
-        first = self._median(advance)
+        first = self._time(advance)
         deepest = min(3, self.head.max_depth or 3)
         if deepest == 1:
             return first, 0.0
         by_depth = [
-            self._median(lambda depth=depth: self._grow(depth))  # type: ignore[misc]
+            self._time(lambda depth=depth: self._grow(depth))  # type: ignore[misc]
             for depth in (1, deepest)
         ]
         return first, max(0.0, by_depth[1] - by_depth[0]) / (deepest - 1)
@@ -154,9 +161,10 @@ class _Timer:
             self.cache.expect(8)
             self.cache.commit(path_BP, counts_B)
 
-        return self._median(after)
+        return self._time(after)
 
-    def _median(self, run: Callable[[], Any]) -> float:
+    def _time(self, run: Callable[[], Any]) -> float:
+        """The shortest of a few: whatever else the machine does only makes it longer."""
         run()  # packs weights, grows the cache
         seconds: list[float] = []
         for _ in range(REPEATS):
@@ -165,7 +173,7 @@ class _Timer:
             run()
             self._wait()
             seconds.append(time.perf_counter() - begin)
-        return statistics.median(seconds)
+        return min(seconds)
 
     def _wait(self) -> None:
         if self.target.device.type == "cuda":
@@ -189,7 +197,7 @@ def _about(target: Target, head: DraftHead) -> dict[str, Any]:
     return {
         "device": _device(target.device),
         "threads": torch.get_num_threads(),
-        "dtype": str(target.dtype),
+        "dtype": target.quantized or str(target.dtype),
         "target": target.config.to_json_string(),
         "head": head.config.model_dump(mode="json"),
         "versions": {name: version(name) for name in ("torch", "transformers", "headstart")},

