@@ -15,6 +15,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from headstart.model.tree import Tree, TreeShape
 
 from .budget import Budget
 from .drafting import Drafter, Read
+from .graphs import GraphLoop, Graphs, suits
 from .rows import Row, Stop, rows_of
 from .sampling import Sampler
 from .stats import Stats
@@ -47,10 +49,11 @@ def plain(
     sampler: Sampler,
     stop: Stop,
     stats: Stats | None = None,
+    graphs: Graphs | None = None,
 ) -> Rounds:
     """One token per pass. Arguments and result as in `decode`, without a head."""
-    shape = TreeShape.chain(1)
-    return _started(target, None, tokens_BT, mask_BT, sampler, stop, shape, None, False, stats)
+    guesses = _Guesses(None, TreeShape.chain(1), None, False, graphs)
+    return _started(target, guesses, tokens_BT, mask_BT, sampler, stop, stats)
 
 
 def decode(
@@ -65,18 +68,32 @@ def decode(
     budget: Budget | None = None,
     lookup: bool = False,
     stats: Stats | None = None,
+    graphs: Graphs | None = None,
 ) -> Rounds:
     """Answer prompts, several tokens per pass: exactly what `plain` would answer.
 
     tokens_BT: prompts. mask_BT: 1 for tokens and 0 for padding, which may be on either side; None
     for no padding. shape: the trees; with a budget it says how large they may become. lookup: guess
-    from the text itself too; head None: only that. Yields once per pass, for every row of the
+    from the text itself too; head None: only that. graphs: on CUDA, record rounds as CUDA graphs
+    and keep them there; None launches every kernel. Yields once per pass, for every row of the
     batch, the tokens that its answer grew by (none for rows that are complete). ValueError for an
     empty prompt and for one that leaves no room in the target's context.
     """
     if head is not None:
         shape = _fitting(shape, head)
-    return _started(target, head, tokens_BT, mask_BT, sampler, stop, shape, budget, lookup, stats)
+    guesses = _Guesses(head, shape, budget, lookup, graphs)
+    return _started(target, guesses, tokens_BT, mask_BT, sampler, stop, stats)
+
+
+@dataclass(frozen=True)
+class _Guesses:
+    """Where guesses come from: the arguments of `decode`."""
+
+    head: DraftHead | None
+    shape: TreeShape
+    budget: Budget | None
+    lookup: bool
+    graphs: Graphs | None
 
 
 # Within a caller's inference mode too: a stream may go on after it, and then could not write to a
@@ -84,14 +101,11 @@ def decode(
 @torch.inference_mode(False)
 def _started(
     target: Target,
-    head: DraftHead | None,
+    guesses: _Guesses,
     tokens_BT: Tensor,
     mask_BT: Tensor | None,
     sampler: Sampler,
     stop: Stop,
-    shape: TreeShape,
-    budget: Budget | None,
-    lookup: bool,
     stats: Stats | None,
 ) -> Rounds:
     """Check what was given now, not at the first token."""
@@ -103,14 +117,19 @@ def _started(
             f"{tuple(tokens_BT.shape)} and {tuple(mask_BT.shape)}. Give one row per prompt."
         )
     tokens_BT = tokens_BT.long()  # int32 is common, and no index elsewhere
-    rows = rows_of(target, tokens_BT, mask_BT, stop, lookup)
+    rows = rows_of(target, tokens_BT, mask_BT, stop, guesses.lookup)
     lengths_B = torch.tensor([row.length for row in rows], device=target.device)
     # Tokens to the left in their order, padding behind them.
     order_BT = (mask_BT == 0).to(torch.uint8).argsort(dim=1, stable=True)
     packed_BT = tokens_BT.gather(1, order_BT)[:, : max(row.length for row in rows)]
     stats = Stats() if stats is None else stats
-    drafter = Drafter(head, shape, budget, len(rows), stats)
-    loop = _Loop(target, drafter, rows, sampler, stop, stats)
+    head, shape, budget = guesses.head, guesses.shape, guesses.budget
+    loop: GraphLoop | _Loop
+    if guesses.graphs is not None and suits(target, head, sampler, guesses.lookup):
+        loop = GraphLoop(target, head, rows, sampler, stop, shape, budget, stats, guesses.graphs)
+    else:
+        drafter = Drafter(head, shape, budget, len(rows), stats)
+        loop = _Loop(target, drafter, rows, sampler, stop, stats)
     return loop.run(packed_BT.to(target.device), lengths_B)
 
 

@@ -36,6 +36,7 @@ from headstart.model.tree import TreeShape
 
 from .budget import Budget
 from .decode import DEFAULT_TREE, WIDEST_TREE, Rounds, decode, plain
+from .graphs import Graphs
 from .rows import Stop
 from .sampling import Sampler
 from .stats import Stats
@@ -74,8 +75,9 @@ class SpeculativeModel:
     last_stats: what the latest call did (tokens, passes, acceptance, time by phase).
     """
 
-    def __init__(self, target: Target, head: DraftHead):
-        self.target, self.head = target, head.eval()
+    def __init__(self, target: Target, head: DraftHead, graphs: Graphs | None = None):
+        """graphs: `Graphs()` records rounds as CUDA graphs. Tested on a CPU only so far."""
+        self.target, self.head, self.graphs = target, head.eval(), graphs
         self.last_stats = Stats()
 
     @classmethod
@@ -211,6 +213,7 @@ class SpeculativeModel:
     def _steps(
         self, how: _How, input_ids: Tensor, mask_BT: Tensor | None, **options: Any
     ) -> Rounds:
+        options["graphs"] = self.graphs
         if not how.speculate:
             return plain(self.target, input_ids, mask_BT, **options)
         usual = DEFAULT_TREE if how.budget is None else WIDEST_TREE

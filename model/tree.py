@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -254,6 +254,13 @@ def _expanded(shape: TreeShape, depth: int) -> list[tuple[int, ...]]:
     return sorted(parents)
 
 
+@lru_cache(maxsize=256)
+def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Sent to the device once: a CUDA graph cannot be recorded while the host sends numbers."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
+
+
 class _Pool:
     """All candidates so far, depth after depth."""
 
@@ -277,8 +284,8 @@ class _Pool:
     def add_ranks(
         self, parents_BF: Tensor, logp_BFW: Tensor, tokens_BFW: Tensor, ranks: list[tuple[int, int]]
     ) -> None:
-        index = torch.tensor([f for f, _ in ranks], device=parents_BF.device)
-        rank = torch.tensor([r for _, r in ranks], device=parents_BF.device)
+        index = _constant(tuple(f for f, _ in ranks), parents_BF.device)
+        rank = _constant(tuple(r for _, r in ranks), parents_BF.device)
         self._append(parents_BF[:, index], logp_BFW[:, index, rank], tokens_BFW[:, index, rank])
 
     def _append(self, parents_BM: Tensor, logp_BM: Tensor, tokens_BM: Tensor) -> None:
@@ -295,7 +302,7 @@ class _Pool:
             return self._last + self.deepest_BM.topk(width, dim=1).indices
         at_depth = [path for path in shape.ranks if len(path) == depth]
         inner = [self._last + at_depth.index(path) for path in _expanded(shape, depth)]
-        return torch.tensor(inner, device=self.tokens_BN.device).expand(len(self.tokens_BN), -1)
+        return _constant(tuple(inner), self.tokens_BN.device).expand(len(self.tokens_BN), -1)
 
     def frontier_parents(self, picked_BF: Tensor) -> Tensor:
         """Each picked node's parent as an index into the previous frontier."""

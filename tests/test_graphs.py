@@ -1,0 +1,399 @@
+"""Rounds of fixed shape, mostly as they are called where there is no CUDA: they must say what plain
+decoding says, ask the host nothing, and leave their tensors where they are.
+
+Legend: B batch rows, F frontier nodes, W children per node, P places of a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from oracle import Oracle
+from test_budget import DEAR, FREE, USUAL
+from test_exact import LENGTHS, NEW_TOKENS, SAMPLERS, SHAPES, answers, batch, reference, target_of
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from headstart.inference import graphs
+from headstart.inference.budget import Budget
+from headstart.inference.costs import Costs
+from headstart.inference.decode import _fitting, decode, plain
+from headstart.inference.graphs import GraphLoop, Graphs, Plan, suits
+from headstart.inference.replay import WARM_UPS, Replay
+from headstart.inference.rows import Stop, rows_of
+from headstart.inference.sampling import Sampler
+from headstart.inference.stats import Stats
+from headstart.model.cache import KVCache
+from headstart.model.head import DraftHead, kinds, make_head
+from headstart.model.recurrent import Pairs
+from headstart.model.seen import Seen
+from headstart.model.target import Target
+from headstart.model.tree import Children, Frontier, GoesOn, Tree, TreeShape, grow
+
+USED = ["llama", "qwen2", "gemma3_text", "mixtral"]
+LARGE = TreeShape.dynamic(nodes=20, depth=5, width=3)
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class Prophet(Oracle):
+    """An oracle that works on the device alone: which guesses are right, and at which rank,
+    follows from the position. It counts what it took in by a cache of no layers."""
+
+    def __init__(self, target: Target, prompts: list[int], told: list[list[int]]):
+        super().__init__(target, told)
+        self.prompts_B = torch.tensor(prompts, device=target.device)
+        self.told_BT = torch.tensor(told, device=target.device)
+
+    def start(self, batch_size: int) -> Pairs:  # type: ignore[override]
+        return Pairs(KVCache(batch_size, 0, self.target.device))
+
+    def advance(self, state: Pairs, seen: Seen, next_tokens_BP: Tensor, counts_B: Tensor) -> Pairs:
+        assert seen.hidden[0].shape[:2] == seen.last_BTD.shape[:2] == next_tokens_BP.shape
+        state.cache.expect(next_tokens_BP.shape[1])
+        state.cache.commit(None, counts_B)
+        return Pairs(state.cache, None, next_tokens_BP.gather(1, counts_B[:, None] - 1)[:, 0])
+
+    def draft(self, state: Pairs, shape: TreeShape, goes_on: GoesOn | None = None) -> Tree:
+        assert state.root_B is not None
+        # After the pairs of a prompt and of k tokens of the answer, the root is token k.
+        root_B1 = (state.cache.lengths_B - self.prompts_B)[:, None]
+        ranks_W = torch.arange(shape.width, device=root_B1.device)
+        true_BF = torch.ones_like(root_B1, dtype=torch.bool)
+
+        def truth(depth: int) -> Tensor:
+            places_B1 = (root_B1 + depth).clamp(0, self.told_BT.shape[1] - 1)
+            return self.told_BT.gather(1, places_B1)
+
+        def children(depth: int) -> Children:
+            truth_B11, hash_B11 = truth(depth)[..., None], (root_B1 + depth)[..., None] * 71 % 64
+            right_BF1 = (hash_B11 % 5 > 0) & true_BF[..., None]
+            wrong_BFW = (truth_B11 + 1 + ranks_W) % self.config.vocab_size
+            at_BFW = right_BF1 & (ranks_W == hash_B11 % shape.width)
+            tokens_BFW = torch.where(at_BFW, truth_B11, wrong_BFW)
+            return (-0.2 - 0.7 * ranks_W).expand(tokens_BFW.shape), tokens_BFW
+
+        def step(frontier: Frontier) -> Children:
+            nonlocal true_BF
+            right_BF = frontier.tokens_BF == truth(frontier.depth)
+            true_BF = true_BF.gather(1, frontier.parents_BF) & right_BF
+            return children(frontier.depth + 1)
+
+        return grow(state.root_B, children(1), step, shape, goes_on)
+
+
+def prophet(family: str, rows: int, sampler: str = "") -> Prophet:
+    return Prophet(target_of(family), LENGTHS[rows], reference(family, rows, sampler))
+
+
+def random_head(target: Target, kind: str) -> DraftHead:
+    torch.manual_seed(0)
+    head = make_head(target, kind, {})
+    head.init_from_target()
+    return head.for_decoding(target)
+
+
+def replayed(
+    target: Target,
+    head: DraftHead | None,
+    prompts: tuple[Tensor, Tensor],
+    shape: TreeShape,
+    stop: Stop,
+    sampler: str = "",
+    costs: Costs | None = None,
+    kept: Graphs | None = None,
+) -> tuple[list[list[int]], Stats]:
+    """Answers by the loop of fixed shapes, and what it counted."""
+    rows, stats = rows_of(target, *prompts, stop, False), Stats()
+    drawn_by = SAMPLERS[sampler]() if sampler else Sampler()
+    budget = None if costs is None else Budget(costs)
+    shared = (drawn_by, stop, shape, budget, stats, kept or Graphs())
+    loop = GraphLoop(target, head, rows, *shared)
+    lengths_B = torch.tensor([row.length for row in rows], device=target.device)
+    return answers(loop.run(prompts[0].to(target.device), lengths_B), len(rows)), stats
+
+
+def ragged(truth: list[list[int]]) -> tuple[Stop, list[list[int]]]:
+    """A token at which the rows end at different lengths, and the answers then."""
+    eos = truth[0][5]
+    cut = [answer[: answer.index(eos) + 1] if eos in answer else answer for answer in truth]
+    assert len(truth) == 1 or len({len(answer) for answer in cut}) > 1
+    return Stop(NEW_TOKENS, frozenset({eos})), cut
+
+
+@pytest.mark.parametrize("costs", [None, FREE, USUAL, DEAR], ids=["none", "free", "usual", "dear"])
+@pytest.mark.parametrize("rows", LENGTHS)
+@pytest.mark.parametrize("family", USED)
+def test_guesses_that_are_often_right(family: str, rows: int, costs: Costs | None) -> None:
+    """Deep paths and side branches, rows that end early, and all sizes of trees."""
+    target, prompts = target_of(family), batch(family, rows)
+    stop, truth = ragged(reference(family, rows))
+    for shape in (*SHAPES.values(), LARGE):
+        told, stats = replayed(target, prophet(family, rows), prompts, shape, stop, "", costs)
+        assert told == truth
+        assert stats.tokens == sum(map(len, truth)) and stats.rows == rows
+        assert costs is DEAR or stats.tau > 1.2
+    told, stats = replayed(target, None, prompts, LARGE, stop)
+    assert told == truth and stats.tau == 1
+
+
+@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("family", USED)
+def test_every_head_kind(family: str, kind: str) -> None:
+    target = target_of(family)
+    head = random_head(target, kind)
+    for rows in LENGTHS:
+        truth = [answer[:10] for answer in reference(family, rows)]
+        for shape in SHAPES.values():
+            shape, prompts = _fitting(shape, head), batch(family, rows)
+            told, stats = replayed(target, head, prompts, shape, Stop(10))
+            assert told == truth, (shape, rows)
+            assert stats.tried[0] > 0, "nothing was drafted"
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_a_head_drafts_what_it_drafts_in_caches_that_grow(kind: str) -> None:
+    """Round after round: what it took in is the same, so its trees are."""
+    target = target_of("llama")
+    head, shape = random_head(target, kind), TreeShape.dynamic(10, 3, 3)
+    trees: list[list[Tree]] = [[], []]
+    drafted, prompts, stop = head.draft, batch("llama", 3), Stop(NEW_TOKENS)
+
+    def draft(*given: Any) -> Tree:
+        trees[-1].append(drafted(*given))
+        return trees[-1][-1]
+
+    head.draft = draft  # type: ignore[method-assign]
+    replayed(target, head, prompts, shape, stop)
+    fixed = trees.pop()
+    list(decode(target, head, *prompts, sampler=Sampler(), stop=stop, shape=shape))
+    grown = trees.pop()
+    assert min(len(grown), len(fixed)) > 14
+    for one, other in zip(grown[:-4], fixed, strict=False):  # the last ones end with the answer
+        torch.testing.assert_close(one.scores_BN, other.scores_BN, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["temperature", "top-k", "top-p"])
+@pytest.mark.parametrize("rows", LENGTHS)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_seeded_sampling(family: str, rows: int, sampler: str) -> None:
+    target, prompts = target_of(family), batch(family, rows)
+    stop, truth = ragged(reference(family, rows, sampler))
+    head = prophet(family, rows, sampler)
+    for shape in (*SHAPES.values(), LARGE):
+        for costs in (None, USUAL):
+            told, stats = replayed(target, head, prompts, shape, stop, sampler, costs)
+            assert told == truth and sum(stats.accepted) > 2
+    assert replayed(target, None, prompts, LARGE, stop, sampler)[0] == truth
+
+
+@pytest.mark.parametrize("family", USED)
+def test_full_caches_are_replaced(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "CAPACITY", 8)
+    monkeypatch.setattr(graphs, "AHEAD", 2)
+    target, kept, (stop, truth) = target_of(family), Graphs(9), ragged(reference(family, 3))
+    for head in (prophet(family, 3), *(random_head(target, kind) for kind in kinds())):
+        told, _ = replayed(target, head, batch(family, 3), SHAPES["chain"], stop, kept=kept)
+        assert told == truth
+        plans = [plan for plan in kept.kept.values() if plan.head is head]
+        assert len(plans) > 1, "no cache was ever full"
+        lengths = plans[-1].cache.lengths_B.tolist()
+        assert lengths[0] <= plans[-1].places < max(lengths), "a complete row goes on growing"
+
+
+def test_up_to_the_end_of_the_context() -> None:
+    """Learned positions: a node behind the last one would not be found."""
+    target, stop = target_of("gpt2"), Stop(50)
+    length = (target.context_limit or 0) - 9
+    ids_BT = batch("gpt2", 3)[0][:, :4].repeat(1, length)[:, :length]
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[1, -3:] = 0
+    truth = answers(plain(target, ids_BT, mask_BT, sampler=Sampler(), stop=stop), 3)
+    assert [len(answer) for answer in truth] == [9, 12, 9]
+    head = random_head(target, "mtp")
+    assert replayed(target, head, (ids_BT, mask_BT), SHAPES["chain"], stop)[0] == truth
+
+
+def test_a_plan_is_used_again_and_its_tensors_stay_where_they_are() -> None:
+    """A graph knows them by address."""
+    target, kept, places = target_of("llama"), Graphs(), []
+    head, (stop, truth) = random_head(target, "mtp"), ragged(reference("llama", 3))
+    for _ in range(2):
+        assert replayed(target, head, batch("llama", 3), LARGE, stop, kept=kept)[0] == truth
+        (plan,) = kept.kept.values()
+        tensors = [*plan._passed(), plan.alive_B, plan.report, *plan.drafted]
+        for cache in plan.caches:
+            tensors.append(cache.lengths_B)
+            tensors += [part for one in cache.kv_layers for part in (one.keys, one.values)]
+        places.append([(one.data_ptr(), one.shape) for one in tensors])
+    assert places[0] == places[1]
+
+
+def test_a_plan_in_use_is_not_lent_again() -> None:
+    target, kept = target_of("llama"), Graphs(plans=2)
+    like = Seen(None, torch.zeros(1, 1, target.hidden_size), {})
+
+    def borrow(temperature: float = 0.0) -> Plan:
+        return kept.borrow(target, None, LARGE, Sampler.of(temperature), like, 64)
+
+    one, other = borrow(), borrow()
+    kept.give_back(one)
+    assert one is not other and borrow(1.0) is not one and borrow() is one
+    for plan in (one, borrow(1.0), borrow(0.5)):
+        kept.give_back(plan)
+    assert len(kept.kept) == 2 and borrow() is not one  # the oldest went
+
+
+class Tape(TorchDispatchMode):
+    """What a graph is, without a device for it: the operations of one call, done again with the
+    same numbers from the host, on the same tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.steps.append((func, args, kwargs or {}, out))
+        return out
+
+    def record(self, function: Callable[[], object]) -> None:
+        with self:
+            function()
+
+    def play(self) -> None:
+        made: dict[int, Tensor] = {}
+        for func, args, kwargs, out in self.steps:
+            args, kwargs = tree_map_only(Tensor, lambda t: made.get(id(t), t), (args, kwargs))
+            again = func(*args, **kwargs)
+            for before, now in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                made[id(before)] = now
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["", "top-p"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_records_stay_right(family: str, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA: a few calls that leave no trace, one that is recorded, and then the record."""
+    tapes: dict[int, Tape] = {}
+
+    def call(replay: Replay) -> None:
+        if id(replay) not in tapes:
+            for _ in range(WARM_UPS):
+                replay._rehearse()
+            tapes[id(replay)] = Tape()
+            record = partial(tapes[id(replay)].record, replay.function)
+            Replay(record, replay.device, None, replay.rewind)._rehearse()
+        tapes[id(replay)].play()
+
+    monkeypatch.setattr(Replay, "__call__", call)
+    target, kept, prompts = target_of(family), Graphs(plans=9), batch(family, 3)
+    stop, truth = ragged(reference(family, 3, sampler))
+    knows = prophet(family, 3, sampler)
+    others = [(random_head(target, kind), None) for kind in kinds()]
+    for head, costs in ((None, None), (knows, None), (knows, USUAL), *others):
+        told, _ = replayed(target, head, prompts, LARGE, stop, sampler, costs, kept)
+        assert told == truth
+
+
+# What a graph cannot hold: numbers that the host needs, and tensors that it sends.
+WAITING: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda tensor: tensor.sum().item(),
+    "tolist": lambda tensor: tensor.tolist(),
+    "mask": lambda tensor: tensor[tensor > 0],
+    "to the host": lambda tensor: tensor.cpu(),
+    "from the host": lambda tensor: torch.tensor([1], device=tensor.device),
+    "two devices": lambda tensor: tensor + torch.arange(tensor.shape[0]),
+}
+
+
+@contextmanager
+def on_no_device() -> Iterator[None]:
+    """For tensors without numbers: whoever reads or sends one fails."""
+    made = torch.tensor
+
+    def tensor(*given: Any, **options: Any) -> Tensor:
+        if torch.device(options.get("device") or "cpu").type != "cpu":
+            raise RuntimeError("a tensor is sent from the host")
+        return made(*given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "tensor", tensor)
+        yield
+
+
+@pytest.mark.parametrize("wait", WAITING)
+def test_waiting_for_the_device_is_noticed(wait: str) -> None:
+    with pytest.raises((RuntimeError, NotImplementedError)), on_no_device():
+        WAITING[wait](torch.empty(3, device="meta"))
+
+
+@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("family", USED)
+def test_no_part_of_a_round_waits_for_the_device(family: str, kind: str) -> None:
+    # Experts have a way without waiting in bfloat16 only.
+    target = Target.wrap(FAMILIES[family]().bfloat16())
+    head = make_head(target, kind, {}).for_decoding(target).to("meta")
+    target.model.to("meta")
+    target.device, target._lean = torch.device("meta"), None
+    values = torch.empty(3, 1, target.hidden_size, device="meta", dtype=target.dtype)
+    seen = Seen(None, values, dict.fromkeys(head.layers, values))
+    for shape in (SHAPES["chain"], _fitting(SHAPES["static"], head), LARGE.limited(4)):
+        plan = Plan(target, head, shape, Sampler.of(0.8, top_k=5, top_p=0.9), seen, 64, None)
+        with torch.no_grad(), on_no_device():
+            plan.advance()
+            plan.draft()
+            for nodes in plan.buckets:
+                plan.verify(nodes)
+
+
+def test_what_suits() -> None:
+    target, cold = Target.wrap(FAMILIES["llama"]()), Sampler()
+    assert not suits(target, None, cold)  # nothing is gained on a CPU
+    target.device = torch.device("cuda")
+    assert suits(target, None, cold) and suits(target, None, Sampler.of(0.7, top_k=5, top_p=0.9))
+    assert not suits(target, None, Sampler.of(0.7, repetition_penalty=1.2))
+    assert not suits(target, None, cold, lookup=True)
+    assert not suits(target, Oracle(target, [[1]]), cold)  # counts on the host
+
+
+@gpu
+def test_a_function_that_waits_is_called_and_a_warning_says_so() -> None:
+    total = torch.zeros(4, device="cuda")
+    pool = torch.cuda.graph_pool_handle()
+    replay = Replay(lambda: total.add_(1).sum().item(), total.device, pool, [total])
+    with pytest.warns(UserWarning, match="waits for the device"):
+        replay()
+    replay()
+    assert replay.graph is None and total.tolist() == [2.0] * 4
+
+
+@gpu
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("rows", LENGTHS)
+@pytest.mark.parametrize("family", USED)
+def test_a_whole_decode_on_cuda(family: str, rows: int, sampled: bool) -> None:
+    target, prompts = Target.wrap(FAMILIES[family]().to("cuda")), batch(family, rows)
+    sampler, stop = "top-p" if sampled else "", Stop(NEW_TOKENS)
+    drawn_by = SAMPLERS[sampler]() if sampler else Sampler()
+    truth = answers(plain(target, *prompts, sampler=drawn_by, stop=stop), rows)
+    heads = [Prophet(target, LENGTHS[rows], truth)]
+    heads += [random_head(target, kind) for kind in kinds()]
+    for head in (None, *heads):
+        kept = Graphs()
+        for shape in (SHAPES["chain"], SHAPES["dynamic"]):
+            shape = shape if head is None else _fitting(shape, head)
+            for costs in (None, USUAL, None):  # the last one on graphs of the first
+                told, _ = replayed(target, head, prompts, shape, stop, sampler, costs, kept)
+                assert told == truth, head
+        for plan in kept.kept.values():
+            verifies = [*plan._verifies.values()]
+            # In float32 the experts of mixtral may ask the host how many tokens each of them got.
+            assert family == "mixtral" or all(one.graph is not None for one in verifies)
+            assert head is None or plan.draft.graph is not None
