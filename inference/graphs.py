@@ -62,8 +62,7 @@ def suits(target: Target, head: DraftHead | None, sampler: Sampler, lookup: bool
 class Begun:
     """A batch whose prompts are read, in caches that grow.
 
-    state: of the head, which has taken in all of the prompts. ends: what was seen at their last
-    tokens. first_B1: the tokens after them.
+    state: of the head, all of them taken in. ends: what was seen last. first_B1: the tokens after.
     """
 
     cache: KVCache
@@ -195,7 +194,7 @@ class Plan:
         for ours, read in zip(self._passed(), now, strict=True):
             ours.copy_(read)
         depth_B1 = tree.depths_BN.amax(1, keepdim=True)
-        parts = (accepted.counts_B[:, None], depth_B1, self.next_BP, self.drafted[2])
+        parts = [accepted.counts_B[:, None], depth_B1, self.next_BP, self.drafted[2]]
         self.report.copy_(torch.cat([part.double() for part in parts], 1))
 
     def _empty(self, caches: Sequence[KVCache]) -> None:
@@ -205,10 +204,10 @@ class Plan:
 
 
 class Graphs:
-    """Plans that are kept from one run to the next, so that nothing is captured twice.
+    """Plans that are kept from one run to the next, so that nothing is captured twice; a new one is
+    needed after weights were replaced.
 
     plans: how many at most; each has a cache of its own, and the one used longest ago goes first.
-    Take a new one after weights were replaced.
     """
 
     def __init__(self, plans: int = 4):
