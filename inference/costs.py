@@ -92,14 +92,18 @@ class Costs:
 def measure_costs(target: Target, head: DraftHead) -> Costs:
     """Time the reads and the drafts behind a text of `CONTEXT` tokens; takes seconds."""
     timed = _Timer(target, head)
-    verify: list[float] = []
+    counts: list[int] = []
     for nodes in NODES:
-        seconds = timed.read(nodes)
-        verify.append(max(seconds, verify[-1] if verify else 0.0))  # noise must not pay
-        if seconds > DEAREST * verify[0]:
+        counts.append(nodes)
+        if timed.read(nodes) > DEAREST * timed.best[1]:
             break
+    for _ in range(REPEATS - 1):  # in turn, so that a busy moment does not hit one count alone
+        for nodes in counts:
+            timed.read(nodes)
+    # Whatever else the machine does only makes a read longer, and more nodes never make it shorter.
+    verify = [min(timed.best[more] for more in counts[place:]) for place in range(len(counts))]
     advance, deepen = timed.draft()
-    return Costs(NODES[: len(verify)], tuple(verify), advance, deepen, timed.rest())
+    return Costs(tuple(counts), tuple(verify), advance, deepen, timed.rest())
 
 
 class _Timer:
@@ -117,12 +121,19 @@ class _Timer:
         counts_B = torch.tensor([length], device=target.device)
         self.cache.commit(None, counts_B)
         self.state = head.advance(head.start(1), seen, self.ids_1T, counts_B)
+        self.best: dict[int, float] = {}
 
     @torch.no_grad()
     def read(self, nodes: int) -> float:
+        """Seconds of a read of so many nodes; `best` keeps the shortest."""
         root_B = self.ids_1T[:, 0]
         tree = Tree.root(root_B) if nodes == 1 else _comb(root_B, nodes)
-        return self._time(lambda: self.target.read(tree, self.cache, layers=self.head.layers))
+        repeats = 1 if nodes in self.best else 2  # the first packs weights
+        seconds = self._time(
+            lambda: self.target.read(tree, self.cache, layers=self.head.layers), repeats
+        )
+        self.best[nodes] = min(seconds, self.best.get(nodes, seconds))
+        return seconds
 
     @torch.no_grad()
     def draft(self) -> tuple[float, float]:
@@ -163,11 +174,10 @@ class _Timer:
 
         return self._time(after)
 
-    def _time(self, run: Callable[[], Any]) -> float:
-        """The shortest of a few: whatever else the machine does only makes it longer."""
-        run()  # packs weights, grows the cache
+    def _time(self, run: Callable[[], Any], repeats: int = REPEATS) -> float:
+        """The shortest of a few."""
         seconds: list[float] = []
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             self._wait()
             begin = time.perf_counter()
             run()

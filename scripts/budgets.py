@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from headstart.model.target import Target
     from headstart.model.tree import TreeShape
 
-DEFAULT = "auto"
+DEFAULT = "auto+lookup"
 HELP = "auto, static, off, NODES, NODES/DEPTH/WIDTH or lookup; with +lookup, guesses from the text."
 FORM = re.compile(r"(auto|static|off|\d+(/\d+/\d+)?)(\+lookup)?|lookup")
 

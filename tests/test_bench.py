@@ -130,7 +130,7 @@ def test_sampled_answers_are_the_plain_ones(fused: Path, suites: Suites, tmp_pat
     greedy, sampled = json.loads((tmp_path / "figures.json").read_text())["runs"]
     assert greedy["contestants"]["generate"]["compared"] == 3
     assert sampled["contestants"]["generate"]["compared"] == 0  # it draws with other noise
-    one = sampled["contestants"]["mtp auto"]
+    one = sampled["contestants"]["mtp auto+lookup"]
     assert one["identical"] == one["compared"] == 3
     assert greedy["contestants"]["plain"]["tokens"] and sampled["temperature"] == 1
 
@@ -181,7 +181,7 @@ def test_failure(fused: Path, suites: Suites, tmp_path: Path, monkeypatch: Patch
     )
     run(fused, "--suite", suites[0], *SMALL, "--baselines", "plain", "--out", tmp_path)
     (one,) = json.loads((tmp_path / "figures.json").read_text())["runs"]
-    weak, ours = one["contestants"]["weak"], one["contestants"]["mtp auto"]
+    weak, ours = one["contestants"]["weak"], one["contestants"]["mtp auto+lookup"]
     assert weak == {"error": "OutOfMemoryError: no memory | for this", "prompts": 1}
     assert len(seen) == 3 and ours["identical"] == ours["prompts"] == 3
     assert ["weak" in case["took"] for case in one["cases"]] == [True, False, False]
