@@ -19,6 +19,7 @@ from transformers.modeling_layers import MtpModel
 
 from .head import DraftHead
 from .heads import mtp
+from .quantized import full_precision
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 RENAMED, ADDED = "model-target.safetensors", "model-draft-head.safetensors"
@@ -84,7 +85,8 @@ def _try_out(head: mtp.Head, folder: Path, pattern: str) -> None:
     model = head.target.model
     tokens_BT = torch.arange(1, 17, device=head.target.device)[None] % head.config.vocab_size
     seen = head.target.read(tokens_BT)
-    ours_BTD = head.unroll(seen, tokens_BT, 1)[0][:, :-1]
+    with full_precision(head):
+        ours_BTD = head.unroll(seen, tokens_BT, 1)[0][:, :-1]
     try:
         theirs_BTD = _transformers_step(model, folder, pattern, tokens_BT, seen.last_BTD)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
