@@ -28,6 +28,7 @@ from .costs import Costs
 MEMORY = 0.9  # of what a round tells about the rate and the head, per round
 HOPE = 0.6  # acceptance of a guess one depth further, until some were seen
 PAUSE = (4, 64)  # rounds without the head after a loss: at first, and at most
+DISTRUST = 0.3  # what a probability counts for at least, so that better times are noticed
 EVIDENCE = 4  # rounds with the head before it is judged
 
 
@@ -53,6 +54,8 @@ class Spending:
     speedup: over plain steps in the last rounds, by the measured costs. worth: tokens that a round
     with the head gave beyond what plain steps would have given in the same time. given: tokens that
     its guesses gave per round. hits: how often the likeliest guess of a next depth is right.
+    hoped, came: tokens per row that the guesses read were to give by their probabilities, and gave.
+    Where less comes than was hoped for (sampling, unknown text), probabilities count for less.
     """
 
     costs: Costs
@@ -60,6 +63,8 @@ class Spending:
     worth: float = 0.0
     given: float = 1.0
     hits: float = HOPE
+    hoped: float = 1.0
+    came: float = 1.0
     _asked: int = 0
     _paused: int = 0
     _pause: int = PAUSE[0]
@@ -77,7 +82,8 @@ class Spending:
         """Whether drafting one depth more pays. scores_BN: of all nodes so far; deepest_BM: of the
         deepest ones, log-probabilities of their paths."""
         rows, nodes = len(scores_BN), self.nodes(scores_BN)
-        gain = sum(math.exp(score) for score in deepest_BM.amax(1).tolist()) * self.hits
+        best = sum(math.exp(score) for score in deepest_BM.amax(1).tolist())
+        gain = best * self.hits * self._trust
         more = self.costs.read(rows * (nodes + 1)) - self.costs.read(rows * nodes)
         return gain > self._rate(rows) * (self.costs.deepen + more)
 
@@ -87,15 +93,22 @@ class Spending:
         sorted_BN = scores_BN.sort(1, descending=True).values.tolist()
         rate, best, greatest, tokens = self._rate(rows), 1, -math.inf, 0.0
         for count, scores in enumerate(zip(*sorted_BN, strict=True), start=1):
-            tokens += sum(map(math.exp, scores))
+            chances = sum(map(math.exp, scores))
+            tokens += chances if count == 1 else chances * self._trust
             value = tokens - rate * self.costs.read(rows * count)
             if value > greatest:
                 best, greatest = count, value
         return best
 
-    def learn(self, rows: int, emitted: int, nodes: int, depth: int) -> None:
-        """A round is over: tokens emitted in all rows, nodes read per row, and the depths that the
-        head drafted (0: it was not asked)."""
+    def learn(
+        self, rows: int, emitted: int, nodes: int, depth: int, hoped: float | None = None
+    ) -> None:
+        """A round is over: tokens emitted in all rows, nodes read per row, the depths that the head
+        drafted (0: it was not asked), and how many guesses were to come true in all rows, if
+        known."""
+        if nodes > 1 and hoped is not None:
+            self.hoped = _mixed(self.hoped, hoped / rows)
+            self.came = _mixed(self.came, emitted / rows - 1)
         seconds = self.costs.read(rows * nodes) + (self.costs.rest if nodes > 1 else 0.0)
         if depth:
             seconds += self.costs.advance + (depth - 1) * self.costs.deepen
@@ -117,6 +130,10 @@ class Spending:
         elif self._asked >= EVIDENCE:
             self._paused, self._pause = self._pause, min(2 * self._pause, PAUSE[1])
             self._asked, self.worth = EVIDENCE - 1, 0.0  # one good round brings it back
+
+    @property
+    def _trust(self) -> float:
+        return min(max(self.came / self.hoped, DISTRUST), 1.0)
 
     def _rate(self, rows: int) -> float:
         """Tokens per second in all rows; plain steps always give that of a speed-up of 1."""

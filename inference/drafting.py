@@ -118,7 +118,8 @@ class Drafter:
         """What the tree was good for: tokens emitted in all rows."""
         if self.spending is not None:
             rows, nodes = tree.tokens_BN.shape
-            self.spending.learn(rows, emitted, nodes, self.depth if self.asked else 0)
+            hoped = float(tree.scores_BN.exp().sum()) - rows
+            self.spending.learn(rows, emitted, nodes, self.depth if self.asked else 0, hoped)
 
     def _asked_head(
         self, read: Read, guesses: Sequence[Sequence[Guess]], depth: int

@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from .packed import pack_linears
 from .quantized import quantize_linears
 from .seen import Seen
 from .tree import Children, GoesOn, Tree, TreeShape
@@ -101,8 +102,8 @@ class DraftHead(nn.Module, ABC):
         """This head on the target's device and in its dtype, bound and ready to draft. It cannot be
         trained any more where guesses are rounded (`Target.rounds_guesses`)."""
         self.to(device=target.device, dtype=target.dtype).bind(target).eval()
-        if target.rounds_guesses:
-            quantize_linears(self)
+        speed_up = quantize_linears if target.rounds_guesses else pack_linears
+        speed_up(self)
         self._decoded = target.draft_logits(self.draft_ids)
         return self
 

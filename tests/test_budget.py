@@ -96,6 +96,18 @@ def test_a_head_that_costs_more_than_it_gives_is_left_alone_longer_and_longer() 
     assert spending._pause == PAUSE[0] and spending.speedup > 1
 
 
+def test_guesses_that_disappoint_count_for_less_until_they_come_true_again() -> None:
+    spending, easy = Spending(USUAL), scores([1.0, 0.9, 0.8, 0.7, 0.6, 0.2])
+    assert spending.nodes(easy) == 6
+    for _ in range(20):  # three of four were to come, one does
+        spending.learn(rows=2, emitted=4, nodes=5, depth=4, hoped=6.0)
+    assert 1 < spending.nodes(easy) < 6
+    for _ in range(40):
+        spending.learn(rows=2, emitted=9, nodes=5, depth=4, hoped=6.0)
+    spending.speedup = 1.0
+    assert spending.nodes(easy) == 6
+
+
 def test_the_head_is_not_asked_where_other_guesses_are_better() -> None:
     spending = Spending(USUAL, given=1.5)
     assert spending.asks_head(1.0) and not spending.asks_head(2.0)
