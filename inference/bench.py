@@ -101,8 +101,9 @@ class Score:
     @staticmethod
     def total(scores: Sequence[Score]) -> Score:
         """Several runs of one contestant as one; it failed if it failed in one of them."""
-        whole = Score(_total([one.stats for one in scores]))
+        whole = Score()
         for one in scores:
+            whole.stats.add(one.stats)
             whole.prompts += one.prompts
             whole.seconds += one.seconds
             whole.cpu_seconds += one.cpu_seconds
@@ -379,10 +380,3 @@ def _ended(tokens: list[int], stop: Stop) -> list[int]:
     """An answer without what pads it behind its end."""
     ends = (place for place, token in enumerate(tokens) if token in stop.eos)
     return tokens[: next(ends, len(tokens)) + 1]
-
-
-def _total(parts: Sequence[Stats]) -> Stats:
-    whole = Stats(timing=True)
-    for part in parts:
-        whole.add(part)
-    return whole

@@ -59,11 +59,6 @@ class Costs:
         low_cost, high_cost = self.verify[high - 1], self.verify[high]
         return low_cost + (high_cost - low_cost) * (nodes - left) / (right - left)
 
-    @property
-    def plain(self) -> float:
-        """Seconds of a plain step."""
-        return self.verify[0]
-
     def round(self, nodes: int, depth: int) -> float:
         """Seconds of a round with a drafted tree of so many nodes and so many depths."""
         return self.read(nodes) + self.advance + (depth - 1) * self.deepen + self.rest
@@ -205,7 +200,7 @@ def _path(target: Target, head: DraftHead) -> Path:
 def _about(target: Target, head: DraftHead) -> dict[str, Any]:
     """Everything that the costs depend on, as far as it is known."""
     return {
-        "device": _device(target.device),
+        "device": device_name(target.device),
         "threads": torch.get_num_threads(),
         "dtype": target.quantized or str(target.dtype),
         "target": target.config.to_json_string(),
@@ -215,10 +210,14 @@ def _about(target: Target, head: DraftHead) -> dict[str, Any]:
     }
 
 
-def _device(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The accelerator, or the CPU and what speeds up its matrix products."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    if info.exists():
+        lines = info.read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else name
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

@@ -15,7 +15,6 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,10 +51,22 @@ def plain(
     graphs: Graphs | None = None,
 ) -> Rounds:
     """One token per pass. Arguments and result as in `decode`, without a head."""
-    guesses = _Guesses(None, TreeShape.chain(1), None, False, graphs)
-    return _started(target, guesses, tokens_BT, mask_BT, sampler, stop, stats)
+    return decode(
+        target,
+        None,
+        tokens_BT,
+        mask_BT,
+        sampler=sampler,
+        stop=stop,
+        shape=TreeShape.chain(1),
+        stats=stats,
+        graphs=graphs,
+    )
 
 
+# Within a caller's inference mode too: a stream may go on after it, and then could not write to a
+# cache that was made in it.
+@torch.inference_mode(False)
 def decode(
     target: Target,
     head: DraftHead | None,
@@ -77,38 +88,11 @@ def decode(
     from the text itself too; head None: only that. graphs: on CUDA, record rounds as CUDA graphs
     and keep them there; None launches every kernel. Yields once per pass, for every row of the
     batch, the tokens that its answer grew by (none for rows that are complete). ValueError for an
-    empty prompt and for one that leaves no room in the target's context.
+    empty prompt and for one that leaves no room in the target's context: said now, not at the first
+    token.
     """
     if head is not None:
         shape = _fitting(shape, head)
-    guesses = _Guesses(head, shape, budget, lookup, graphs)
-    return _started(target, guesses, tokens_BT, mask_BT, sampler, stop, stats)
-
-
-@dataclass(frozen=True)
-class _Guesses:
-    """Where guesses come from: the arguments of `decode`."""
-
-    head: DraftHead | None
-    shape: TreeShape
-    budget: Budget | None
-    lookup: bool
-    graphs: Graphs | None
-
-
-# Within a caller's inference mode too: a stream may go on after it, and then could not write to a
-# cache that was made in it.
-@torch.inference_mode(False)
-def _started(
-    target: Target,
-    guesses: _Guesses,
-    tokens_BT: Tensor,
-    mask_BT: Tensor | None,
-    sampler: Sampler,
-    stop: Stop,
-    stats: Stats | None,
-) -> Rounds:
-    """Check what was given now, not at the first token."""
     if mask_BT is None:
         mask_BT = torch.ones_like(tokens_BT)
     if tokens_BT.dim() != 2 or mask_BT.shape != tokens_BT.shape:
@@ -117,16 +101,15 @@ def _started(
             f"{tuple(tokens_BT.shape)} and {tuple(mask_BT.shape)}. Give one row per prompt."
         )
     tokens_BT = tokens_BT.long()  # int32 is common, and no index elsewhere
-    rows = rows_of(target, tokens_BT, mask_BT, stop, guesses.lookup)
+    rows = rows_of(target, tokens_BT, mask_BT, stop, lookup)
     lengths_B = torch.tensor([row.length for row in rows], device=target.device)
     # Tokens to the left in their order, padding behind them.
     order_BT = (mask_BT == 0).to(torch.uint8).argsort(dim=1, stable=True)
     packed_BT = tokens_BT.gather(1, order_BT)[:, : max(row.length for row in rows)]
     stats = Stats() if stats is None else stats
-    head, shape, budget = guesses.head, guesses.shape, guesses.budget
     loop: GraphLoop | _Loop
-    if guesses.graphs is not None and suits(target, head, sampler, guesses.lookup):
-        loop = GraphLoop(target, head, rows, sampler, stop, shape, budget, stats, guesses.graphs)
+    if graphs is not None and suits(target, head, sampler, lookup):
+        loop = GraphLoop(target, head, rows, sampler, stop, shape, budget, stats, graphs)
     else:
         drafter = Drafter(head, shape, budget, len(rows), stats)
         loop = _Loop(target, drafter, rows, sampler, stop, stats)

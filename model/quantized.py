@@ -58,6 +58,12 @@ SHORT = 64  # tokens of a prompt whose attention is cheap in float64
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what else an attention of transformers can have
 
 
+def check_kind(kind: str | None) -> None:
+    """ValueError for a quantisation that does not exist."""
+    if kind not in (None, *KINDS):
+        raise ValueError(f"Unknown quantisation {kind!r}. There is: {', '.join(KINDS)}.")
+
+
 def quantize(target: Target, kind: str) -> None:
     """Let a target compute in 8-bit integers from now on. ValueError if it cannot.
 
@@ -65,8 +71,7 @@ def quantize(target: Target, kind: str) -> None:
     change. The integers come to them, made at the first read: they add a quarter to the memory.
     """
     model, name = target.model, target.name
-    if kind not in KINDS:
-        raise ValueError(f"Unknown quantisation {kind!r}. There is: {', '.join(KINDS)}.")
+    check_kind(kind)
     _refuse(model, name)
     _take_attention(model, name)
     probe(target)  # trees too are read with another attention now

@@ -36,7 +36,7 @@ from .families import (
 from .lean import Lean
 from .packed import identity, pack_linears
 from .pretrained import open_pretrained
-from .quantized import KINDS, Int8, available
+from .quantized import Int8, available, check_kind
 from .quantized import quantize as quantize_target
 from .seen import Seen
 from .tree import Tree
@@ -102,8 +102,7 @@ class Target:
         model is then the target, whose output is kept. ValueError says what cannot be opened and
         what to do.
         """
-        if quantize not in (None, *KINDS):
-            raise ValueError(f"quantize takes {' or '.join(KINDS)}, got {quantize!r}.")
+        check_kind(quantize)
         model, tokenizer = open_pretrained(str(name), dtype, device, revision)
         return cls(model, tokenizer, str(name), quantize)
 

@@ -148,26 +148,13 @@ def conditions(target: Target) -> dict[str, Any]:
     """What a figure was measured on."""
     import torch
 
-    device = target.device
-    cuda = device.type == "cuda"
+    from headstart.inference.costs import device_name
+
     return {
         "target": target.name,
         "dtype": target.quantized or str(target.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "device": device_name(target.device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("headstart", "torch", "transformers")},
     }
-
-
-def _processor() -> str:
-    """The name of the CPU and what speeds up its matrix products."""
-    import torch
-
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = names[0] if names else name
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
