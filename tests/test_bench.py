@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import called
 import pytest
 import torch
 from benched import Opened, Suites
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
 from headstart.inference import bench as runs
 from headstart.inference.bench import Case, Ours, Score, Setting, Stock
@@ -25,7 +26,6 @@ from headstart.model.pretrained import open_pretrained
 from headstart.model.tree import TreeShape
 from headstart.scripts import bench as command
 from headstart.scripts import bench_report, ui
-from headstart.scripts.cli import app
 from headstart.scripts.suites import numbers
 
 pytestmark = pytest.mark.usefixtures("wide")
@@ -36,18 +36,7 @@ TREES = ("--budget", "4/2/2", "--budget", "6/3/2", "--budget", "auto+lookup")
 SMALL = ("--max-new-tokens", 10, "--limit", 3)
 
 
-def run(*arguments: object, ok: bool = True) -> Result:
-    result = CliRunner().invoke(app, ["bench", *(str(one) for one in arguments)])
-    if ok and result.exit_code:
-        raise AssertionError(result.output) from result.exception
-    return result
-
-
-def refused(*arguments: object) -> str:
-    """What a command says that has to fail as a user's mistake."""
-    result = run(*arguments, ok=False)
-    assert result.exit_code == 2, (result.exit_code, result.output)
-    return " ".join(result.output.replace("\u2502", " ").split())
+run, refused = partial(called.run, "bench"), partial(called.refused, "bench")
 
 
 def test_a_whole_bench(fused: Path, suites: Suites, tmp_path: Path) -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from called import refused, run
 from chatty import save
-from typer.testing import CliRunner, Result
 
 from headstart.model.fused import read_head_file
 from headstart.scripts import ui
-from headstart.scripts.cli import app
 
 pytestmark = pytest.mark.usefixtures("wide")
 
@@ -26,22 +25,6 @@ loss: {{steps: 2}}
 train: {{output: {out}, steps: 4, precision: float32}}
 eval: {{prompts: {prompts}, count: 2, max_new_tokens: 8, every: 2}}
 """
-
-
-def run(*arguments: object, ok: bool = True) -> Result:
-    result = CliRunner().invoke(app, [str(one) for one in arguments])
-    if ok and result.exit_code:
-        raise AssertionError(result.output) from result.exception
-    return result
-
-
-def refused(*arguments: object) -> str:
-    """The message of a command that has to fail as a user's mistake: no traceback, status 2."""
-    result = run(*arguments, ok=False)
-    assert result.exit_code == 2, (result.exit_code, result.output)
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert "Traceback" not in result.output
-    return " ".join(result.output.replace("\u2502", " ").split())
 
 
 @pytest.fixture(scope="module")

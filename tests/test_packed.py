@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
+from called import pickled
 from families import build
 from torch import nn
 
@@ -86,13 +86,6 @@ def test_gradients_take_the_default_kernel(calls):
 def test_small_and_half_precision_layers_are_left_alone(layer):
     pack_linears(nn.Sequential(layer))
     assert type(layer) is nn.Linear
-
-
-def pickled(layer):
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 from itertools import chain
 
 import pytest
 import torch
+from called import pickled
 from families import FAMILIES, build, padded, prompts
 from oracle import Oracle
 from torch import Tensor, nn
@@ -196,13 +196,6 @@ def test_what_is_saved_and_hashed_stays():
     assert target_hash(target) == expected
     linears = [one for one in model.modules() if isinstance(one, nn.Linear)]
     assert len(linears) == 15 and {type(one) for one in linears} == {QuantizedLinear}
-
-
-def pickled(module):
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])

@@ -193,3 +193,16 @@ def test_sizes_are_whole_numbers(sizes: tuple[int, int, int]) -> None:
 def test_a_chain_needs_a_depth(depth: int) -> None:
     with pytest.raises(ValueError, match=f"A tree needs whole numbers.*depth {depth}"):
         TreeShape.chain(depth)
+
+
+def test_the_likeliest_chain_comes_first() -> None:
+    """Row 0: the chain 0, 2, 5 lies apart. Row 1: it lies in front already, the last is padding."""
+    parents_BN = torch.tensor([[-1, 0, 0, 1, 2, 2], [-1, 0, 1, 0, 2, -1]])
+    chances_BN = torch.tensor([[1, 0.3, 0.6, 0.2, 0.1, 0.5], [1, 0.9, 0.8, 0.1, 0.7, 0]])
+    tokens_BN = torch.tensor([[10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25]])
+    tree = Tree(tokens_BN, parents_BN, chances_BN.log())
+    first = tree.chain_first()
+    assert first.tokens_BN.tolist() == [[10, 12, 15, 11, 13, 14], [20, 21, 22, 24, 23, 25]]
+    assert first.parents_BN.tolist() == [[-1, 0, 1, 0, 3, 1], [-1, 0, 1, 2, 0, -1]]
+    torch.testing.assert_close(first.scores_BN.exp().sort(1).values, chances_BN.sort(1).values)
+    assert first.depths_BN.max(1).values.tolist() == tree.depths_BN.max(1).values.tolist()
