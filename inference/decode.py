@@ -25,9 +25,9 @@ from headstart.model.target import Target
 from headstart.model.tree import Tree, TreeShape
 
 from .budget import Budget
-from .drafting import Drafter, Read
+from .drafting import Drafter, Read, read_prompts
 from .graphs import GraphLoop, Graphs, suits
-from .rows import Row, Stop, rows_of
+from .rows import Row, Stop, draws, rows_of
 from .sampling import Sampler
 from .stats import Stats
 from .verify import Accepted, accept
@@ -168,19 +168,11 @@ class _Loop:
 
     def _prompt(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Read, list[list[int]]]:
         """Read the prompts and draw the first token of each answer."""
-        target = self.target
-        # Logits of a whole prompt would be large, and only the last ones are needed.
-        seen = target.read(
-            tokens_BT, self.cache, lengths_B=lengths_B, layers=self.drafter.layers, logits=False
-        )
-        last_B1 = lengths_B[:, None] - 1
-        logits_B1V = target.unembed(seen.at(last_B1).last_BTD)
-        accepted = self._accept(Tree.root(tokens_BT.gather(1, last_B1)[:, 0]), logits_B1V)
-        drawn = _emitted(accepted)
-        path_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-        next_BT = tokens_BT.roll(-1, dims=1).scatter(1, last_B1, accepted.tokens_BP)
+        layers = self.drafter.layers
+        read = read_prompts(self.target, self.cache, layers, tokens_BT, lengths_B, self._draw)
+        drawn = read.root_B[:, None].tolist()
         self.stats.lap("prefill")
-        return Read(path_BT, lengths_B, seen, next_BT), drawn
+        return read, drawn
 
     def _take(self, drawn: list[list[int]], tree: Tree | None) -> list[list[int]]:
         """Add what was drawn to the answers; the part of it that belongs there, by batch place."""
@@ -221,7 +213,7 @@ class _Loop:
         seen = self.target.read(tree, self.cache, layers=self.drafter.layers)
         self.stats.lap("verify")
         assert seen.logits_BTV is not None
-        accepted = self._accept(tree, seen.logits_BTV)
+        accepted = accept(tree, self._draw(tree, seen.logits_BTV))
         drawn = _emitted(accepted)
         if self.stats.timing and tree.nodes > 1:
             _judge(self.stats, tree, accepted)
@@ -229,13 +221,8 @@ class _Loop:
         path_BP = accepted.path_BP
         return Read(path_BP, accepted.counts_B, seen.at(path_BP), accepted.tokens_BP), drawn
 
-    def _accept(self, tree: Tree, logits_BNV: Tensor) -> Accepted:
-        prefixes: list[Tensor] = []
-        if self.sampler.reads_prefix:
-            prefixes = [torch.tensor(row.given, device=logits_BNV.device) for row in self.rows]
-        numbers = [row.number for row in self.rows]
-        positions = [row.length for row in self.rows]  # of the token after the root
-        return accept(tree, self.sampler.draw(tree, logits_BNV, numbers, positions, prefixes))
+    def _draw(self, tree: Tree, logits_BNV: Tensor) -> Tensor:
+        return draws(self.sampler, self.rows, tree, logits_BNV)
 
 
 def _judge(stats: Stats, tree: Tree, accepted: Accepted) -> None:

@@ -5,7 +5,8 @@ budget says how many pay, and the likeliest chain goes to the front. On text tha
 know the budget sends it away for a while; what was read meanwhile waits here, and the head takes it
 in at once when it is asked again.
 
-Legend: B batch rows, N tree nodes, P places of a path, D hidden size.
+Legend: B batch rows, N tree nodes, P places of a path, T prompt positions, D hidden size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from headstart.model.cache import KVCache
 from headstart.model.head import DraftHead
 from headstart.model.seen import Seen
+from headstart.model.target import Target
 from headstart.model.tree import Tree, TreeShape
 
 from .budget import Budget
@@ -72,6 +75,26 @@ class Read:
         seen = Seen(None, join(lambda read: read.seen.last_BTD), hidden)
         counts_B = torch.stack([read.counts_B for read in reads]).sum(0)
         return Read(reads[-1].path_BP, counts_B, seen, join(lambda read: read.next_BP))
+
+
+def read_prompts(
+    target: Target,
+    cache: KVCache,
+    layers: tuple[int, ...],
+    tokens_BT: Tensor,
+    lengths_B: Tensor,
+    draw: Callable[[Tree, Tensor], Tensor],
+) -> Read:
+    """Read the prompts and draw the first token of each answer, which is the `root_B` of the next
+    tree. draw: from a tree and its logits."""
+    # Logits of a whole prompt would be large, and only the last ones are needed.
+    seen = target.read(tokens_BT, cache, lengths_B=lengths_B, layers=layers, logits=False)
+    last_B1 = lengths_B[:, None] - 1
+    logits_B1V = target.unembed(seen.at(last_B1).last_BTD)
+    first_B1 = draw(Tree.root(tokens_BT.gather(1, last_B1)[:, 0]), logits_B1V)
+    path_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+    next_BT = tokens_BT.roll(-1, dims=1).scatter(1, last_B1, first_B1)
+    return Read(path_BT, lengths_B, seen, next_BT)
 
 
 class Drafter:

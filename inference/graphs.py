@@ -37,8 +37,9 @@ from headstart.model.target import Target
 from headstart.model.tree import NO_PARENT, Tree, TreeShape
 
 from .budget import Budget
+from .drafting import read_prompts
 from .replay import CAPTURED, Replay, walk
-from .rows import Row, Stop
+from .rows import Row, Stop, draws
 from .sampling import Sampler
 from .stats import Stats
 from .verify import accept
@@ -279,24 +280,20 @@ class GraphLoop:
 
     def _prompt(self, tokens_BT: Tensor, lengths_B: Tensor) -> dict[int, list[int]]:
         """Read the prompts and draw the first token of each answer, by row number."""
-        target, head, batch = self.target, self.head, len(self.rows)
-        cache, layers = target.new_cache(batch), () if head is None else head.layers
-        seen = target.read(tokens_BT, cache, lengths_B=lengths_B, layers=layers, logits=False)
-        last_B1 = lengths_B[:, None] - 1
-        ends = seen.at(last_B1)
-        tree = Tree.root(tokens_BT.gather(1, last_B1)[:, 0])
-        numbers = [row.number for row in self.rows]
-        positions = [row.length for row in self.rows]
-        logits_B1V = target.unembed(ends.last_BTD)
-        first_B1 = self.sampler.draw(tree, logits_B1V, numbers, positions, [])
+        head, batch = self.head, len(self.rows)
+        cache, layers = self.target.new_cache(batch), () if head is None else head.layers
+        read = read_prompts(self.target, cache, layers, tokens_BT, lengths_B, self._draw)
         cache.commit(None, lengths_B)
         state = None
         if head is not None:
-            next_BT = tokens_BT.roll(-1, dims=1).scatter(1, last_B1, first_B1)
-            state = head.advance(head.start(batch), seen, next_BT, lengths_B)
-        self.begun = Begun(cache, state, ends, first_B1)
+            state = head.advance(head.start(batch), read.seen, read.next_BP, lengths_B)
+        first_B1 = read.root_B[:, None]
+        self.begun = Begun(cache, state, read.seen.at(lengths_B[:, None] - 1), first_B1)
         self.stats.lap("prefill")
-        return dict(zip(numbers, first_B1.tolist(), strict=True))
+        return {row.number: one for row, one in zip(self.rows, first_B1.tolist(), strict=True)}
+
+    def _draw(self, tree: Tree, logits_BNV: Tensor) -> Tensor:
+        return draws(self.sampler, self.rows, tree, logits_BNV)
 
     def _take(self, drawn: dict[int, list[int]], depth: int | None) -> list[list[int]]:
         """Add what was drawn to the answers; the part of it that belongs there, by row."""

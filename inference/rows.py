@@ -1,6 +1,6 @@
 """The rows of a batch on the host: what each was given, what it may still say, when it ends.
 
-Legend: B batch rows, T prompt positions.
+Legend: B batch rows, T prompt positions, N tree nodes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from headstart.model.target import Target
+from headstart.model.tree import Tree
 
 from .lookup import Lookup
+from .sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,16 @@ def rows_of(
         for row, given_T, mask_T in zip(rows, tokens_BT, mask_BT, strict=True):
             row.lookup = Lookup(given_T[mask_T != 0].tolist())
     return rows
+
+
+def draws(sampler: Sampler, rows: Sequence[Row], tree: Tree, logits_BNV: Tensor) -> Tensor:
+    """What the target draws at the nodes of a tree behind the rows: see `Sampler.draw`."""
+    prefixes: list[Tensor] = []
+    if sampler.reads_prefix:
+        prefixes = [torch.tensor(row.given, device=logits_BNV.device) for row in rows]
+    numbers = [row.number for row in rows]
+    positions = [row.length for row in rows]  # of the token after the root
+    return sampler.draw(tree, logits_BNV, numbers, positions, prefixes)
 
 
 def _check_ids(target: Target, ids: Tensor) -> None:
