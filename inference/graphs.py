@@ -60,6 +60,23 @@ def suits(target: Target, head: DraftHead | None, sampler: Sampler, lookup: bool
 
 
 @dataclass(frozen=True)
+class Setup:
+    """What a plan is made for. head None: plain steps."""
+
+    target: Target
+    head: DraftHead | None
+    shape: TreeShape
+    sampler: Sampler
+
+    def key(self, *sizes: int) -> tuple[Any, ...]:
+        """All that a plan depends on. It holds target and head, so their ids stay theirs."""
+        settings = [(type(one), *vars(one).values()) for one in self.sampler.processors]
+        head, sample = self.head, self.sampler.sample
+        temperatures = None if head is None else head.temperatures
+        return id(self.target), id(head), temperatures, self.shape, sample, *settings, *sizes
+
+
+@dataclass(frozen=True)
 class Begun:
     """A batch whose prompts are read, in caches that grow.
 
@@ -75,27 +92,19 @@ class Begun:
 class Plan:
     """The parts of a round, and the tensors that they pass on, for one batch size and capacity.
 
-    head None: plain steps. seen, next_BP, counts_B: what was accepted last, as `DraftHead.advance`
-    takes it in. drafted: the last tree, as its three tensors. alive_B: 0 for complete rows.
-    noise_BPV: of the next draws. report: per row the number of tokens emitted, the depth of the
-    tree that was read, P emitted tokens, and the scores of all nodes that were drafted.
+    seen, next_BP, counts_B: what was accepted last, as `DraftHead.advance` takes it in. drafted:
+    the last tree, as its three tensors. alive_B: 0 for complete rows. noise_BPV: of the next draws.
+    report: per row the number of tokens emitted, the depth of the tree that was read, P emitted
+    tokens, and the scores of all nodes that were drafted.
 
     like: what is seen of some position of each row. The head keeps only KVCaches between rounds.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        head: DraftHead | None,
-        shape: TreeShape,
-        sampler: Sampler,
-        like: Seen,
-        capacity: int,
-        pool: Any,
-    ):
+    def __init__(self, setup: Setup, like: Seen, capacity: int, pool: Any):
+        target, head, shape, sampler = setup.target, setup.head, setup.shape, setup.sampler
         self.target, self.head, self.shape, self.sampler = target, head, shape, sampler
         self.batch, self.capacity, self.pool = len(like.last_BTD), capacity, pool
-        self.key = _key(target, head, shape, sampler, self.batch, capacity)
+        self.key = setup.key(self.batch, capacity)
         self.cache = target.new_cache(self.batch)
         self.state = None if head is None else head.start(self.batch)
         self.caches = [self.cache, *_caches(self.state)]
@@ -215,21 +224,13 @@ class Graphs:
         self.plans = plans
         self.kept: dict[tuple[Any, ...], Plan] = {}
 
-    def borrow(
-        self,
-        target: Target,
-        head: DraftHead | None,
-        shape: TreeShape,
-        sampler: Sampler,
-        like: Seen,
-        capacity: int,
-    ) -> Plan:
+    def borrow(self, setup: Setup, like: Seen, capacity: int) -> Plan:
         """A plan that no other run uses until it is given back. Arguments as of `Plan`."""
-        key = _key(target, head, shape, sampler, len(like.last_BTD), capacity)
+        key = setup.key(len(like.last_BTD), capacity)
         if key in self.kept:
             return self.kept.pop(key)
-        pool = torch.cuda.graph_pool_handle() if target.device.type == "cuda" else None
-        return Plan(target, head, shape, sampler, like, capacity, pool)
+        pool = torch.cuda.graph_pool_handle() if setup.target.device.type == "cuda" else None
+        return Plan(setup, like, capacity, pool)
 
     def give_back(self, plan: Plan) -> None:
         self.kept[plan.key] = plan
@@ -337,14 +338,14 @@ class GraphLoop:
         capacity = CAPACITY
         while capacity < needed + min(AHEAD, max(row.room for row in alive)):
             capacity *= 2
-        parts = (self.target, self.head, self.shape, self.sampler)
+        setup = Setup(self.target, self.head, self.shape, self.sampler)
         if before is not None:
-            self.plan = self.graphs.borrow(*parts, before.seen, capacity)
+            self.plan = self.graphs.borrow(setup, before.seen, capacity)
             self.plan.follow(before)
             self.graphs.give_back(before)
         else:
             assert begun is not None
-            self.plan, self.begun = self.graphs.borrow(*parts, begun.ends, capacity), None
+            self.plan, self.begun = self.graphs.borrow(setup, begun.ends, capacity), None
             self.plan.begin(begun)
         return self.plan
 
@@ -386,12 +387,3 @@ def _drafted(shape: TreeShape) -> int:
 def _spare(shape: TreeShape) -> int:
     """Columns that a round may need behind a text: of the tree, of the head's nodes, of a path."""
     return max(shape.nodes, shape.width * shape.depth) + shape.depth + 1
-
-
-def _key(
-    target: Target, head: DraftHead | None, shape: TreeShape, sampler: Sampler, *sizes: int
-) -> tuple[Any, ...]:
-    """All that a plan depends on. It holds target and head, so their ids stay theirs."""
-    settings = [(type(one), *vars(one).values()) for one in sampler.processors]
-    temperatures = None if head is None else head.temperatures
-    return id(target), id(head), temperatures, shape, sampler.sample, *settings, *sizes

@@ -1,5 +1,5 @@
-"""Rounds of fixed shape, mostly as they are called where there is no CUDA: they must say what plain
-decoding says, ask the host nothing, and leave their tensors where they are.
+"""Rounds of fixed shape, mostly called as without CUDA: they say what plain decoding says, ask the
+host nothing, and leave their tensors where they are.
 
 Legend: B batch rows, F frontier nodes, W children per node, P places of a path.
 """
@@ -25,7 +25,7 @@ from headstart.inference import graphs
 from headstart.inference.budget import Budget
 from headstart.inference.costs import Costs
 from headstart.inference.decode import _fitting, decode, plain
-from headstart.inference.graphs import GraphLoop, Graphs, Plan, suits
+from headstart.inference.graphs import GraphLoop, Graphs, Plan, Setup, suits
 from headstart.inference.replay import WARM_UPS, Replay
 from headstart.inference.rows import Stop, rows_of
 from headstart.inference.sampling import Sampler
@@ -43,8 +43,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 
 
 class Prophet(Oracle):
-    """An oracle that works on the device alone: which guesses are right, and at which rank,
-    follows from the position. It counts what it took in by a cache of no layers."""
+    """An oracle that asks the host nothing: which guesses are right follows from the position."""
 
     def __init__(self, target: Target, prompts: list[int], told: list[list[int]]):
         super().__init__(target, told)
@@ -240,7 +239,7 @@ def test_a_plan_in_use_is_not_lent_again() -> None:
     like = Seen(None, torch.zeros(1, 1, target.hidden_size), {})
 
     def borrow(temperature: float = 0.0) -> Plan:
-        return kept.borrow(target, None, LARGE, Sampler.of(temperature), like, 64)
+        return kept.borrow(Setup(target, None, LARGE, Sampler.of(temperature)), like, 64)
 
     one, other = borrow(), borrow()
     kept.give_back(one)
@@ -344,8 +343,9 @@ def test_no_part_of_a_round_waits_for_the_device(family: str, kind: str) -> None
     target.device, target._lean = torch.device("meta"), None
     values = torch.empty(3, 1, target.hidden_size, device="meta", dtype=target.dtype)
     seen = Seen(None, values, dict.fromkeys(head.layers, values))
+    hot = Sampler.of(0.8, top_k=5, top_p=0.9)
     for shape in (SHAPES["chain"], _fitting(SHAPES["static"], head), LARGE.limited(4)):
-        plan = Plan(target, head, shape, Sampler.of(0.8, top_k=5, top_p=0.9), seen, 64, None)
+        plan = Plan(Setup(target, head, shape, hot), seen, 64, None)
         torch.no_grad()(plan.draft)()  # sends the numbers of a static tree, once
         with torch.no_grad(), on_no_device():
             plan.advance()
