@@ -61,14 +61,17 @@ class KVLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write new rows (B x H x N x D) to their place; the columns that a read sees."""
+        keys, values = self.room(key_states, value_states)
+        return _written(keys, key_states, self.place), _written(values, value_states, self.place)
+
+    def room(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """All columns, with room for new rows like these, which are not written."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         elif self.place.end > self.keys.shape[2]:
             self.keys = _grown(self.keys, self.place)
             self.values = _grown(self.values, self.place)
-        return _written(self.keys, key_states, self.place), _written(
-            self.values, value_states, self.place
-        )
+        return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.place.end, 0
@@ -137,6 +140,15 @@ class KVCache(Cache):
             place.columns_BN = self.lengths_B[:, None] + steps_N
         if not self.fixed:
             place.end = self.width + self._pending
+
+    def new_columns(self, new: int) -> Tensor:
+        """B x N: where the new rows of a read lie."""
+        place = self._place
+        if place.first is None:
+            assert place.columns_BN is not None
+            return place.columns_BN
+        first = torch.arange(place.first, place.first + new, device=self.lengths_B.device)
+        return first.expand(self.rows, -1).contiguous()
 
     def visible(self, pending_BNM: Tensor) -> Tensor:
         """B x N x S: True where a new row sees a column: committed ones, and of the pending ones

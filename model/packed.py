@@ -21,6 +21,7 @@ and hashed as before, and take twice the memory. Both kernels sum in float32.
 from __future__ import annotations
 
 import platform
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import kernels
 from .quantized import Int8, QuantizedLinear
 
 
@@ -38,7 +40,9 @@ def _made_by_intel() -> bool:
 
 
 INTEL = _made_by_intel()
-ROWS = range(4 if INTEL else 1, 65)  # where packed weights won in every shape tried
+MOST_ROWS = 64
+ROWS = range(4 if INTEL else 1, MOST_ROWS + 1)  # where packed weights won in every shape tried
+PACKED = (torch.float32, torch.bfloat16)
 SMALLEST = 1 << 14  # weights; below, a call costs more than it saves
 MKL_BELOW = 1 << 20  # weights
 MKL_LAYOUT, ONEDNN_LAYOUT = 8, 4  # rows that the layouts are made for; others work with them too
@@ -53,6 +57,23 @@ def pack_linears(model: nn.Module) -> None:
             module.__class__ = PackedLinear
 
 
+class Kind(Enum):
+    """How rows are written between products. DIGITS: as whole numbers, see quantized.py."""
+
+    FLOAT32 = kernels.FLOAT32
+    BFLOAT16 = kernels.BFLOAT16
+    DIGITS = kernels.DIGITS
+
+    @staticmethod
+    def of(dtype: torch.dtype) -> Kind:
+        """KeyError for another type."""
+        return {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16}[dtype]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self is Kind.BFLOAT16 else torch.float32
+
+
 class PackedLinear(nn.Linear):
     """A linear layer with packed weights where they are faster. Made by `pack_linears`."""
 
@@ -60,7 +81,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.numel() // input.shape[-1]
-        known = input.dtype == torch.float32 and input.is_cpu and rows in ROWS
+        known = input.dtype == self.weight.dtype in PACKED and input.is_cpu and rows in ROWS
         if not known or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.linear(input, self.weight, self.bias)
         made_from = identity(self.weight)
@@ -94,11 +115,23 @@ class Product:
         self._bias: Tensor | None = None
         self._int8: Int8 | None = None
 
+    @property
+    def kind(self) -> Kind:
+        """How `raw` takes and gives its rows."""
+        return Kind.DIGITS if self._quantized else Kind.of(self._linears[0].weight.dtype)
+
+    @property
+    def late_bias(self) -> Tensor | None:
+        """What must be added to what `raw` gives."""
+        return self._integers.bias if self._quantized else None
+
     def __call__(self, hidden: Tensor) -> Tensor:
+        return self._integers(hidden) if self._quantized else self.raw(hidden)
+
+    def raw(self, hidden: Tensor) -> Tensor:
+        """The product alone, of rows in the form `kind`."""
         if self._quantized:
-            if self._int8 is None:
-                self._int8 = Int8(*self._side_by_side())
-            return self._int8(hidden)
+            return self._integers.product(hidden)
         if not self._joined:
             parts = [one.forward(hidden) for one in self._linears]
             return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -111,6 +144,12 @@ class Product:
             hidden, self._weight, self._bias, "none", [], ""
         )
         return result
+
+    @property
+    def _integers(self) -> Int8:
+        if self._int8 is None:
+            self._int8 = Int8(*self._side_by_side())
+        return self._int8
 
     def _side_by_side(self) -> tuple[Tensor, Tensor | None]:
         weight = torch.cat([one.weight.detach() for one in self._linears])
@@ -147,9 +186,10 @@ def _product(hidden: Tensor, packed: Tensor, module: nn.Linear) -> Tensor:
 
 
 def _for_mkl(weight: Tensor) -> bool:
-    return INTEL and torch.backends.mkl.is_available() and weight.numel() < MKL_BELOW
+    small = weight.dtype == torch.float32 and weight.numel() < MKL_BELOW
+    return small and INTEL and torch.backends.mkl.is_available()
 
 
 def _worth_it(weight: Tensor) -> bool:
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return on_cpu and weight.numel() >= SMALLEST
+    known = weight.device.type == "cpu" and weight.dtype in PACKED
+    return known and weight.numel() >= SMALLEST

@@ -29,6 +29,7 @@ R rows (any leading dimensions), K input width, V output width.
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from . import kernels
 from .families import probe
 from .layers import grouped_attention
 
@@ -113,7 +115,7 @@ class Int8:
     """The product of linear layers that read the same input, their outputs side by side."""
 
     def __init__(self, weight_VK: Tensor, bias_V: Tensor | None):
-        self._weight, self._bias = _packed(weight_VK.detach()), bias_V
+        self._weight, self.bias = _packed(weight_VK.detach()), bias_V
 
     def __call__(self, hidden_RK: Tensor) -> Tensor:
         """R x V; each row depends on the same row of the input alone, to the last bit."""
@@ -121,16 +123,42 @@ class Int8:
             raise ValueError(
                 "A quantised target has no gradients. Load it without quantisation to train with."
             )
-        rows = hidden_RK.shape[:-1]
-        digits, scale_R1 = _digits(hidden_RK.reshape(-1, hidden_RK.shape[-1]))
-        products = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+        shape, hidden_RK = hidden_RK.shape[:-1], hidden_RK.reshape(-1, hidden_RK.shape[-1])
+        built = kernels.library(exact=True)
+        if built is None:
+            digits, scale_R1 = _digits(hidden_RK)
+            result_RV = _combined(self.product(digits), scale_R1, self.bias)
+        else:
+            result_RV = self._in_c(built, hidden_RK.float().contiguous())
+        return result_RV.view(*shape, result_RV.shape[-1])
+
+    def _in_c(self, built: ctypes.CDLL, hidden_RK: Tensor) -> Tensor:
+        """The same, to the last bit, in two passes over the rows."""
+        rows, width = hidden_RK.shape
+        digits, scale_R1 = torch.empty(2 * rows, width), torch.empty(rows, 1)
+        built.convert(
+            rows,
+            width,
+            hidden_RK.data_ptr(),
+            digits.data_ptr(),
+            kernels.DIGITS,
+            scale_R1.data_ptr(),
+        )
+        products = self.product(digits)
+        result_RV = torch.empty(rows, products.shape[1])
+        bias = None if self.bias is None else self.bias.data_ptr()
+        built.combine(
+            rows, products.shape[1], products.data_ptr(), scale_R1.data_ptr(), bias,
+            result_RV.data_ptr(),
+        )  # fmt: skip
+        return result_RV
+
+    def product(self, digits: Tensor) -> Tensor:
+        """2R x V from the digits 2R x K of `_digits`: times the weights' scales, nothing else."""
+        result: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             digits, 1.0, FINE, self._weight
         )
-        coarse_RV, fine_RV = products.chunk(2)
-        result: Tensor = coarse_RV.add_(fine_RV, alpha=1 / FINE).mul_(scale_R1)
-        if self._bias is not None:
-            result = result + self._bias
-        return result.view(*rows, result.shape[-1])
+        return result
 
 
 def _digits(hidden_RK: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,6 +170,13 @@ def _digits(hidden_RK: Tensor) -> tuple[Tensor, Tensor]:
     coarse_RK = steps_RK.round()
     fine_RK = (steps_RK - coarse_RK).mul_(FINE).round_()
     return torch.cat([coarse_RK, fine_RK]), scale_R1
+
+
+def _combined(products: Tensor, scale_R1: Tensor, bias_V: Tensor | None) -> Tensor:
+    """What the products of coarse and fine digits stand for, R x V."""
+    coarse_RV, fine_RV = products.chunk(2)
+    result_RV: Tensor = coarse_RV.add_(fine_RV, alpha=1 / FINE).mul_(scale_R1)
+    return result_RV if bias_V is None else result_RV + bias_V
 
 
 def _packed(weight_VK: Tensor) -> Any:

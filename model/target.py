@@ -34,7 +34,8 @@ from .families import (
     refuse_unused_window,
 )
 from .lean import Lean
-from .packed import identity, pack_linears
+from .native import Native, shorter_way
+from .packed import MOST_ROWS, identity, pack_linears
 from .pretrained import open_pretrained
 from .quantized import Int8, available, check_kind
 from .quantized import quantize as quantize_target
@@ -76,14 +77,14 @@ class Target:
         self.hidden_size, self.vocab_size = self._head.in_features, self._head.out_features
         self.num_layers = len(self._layers)
         self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
-        self._lean: Lean | None = None
+        self._lean: Native | Lean | None = None
         self.quantized: str | None = None
         probe(self)
         if quantize is not None:
             quantize_target(self, quantize)
             self.quantized = quantize
         pack_linears(model)
-        self._lean = Lean.of(self._decoder, self._layers, self.config)
+        self._lean = shorter_way(self._decoder, self._layers, self.config)
 
     @classmethod
     def load(
@@ -193,7 +194,7 @@ class Target:
             ids_BT = ids_BT.masked_fill(steps_T >= lengths_B[:, None], 0)
         steps_BT = _steps(ids_BT) if tree is None else tree.depths_BN
         # A quantised model takes one way for all row counts: rounding must not depend on them.
-        suits = self.quantized is not None or Lean.suits(ids_BT)
+        suits = self.quantized is not None or ids_BT.numel() <= MOST_ROWS
         lean = self._lean if cache is not None and suits else None
         mask: Tensor | dict[str, Tensor] | None = None  # None: the model's own causal mask
         if cache is not None:

@@ -1,6 +1,8 @@
-"""The shorter way through models built like Llama, against their own modules."""
+"""The shorter ways through models built like Llama, against their own modules."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from headstart.model.lean import Lean
+from headstart.model.native import Native, shorter_way
 from headstart.model.target import Target
 from headstart.model.tree import Tree
 
@@ -36,15 +39,38 @@ def reads(target: Target, batch: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("family", LIKE_LLAMA)
-def test_it_reads_as_the_modules_do(family: str, batch: int) -> None:
+def test_they_read_as_the_modules_do(family: str, batch: int) -> None:
     target = Target.wrap(FAMILIES[family]())
-    assert target._lean is not None
-    lean = reads(target, batch)
-    target._lean = None
-    modules = reads(target, batch)
-    assert len(lean) == len(modules) == 6
-    for ours, theirs in zip(lean, modules, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+    native = target._lean
+    assert isinstance(native, Native)
+    ways = []
+    for way in (native, native._lean, None):
+        target._lean = way
+        ways.append(reads(target, batch))
+    *shorter, modules = ways
+    for seen in shorter:
+        assert len(seen) == len(modules) == 6
+        for ours, theirs in zip(seen, modules, strict=True):
+            close = {"rtol": 1e-3, "atol": 1e-4 * float(theirs.abs().max())}
+            torch.testing.assert_close(ours, theirs, **close)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", LIKE_LLAMA)
+def test_bfloat16_is_nearer_to_float32_than_the_modules_are(family: str, batch: int) -> None:
+    model = FAMILIES[family]().bfloat16()
+    exact = reads(Target.wrap(copy.deepcopy(model).float()), batch)
+    target = Target.wrap(model)
+    native = target._lean
+    assert isinstance(native, Native)
+    errors = []
+    for way in (native, native._lean, None):
+        target._lean = way
+        seen = reads(target, batch)
+        assert all(part.dtype == torch.bfloat16 for part in seen)
+        pairs = zip(seen, exact, strict=True)
+        errors.append(max(float((a - b).norm() / b.norm()) for a, b in pairs))
+    assert errors[0] < 1.1 * errors[2] and errors[1] < 1.5 * errors[2] and errors[2] < 0.05
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -63,9 +89,9 @@ def test_a_difference_far_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return whole(self, hidden_states * (1.5 if far else 1.0), position_embeddings, **rest)
 
     monkeypatch.setattr(type(layer), "forward", scaled)
-    assert Lean.of(model.model, model.model.layers, model.config) is None
+    assert shorter_way(model.model, model.model.layers, model.config) is None
     monkeypatch.undo()
-    assert Lean.of(model.model, model.model.layers, model.config) is not None
+    assert shorter_way(model.model, model.model.layers, model.config) is not None
 
 
 def test_changed_weights_are_seen() -> None:
@@ -93,6 +119,22 @@ def test_changed_weights_are_seen() -> None:
     torch.testing.assert_close(after, reads(target, 1), rtol=1e-3, atol=1e-4)
 
 
-def test_long_texts_take_the_modules() -> None:
-    assert Lean.suits(torch.zeros(1, 8)) and not Lean.suits(torch.zeros(1, 65))
-    assert Lean.suits(torch.zeros(8, 8)) and not Lean.suits(torch.zeros(16, 8))
+def test_long_texts_take_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target.wrap(FAMILIES["llama"]())
+    assert target._lean is not None
+    read, rows = target._lean.read, []
+    monkeypatch.setattr(
+        target._lean,
+        "read",
+        lambda ids_BN, *rest: rows.append(ids_BN.numel()) or read(ids_BN, *rest),
+    )
+    for shape in ((8, 8), (1, 65), (16, 8), (1, 1)):
+        target.read(torch.ones(shape, dtype=torch.int64), target.new_cache(shape[0]))
+    assert rows == [64, 1]
+
+
+def test_an_activation_unknown_to_the_kernels_keeps_pytorchs_operations() -> None:
+    model = FAMILIES["llama"]()
+    model.config.hidden_act = "gelu"
+    target = Target.wrap(type(model)(model.config))
+    assert type(target._lean) is Lean

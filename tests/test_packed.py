@@ -82,8 +82,8 @@ def test_gradients_take_the_default_kernel(calls):
     assert calls == [] and hidden.grad is not None
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Linear(128, 256).bfloat16()])
-def test_small_and_half_precision_layers_are_left_alone(layer):
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Linear(128, 256).double()])
+def test_small_and_double_precision_layers_are_left_alone(layer):
     pack_linears(nn.Sequential(layer))
     assert type(layer) is nn.Linear
 

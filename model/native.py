@@ -1,0 +1,265 @@
+"""The shortest way of reads on a CPU: matrix products, and what lies between them in C.
+
+A layer of a small model is four products and some thirty small operations, and on a CPU it is those
+that a step waits for: 8-bit SmolLM2-135M spends 5 of 22 ms in its products. `Native` does the rest
+in five passes over the rows (kernels.c); where those cannot be built, `Lean` is used. Products of
+bfloat16 targets read and give 16 bits; what is between them stays in float32.
+
+Legend: B batch rows, N new rows, R rows of all texts together, D hidden size, H query heads,
+G key/value heads, C head channels, S columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from . import kernels
+from .cache import KVCache, KVLayer
+from .lean import Layer, Lean, Norm
+from .packed import Kind, Product
+from .quantized import full_precision
+
+
+class _Rows:
+    """Rows in the form that a product takes or gives: see kernels.c."""
+
+    def __init__(
+        self, values: Tensor, kind: Kind, scales: Tensor | None = None, bias: Tensor | None = None
+    ):
+        self.values, self.kind, self.scales, self.bias = values, kind, scales, bias
+
+    @staticmethod
+    def empty(rows: int, width: int, kind: Kind) -> _Rows:
+        if kind is Kind.DIGITS:
+            return _Rows(torch.empty(2 * rows, width), kind, torch.empty(rows))
+        return _Rows(torch.empty(rows, width, dtype=kind.dtype), kind)
+
+    def through(self, product: Product) -> _Rows:
+        return _Rows(product.raw(self.values), self.kind, self.scales, product.late_bias)
+
+    @property
+    def source(self) -> tuple[int | None, ...]:
+        """As arguments to read from."""
+        return self.values.data_ptr(), self.kind.value, _pointer(self.scales), _pointer(self.bias)
+
+    @property
+    def room(self) -> tuple[int | None, ...]:
+        """As arguments to write to."""
+        return self.values.data_ptr(), self.kind.value, _pointer(self.scales)
+
+
+LONG = 64  # new rows, from which PyTorch's attention is faster
+NOTHING = (None, Kind.FLOAT32.value, None, None)
+
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of a probe's outputs, by their norm
+
+
+def shorter_way(
+    decoder: nn.Module, layers: nn.ModuleList, config: PretrainedConfig
+) -> Native | Lean | None:
+    """None for a model that is built otherwise, or computes something else."""
+    weight = next(decoder.parameters())
+    if weight.device.type != "cpu" or weight.dtype not in TOLERANCE:
+        return None
+    kinds = getattr(config, "layer_types", None) or [""] * len(layers)
+
+    def of(way: Callable[[Lean], Native | Lean]) -> Native | Lean | None:
+        try:
+            with full_precision(decoder):  # integers would make a step of a last bit
+                if not _agrees(way(Lean(decoder, layers, kinds)), decoder, config):
+                    return None
+            return way(Lean(decoder, layers, kinds))
+        except (LookupError, RuntimeError, TypeError, AttributeError, ValueError):
+            return None  # other parts, or parts that work together in another way
+
+    lean = of(lambda lean: lean)
+    return lean and (of(Native) or lean)
+
+
+def _agrees(way: Native | Lean, decoder: Any, config: PretrainedConfig) -> bool:
+    """Whether two short texts come out as from the model itself."""
+    weight: Tensor = decoder.embed_tokens.weight
+    ids_1N = torch.tensor([[i % len(weight) for i in (5, 3, 7, 2, 6, 4, 1)]])
+    new = ids_1N.shape[1]
+    far = (getattr(config, "max_position_embeddings", None) or 1 << 16) - new
+    steps_N = torch.arange(new)
+    mask_NN = torch.zeros(new, new, dtype=weight.dtype)
+    mask_NN.masked_fill_(steps_N[:, None] < steps_N, -torch.inf)
+    kinds = getattr(config, "layer_types", None) or [""]
+    for start in (0, max(far, 0)):
+        positions_1N = (steps_N + start)[None]
+        with torch.no_grad():
+            with _float32(decoder):
+                theirs_1ND = decoder(
+                    input_ids=ids_1N, position_ids=positions_1N, use_cache=False
+                ).last_hidden_state
+            cache = KVCache(1, config.num_hidden_layers, ids_1N.device)
+            cache.expect(new)
+            masks = {kind: mask_NN[None, None] for kind in kinds}
+            ours_1ND, _ = way.read(ids_1N, positions_1N, cache, masks)
+        error = (ours_1ND - theirs_1ND).norm()
+        if not error <= TOLERANCE[weight.dtype] * theirs_1ND.norm():
+            return False
+    return True
+
+
+@contextmanager
+def _float32(decoder: Any) -> Iterator[None]:
+    """Within it, a decoder computes in float32, one layer's weights at a time: on texts without
+    sense bfloat16 is off by 40 %, which says nothing about how a model is built."""
+    kept: dict[nn.Parameter, Tensor] = {}
+
+    def widen(module: nn.Module, *_: object) -> None:
+        for weight in module.parameters():
+            kept[weight], weight.data = weight.data, weight.data.float()
+
+    def narrow(module: nn.Module, *_: object) -> None:
+        for weight in module.parameters():
+            weight.data = kept.pop(weight)
+
+    wide = [*decoder.layers, decoder.norm]
+    hooks = [decoder.embed_tokens.register_forward_hook(lambda _, __, hidden: hidden.float())]
+    hooks += [module.register_forward_pre_hook(widen) for module in wide]
+    hooks += [module.register_forward_hook(narrow, always_call=True) for module in wide]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Native:
+    """Reads as `Lean` does, with the same weights. LookupError if it has parts unknown here."""
+
+    def __init__(self, lean: Lean):
+        built = kernels.library(lean.layers[0].exact)
+        if built is None or not all(_is_silu(one.activation) for one in lean.layers):
+            raise LookupError("it cannot be built here, or the activation is another one")
+        self._lean, self._c = lean, built
+        self._kind = Kind.of(lean.dtype)
+
+    def read(
+        self,
+        ids_BN: Tensor,
+        positions_BN: Tensor,
+        cache: KVCache,
+        masks: Mapping[str, Tensor] | Tensor | None,
+        taps: Sequence[int] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """As `Lean.read`."""
+        lean, (batch, new) = self._lean, ids_BN.shape
+        hidden_RD = lean.embed(ids_BN).float().flatten(0, 1)
+        cosines, sines = lean.rotary(hidden_RD[None], position_ids=positions_BN)
+        angles = cosines.contiguous(), sines.contiguous()
+        read = _Read(batch, new, *angles, cache.new_columns(new))
+        wide = _wide(masks, batch)
+        kept: dict[int, Tensor] = {}
+        first = [*(one.first for one in lean.layers), lean.norm]  # what follows each layer
+        kinds = [*(one.qkv.kind for one in lean.layers), Kind.FLOAT32]
+        normed = self._norm(hidden_RD, None, first[0], kinds[0])
+        for index, layer in enumerate(lean.layers):
+            mask = wide.get(layer.kind, wide.get(""))
+            columns = cache.kv_layers[index]
+            attended = self._attend(layer, normed.through(layer.qkv), read, columns, mask)
+            added = attended.through(layer.out)
+            normed = self._norm(hidden_RD, added, layer.second, layer.gate_up.kind)
+            gated = self._gate(normed.through(layer.gate_up), layer.down)
+            added = gated.through(layer.down)
+            normed = self._norm(hidden_RD, added, first[index + 1], kinds[index + 1])
+            if index in taps:
+                kept[index] = hidden_RD.to(lean.dtype, copy=True).view(batch, new, -1)
+        return normed.values.to(lean.dtype).view(batch, new, -1), kept
+
+    def _norm(self, hidden_RD: Tensor, added: _Rows | None, norm: Norm, kind: Kind) -> _Rows:
+        """Adds to the hidden rows, in place; the rows normed."""
+        rows, width = hidden_RD.shape
+        out = _Rows.empty(rows, width, kind)
+        source = NOTHING if added is None else added.source
+        self._c.residual_norm(
+            rows, width, hidden_RD.data_ptr(), *source, norm.wide.data_ptr(), norm.eps, *out.room
+        )
+        return out
+
+    def _attend(
+        self, layer: Layer, qkv: _Rows, read: _Read, cache: KVLayer, mask_BNS: Tensor | None
+    ) -> _Rows:
+        heads, groups, channels = layer.heads, layer.groups, layer.channels
+        rows, width = read.batch * read.new, heads * channels
+        empty = torch.empty(read.batch, groups, 0, channels, dtype=self._lean.dtype)
+        keys, values = cache.room(empty, empty)
+        place = keys.data_ptr(), values.data_ptr(), self._kind.value, *keys.stride()[:2]
+        query_norm, key_norm = layer.query_norm, layer.key_norm
+        queries_RD = torch.empty(rows, width)
+        self._c.rotate_store(
+            rows, read.new, heads, groups, channels, *qkv.source,
+            None if query_norm is None else query_norm.wide.data_ptr(),
+            None if key_norm is None else key_norm.wide.data_ptr(),
+            0.0 if query_norm is None else query_norm.eps,
+            read.cosines.data_ptr(), read.sines.data_ptr(), read.columns_BN.data_ptr(),
+            *place, queries_RD.data_ptr(),
+        )  # fmt: skip
+        seen = cache.place.end
+        if read.new > LONG:
+            queries = queries_RD.view(read.batch, read.new, heads, channels).transpose(1, 2)
+            mask = None if mask_BNS is None else mask_BNS[:, None]
+            columns = keys[:, :, :seen].float(), values[:, :, :seen].float()
+            attended = layer.attention(queries, *columns, mask, scale=layer.scale)
+            attended_RD = attended.transpose(1, 2).reshape(rows, width)
+        else:
+            attended_RD = torch.empty(rows, width)
+            self._c.attend(
+                read.batch, read.new, heads, groups, channels, seen, queries_RD.data_ptr(), *place,
+                _pointer(mask_BNS), layer.scale, attended_RD.data_ptr(),
+            )  # fmt: skip
+        if layer.out.kind is Kind.FLOAT32:
+            return _Rows(attended_RD, Kind.FLOAT32)
+        out = _Rows.empty(rows, width, layer.out.kind)
+        self._c.convert(rows, width, attended_RD.data_ptr(), *out.room)
+        return out
+
+    def _gate(self, gate_up: _Rows, following: Product) -> _Rows:
+        rows = len(gate_up.values) // (2 if gate_up.kind is Kind.DIGITS else 1)
+        width = gate_up.values.shape[1] // 2
+        out = _Rows.empty(rows, width, following.kind)
+        self._c.gate(rows, width, *gate_up.source, *out.room)
+        return out
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What all layers of a read share."""
+
+    batch: int
+    new: int
+    cosines: Tensor
+    sines: Tensor
+    columns_BN: Tensor
+
+
+def _wide(masks: Mapping[str, Tensor] | Tensor | None, batch: int) -> dict[str, Tensor]:
+    """Masks by kind of attention as plain numbers B x N x S; "" is for all kinds."""
+    if masks is None:
+        return {}
+    by_kind = masks if isinstance(masks, Mapping) else {"": masks}
+    return {
+        kind: mask[:, 0].expand(batch, -1, -1).float().contiguous()
+        for kind, mask in by_kind.items()
+    }
+
+
+def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:
+    sample = torch.linspace(-8, 8, 33)
+    return torch.allclose(activation(sample), F.silu(sample))
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

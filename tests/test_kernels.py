@@ -1,0 +1,151 @@
+"""The functions in C against PyTorch's operations, and what happens where they cannot be built."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from families import FAMILIES
+from torch import Tensor
+
+from headstart.model import kernels, quantized
+from headstart.model.kernels import BFLOAT16, DIGITS, FLOAT32, library
+from headstart.model.layers import grouped_attention
+from headstart.model.lean import Lean
+from headstart.model.quantized import Int8
+from headstart.model.target import Target
+
+ROWS = [(1, 1), (3, 20), (7, 576), (90, 600)]
+
+
+def test_digits_are_those_of_pytorch_to_the_last_bit() -> None:
+    built = library(True)
+    assert built is not None
+    for rows, width in ROWS:
+        values = torch.randn(rows, width) * torch.logspace(-8, 8, rows)[:, None]
+        values[-1, width // 2 :] = 0
+        digits, scales = torch.empty(2 * rows, width), torch.empty(rows, 1)
+        built.convert(rows, width, values.data_ptr(), digits.data_ptr(), DIGITS, scales.data_ptr())
+        expected, expected_scales = quantized._digits(values.clone())
+        assert torch.equal(digits, expected) and torch.equal(scales, expected_scales)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_digits_are_those_of_pytorch_to_the_last_bit(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rows, width in ROWS:
+        product = Int8(torch.randn(50, width), torch.randn(50) if bias else None)
+        hidden = torch.randn(rows, width)
+        ours = product(hidden)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "library", lambda exact: None)
+            assert torch.equal(ours, product(hidden))
+
+
+def test_half_precision_is_rounded_as_pytorch_rounds() -> None:
+    built = library(False)
+    assert built is not None
+    values = torch.cat([torch.randn(1000), torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])])
+    values = torch.cat([values, torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 3e38, 1e-40])])
+    half = torch.empty(len(values), dtype=torch.bfloat16)
+    built.convert(1, len(values), values.data_ptr(), half.data_ptr(), BFLOAT16, None)
+    assert torch.equal(half, values.bfloat16()) or torch.allclose(
+        half.float(), values.bfloat16().float(), rtol=0, atol=0, equal_nan=True
+    )
+
+
+def attend(
+    exact: bool, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, seen: int
+) -> Tensor:
+    """B x N x H x C, of queries B x N x H x C."""
+    built = library(exact)
+    assert built is not None
+    batch, new, heads, channels = queries.shape
+    kind = BFLOAT16 if keys.dtype == torch.bfloat16 else FLOAT32
+    out = torch.empty_like(queries)
+    built.attend(
+        batch, new, heads, keys.shape[1], channels, seen, queries.data_ptr(), keys.data_ptr(),
+        values.data_ptr(), kind, *keys.stride()[:2], None if mask is None else mask.data_ptr(),
+        channels**-0.5, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("channels", [4, 33, 64, 80, 128])
+def test_attention(channels: int, exact: bool, dtype: torch.dtype) -> None:
+    for batch, new, heads, groups, seen in [(1, 1, 9, 3, 1), (1, 5, 4, 4, 31), (3, 9, 6, 2, 300)]:
+        queries = 3 * torch.randn(batch, new, heads, channels)
+        keys, values = torch.randn(2, batch, groups, seen + 40, channels).to(dtype)
+        mask = torch.zeros(batch, new, seen).masked_fill_(
+            torch.rand(batch, new, seen) < 0.4, -torch.inf
+        )
+        mask[:, :, 0] = 0
+        mask[0, 0, 0] = -1.5  # an additive mask can say more than whether
+        for given in (mask, None):
+            ours = attend(exact, queries, keys, values, given, seen)
+            theirs = grouped_attention(
+                queries.transpose(1, 2).double(),
+                keys[:, :, :seen].double(),
+                values[:, :, :seen].double(),
+                None if given is None else given[:, None].double(),
+            ).transpose(1, 2)
+            tolerance = 1e-7 if exact else 1e-5
+            torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_what_a_row_does_not_see_is_as_if_it_were_not_there(exact: bool) -> None:
+    keys, values = torch.randn(2, 1, 1, 64, 16)
+    queries = torch.randn(1, 1, 1, 16)
+    mask = torch.zeros(1, 1, 50)
+    mask[..., 20:] = -torch.inf
+    values[..., 20:, :] = 1e30
+    hidden = attend(exact, queries, keys, values, mask, 50)
+    assert torch.equal(hidden, attend(exact, queries, keys, values, None, 20))
+
+
+@pytest.fixture
+def rebuilt() -> Iterator[None]:
+    library.cache_clear()
+    yield
+    library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "why"),
+    [("/nowhere/cc", "No such file"), ("false", "returned non-zero"), ("", "no C compiler")],
+)
+def test_without_a_compiler_it_says_so_and_goes_on(
+    compiler: str, why: str, rebuilt: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    if not compiler:
+        monkeypatch.setenv("PATH", "")
+    with pytest.warns(UserWarning, match=f"(?s)cannot be built.*{why}.*Install a C compiler"):
+        target = Target.wrap(FAMILIES["llama"]())
+    assert type(target._lean) is Lean
+
+
+def test_code_that_does_not_compile_is_told_with_the_compilers_words(
+    rebuilt: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headstart.model.kernels.FLAGS", "-no-such-flag")
+    with pytest.warns(UserWarning, match="no-such-flag"):
+        assert library(True) is None
+
+
+def test_it_is_built_once(rebuilt: None, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headstart.model.kernels.cache_folder", lambda: tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert library(True) is not None
+        (kept,) = (tmp_path / "kernels").iterdir()
+        made = kept.stat().st_mtime_ns
+        library.cache_clear()
+        assert library(True) is not None
+    assert [file.stat().st_mtime_ns for file in (tmp_path / "kernels").iterdir()] == [made]
