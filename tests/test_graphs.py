@@ -244,8 +244,7 @@ def test_a_plan_in_use_is_not_lent_again() -> None:
     one, other = borrow(), borrow()
     kept.give_back(one)
     assert one is not other and borrow(1.0) is not one and borrow() is one
-    for plan in (one, borrow(1.0), borrow(0.5)):
-        kept.give_back(plan)
+    [kept.give_back(plan) for plan in (one, borrow(1.0), borrow(0.5))]
     assert len(kept.kept) == 2 and borrow() is not one  # the oldest went
 
 
@@ -291,7 +290,7 @@ def test_records_stay_right(family: str, sampler: str, monkeypatch: pytest.Monke
         tapes[id(replay)].play()
 
     monkeypatch.setattr(Replay, "__call__", call)
-    monkeypatch.setattr("headstart.model.kernels.library", lambda exact: None)  # not on a tape
+    monkeypatch.setattr("headstart.model.kernels.library", lambda exact: None)
     target, kept, prompts = target_of(family), Graphs(plans=9), batch(family, 3)
     monkeypatch.setattr(target, "_lean", None)
     stop, truth = ragged(reference(family, 3, sampler))
