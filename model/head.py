@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .packed import pack_linears
 from .quantized import quantize_linears
 from .seen import Seen
+from .swift import speed_up_blocks
 from .tree import Children, GoesOn, Tree, TreeShape
 
 if TYPE_CHECKING:
@@ -101,9 +102,13 @@ class DraftHead(nn.Module, ABC):
     def for_decoding(self, target: Target) -> DraftHead:
         """This head on the target's device and in its dtype, bound and ready to draft. It cannot be
         trained any more where guesses are rounded (`Target.rounds_guesses`)."""
-        self.to(device=target.device, dtype=target.dtype).bind(target).eval()
-        speed_up = quantize_linears if target.rounds_guesses else pack_linears
-        speed_up(self)
+        dtype = torch.float32 if target.rounds_guesses else target.dtype
+        self.to(device=target.device, dtype=dtype).bind(target).eval()
+        if target.rounds_guesses:
+            quantize_linears(self)
+            speed_up_blocks(self)
+        else:
+            pack_linears(self)
         self._decoded = target.draft_logits(self.draft_ids)
         return self
 

@@ -45,13 +45,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(hidden, self.weight.shape, self.weight.to(hidden.dtype), self.eps)
 
 
+def angles(positions: Tensor, channels: int, theta: float, wide: torch.dtype) -> Tensor:
+    """Rotary angles (arXiv 2104.09864) of half the channels, in the type `wide`."""
+    half = channels // 2
+    steps = torch.arange(half, dtype=wide, device=positions.device) / half
+    return positions[..., None].to(wide) * theta**-steps
+
+
 def rotate(states_BHTC: Tensor, positions_BT: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864), half-split as in Llama."""
+    """Rotary position embedding, half-split as in Llama."""
     half = states_BHTC.shape[-1] // 2
     # Angles need the precision of the positions, whatever the type of the states.
     wide = torch.float64 if states_BHTC.dtype == torch.float64 else torch.float32
-    steps = torch.arange(half, dtype=wide, device=states_BHTC.device) / half
-    angles_BTC = positions_BT[..., None].to(wide) * theta**-steps
+    angles_BTC = angles(positions_BT, 2 * half, theta, wide)
     cos = angles_BTC.cos()[:, None].to(states_BHTC.dtype)
     sin = angles_BTC.sin()[:, None].to(states_BHTC.dtype)
     left, right = states_BHTC[..., :half], states_BHTC[..., half:]

@@ -28,6 +28,7 @@ from .cache import KVCache
 from .head import DraftHead
 from .layers import Attend, grouped_attention
 from .seen import Seen
+from .swift import cached_attention
 from .tree import Children, Frontier, GoesOn, Tree, TreeShape, grow
 
 AttentionLayout = Literal["append", "kvshare"]
@@ -201,7 +202,7 @@ def _writing(cache: KVCache, pending_BNM: Tensor) -> Attend:
     def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         mask_BNS = cache.visible(pending_BNM)
         keys, values = cache.update(keys, values, 0)
-        return grouped_attention(queries, keys, values, mask_BNS[:, None])
+        return cached_attention(queries, keys, values, mask_BNS)
 
     return attend
 
@@ -221,7 +222,7 @@ class _DraftedNodes:
         nothing_BF0 = queries.new_zeros(len(queries), queries.shape[2], 0, dtype=torch.bool)
         keys_BGSC, values_BGSC = self.cache.update(keys[:, :, :0], values[:, :, :0], 0)
         mask_BFS = self.cache.visible(nothing_BF0)
-        return grouped_attention(queries, keys_BGSC, values_BGSC, mask_BFS[:, None])
+        return cached_attention(queries, keys_BGSC, values_BGSC, mask_BFS)
 
     def _appended(self, frontier: Frontier) -> Attend:
         batch, new = frontier.tokens_BF.shape

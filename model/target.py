@@ -161,7 +161,8 @@ class Target:
     def rounds_guesses(self) -> bool:
         """Whether heads draft in 8-bit integers here: three times as fast on a CPU. It changes
         what is guessed a little, and never what is said."""
-        return self.device.type == "cpu" and self.dtype == torch.float32 and available()
+        known = self.dtype in (torch.float32, torch.bfloat16)
+        return self.device.type == "cpu" and known and available()
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty cache for `read`."""
@@ -257,7 +258,7 @@ class Target:
             weight_VD = weight_VD[token_ids]
         if bias_V is not None and token_ids is not None:
             bias_V = bias_V[token_ids]
-        product = Int8(weight_VD, bias_V)
+        product = Int8(weight_VD.float(), None if bias_V is None else bias_V.float())
         return lambda hidden_RD: self._finish(product(hidden_RD))
 
     def _subset(self, token_ids: Tensor) -> nn.Linear:

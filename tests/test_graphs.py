@@ -338,9 +338,9 @@ def test_waiting_for_the_device_is_noticed(wait: str) -> None:
 def test_no_part_of_a_round_waits_for_the_device(family: str, kind: str) -> None:
     # Experts have a way without waiting in bfloat16 only.
     target = Target.wrap(FAMILIES[family]().bfloat16())
-    head = make_head(target, kind, {}).for_decoding(target).to("meta")
     target.model.to("meta")
     target.device, target._lean = torch.device("meta"), None
+    head = make_head(target, kind, {}).for_decoding(target)
     values = torch.empty(3, 1, target.hidden_size, device="meta", dtype=target.dtype)
     seen = Seen(None, values, dict.fromkeys(head.layers, values))
     hot = Sampler.of(0.8, top_k=5, top_p=0.9)

@@ -1,0 +1,136 @@
+"""The blocks of layers.py for drafting on a CPU, where many small operations cost more than the
+arithmetic: joined products, and what lies between them in C (kernels.c).
+
+`speed_up_blocks` gives a head's blocks these classes; they compute the same. Medusa's are left
+alone: it has none.
+
+Legend: B batch rows, N new positions, R rows (any leading dimensions), H query heads, G key/value
+heads, C head channels, S columns, D hidden size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+from .layers import MLP, Attend, Attention, RMSNorm, angles, grouped_attention
+from .packed import Product
+
+LONG = 64  # new rows, from which PyTorch's attention is faster
+NOTHING = (None, kernels.FLOAT32, None, None)
+
+
+def speed_up_blocks(module: nn.Module) -> None:
+    """Of a module whose weights are float32 on a CPU and do not change any more."""
+    if kernels.library(False) is None:
+        return
+    for one in module.modules():
+        if type(one) in SWIFT:
+            one.__class__ = SWIFT[type(one)]
+
+
+class _Swift(nn.Module):
+    """Makes its joined products at the first call. Copies and pickles make their own."""
+
+    _products: tuple[Product, ...] = ()
+
+    def products(self, *joined: tuple[nn.Module, ...]) -> tuple[Product, ...]:
+        if not self._products:
+            self._products = tuple(Product(*linears) for linears in joined)
+        return self._products
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_products"}
+
+
+class SwiftNorm(RMSNorm):
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.contiguous()
+        out, width = torch.empty_like(hidden), hidden.shape[-1]
+        into = out.data_ptr(), kernels.FLOAT32, None
+        rows, weight = hidden.numel() // width, self.weight.data_ptr()
+        _built().residual_norm(rows, width, hidden.data_ptr(), *NOTHING, weight, self.eps, *into)
+        return out
+
+
+class SwiftAttention(_Swift, Attention):
+    _tables: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, hidden_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
+        config, (batch, new) = self.config, hidden_BTD.shape[:2]
+        heads, groups, channels = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        (qkv,) = self.products((self.q_proj, self.k_proj, self.v_proj))
+        mixed_BND = qkv(hidden_BTD).contiguous()
+        cosines, sines = self._turns(positions_BT.expand(batch, new))
+        columns_BN = torch.arange(new).expand(batch, -1).contiguous()
+        queries_BNHC = torch.empty(batch, new, heads, channels)
+        keys_BGNC, values_BGNC = torch.empty(2, batch, groups, new, channels)
+        norms: tuple[int | None, int | None] = (None, None)
+        if config.qk_norm:
+            norms = self.q_norm.weight.data_ptr(), self.k_norm.weight.data_ptr()
+        _built().rotate_store(
+            batch * new, new, heads, groups, channels, mixed_BND.data_ptr(), kernels.FLOAT32, None,
+            None, *norms, config.rms_norm_eps, cosines.data_ptr(), sines.data_ptr(),
+            columns_BN.data_ptr(), keys_BGNC.data_ptr(), values_BGNC.data_ptr(), kernels.FLOAT32,
+            *keys_BGNC.stride()[:2], queries_BNHC.data_ptr(),
+        )  # fmt: skip
+        attended_BHNC = attend(queries_BNHC.transpose(1, 2), keys_BGNC, values_BGNC)
+        return self.o_proj(attended_BHNC.transpose(1, 2).flatten(2))
+
+    def _turns(self, positions_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines B x N x C, from tables that grow with the text."""
+        needed = int(positions_BN.max()) + 1
+        if self._tables is None or needed > len(self._tables[0]):
+            positions_P = torch.arange(1 << needed.bit_length())
+            channels, theta = self.config.head_dim, self.config.rope_theta
+            half_PC = angles(positions_P, channels, theta, torch.float32)
+            self._tables = half_PC.cos().repeat(1, 2), half_PC.sin().repeat(1, 2)
+        cosines_PC, sines_PC = self._tables
+        return cosines_PC[positions_BN], sines_PC[positions_BN]
+
+
+class SwiftMLP(_Swift, MLP):
+    def forward(self, hidden: Tensor) -> Tensor:
+        (gate_up,) = self.products((self.gate_proj, self.up_proj))
+        both = gate_up(hidden).contiguous()
+        width = both.shape[-1] // 2
+        out = torch.empty(*both.shape[:-1], width)
+        into = out.data_ptr(), kernels.FLOAT32, None
+        _built().gate(out.numel() // width, width, both.data_ptr(), *NOTHING[1:], *into)
+        return self.down_proj(out)
+
+
+SWIFT: dict[type, type] = {RMSNorm: SwiftNorm, Attention: SwiftAttention, MLP: SwiftMLP}
+
+
+def cached_attention(queries: Tensor, keys: Tensor, values: Tensor, mask_BNS: Tensor) -> Tensor:
+    """Softmax attention B H N C over columns of a cache. mask_BNS: True where a row may see."""
+    built = kernels.library(False) if queries.is_cpu else None
+    floats = all(one.dtype == torch.float32 for one in (queries, keys, values))
+    batch, heads, new, channels = queries.shape
+    small = new <= LONG and values.shape[-1] == channels and keys.stride() == values.stride()
+    if built is None or not floats or not small or torch.is_grad_enabled():
+        return grouped_attention(queries, keys, values, mask_BNS[:, None])
+    queries_BNHC = queries.transpose(1, 2).contiguous()
+    seen_BNS = torch.zeros(mask_BNS.shape).masked_fill_(~mask_BNS, -torch.inf)
+    out_BNHC = torch.empty_like(queries_BNHC)
+    built.attend(
+        batch, new, heads, keys.shape[1], channels, keys.shape[2], queries_BNHC.data_ptr(),
+        keys.data_ptr(), values.data_ptr(), kernels.FLOAT32, *keys.stride()[:2],
+        seen_BNS.data_ptr(), channels**-0.5, out_BNHC.data_ptr(),
+    )  # fmt: skip
+    return out_BNHC.transpose(1, 2)
+
+
+def _built() -> ctypes.CDLL:
+    built = kernels.library(False)
+    assert built is not None
+    return built
