@@ -12,7 +12,8 @@ on the maker of the processor, because MKL is made for Intel's (two threads, ms 
     8     576 x 576      0.077 / 0.074 / 0.065    0.19 / 0.16 / 0.28
 
 So Intel's keep the default for one row and take MKL for small weights; all others take oneDNN for
-both. Long texts stay with the default kernel.
+both, and up to 512 rows: all layers of SmolLM2 at once took 421 ms for 256 rows by default, 300 ms
+packed (EPYC, AVX-512), in bfloat16 168 and 152 ms. Longer texts stay with the default kernel.
 
 The packed copy is made at the first such read, beside the weights: they stay as they are, are saved
 and hashed as before, and take twice the memory. Both kernels sum in float32.
@@ -40,7 +41,7 @@ def _made_by_intel() -> bool:
 
 
 INTEL = _made_by_intel()
-MOST_ROWS = 64
+MOST_ROWS = 64 if INTEL else 512  # MKL is better at long texts where it is at home
 ROWS = range(4 if INTEL else 1, MOST_ROWS + 1)  # where packed weights won in every shape tried
 PACKED = (torch.float32, torch.bfloat16)
 SMALLEST = 1 << 14  # weights; below, a call costs more than it saves

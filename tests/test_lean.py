@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from headstart.model.lean import Lean
 from headstart.model.native import Native, shorter_way
+from headstart.model.packed import MOST_ROWS
 from headstart.model.target import Target
 from headstart.model.tree import Tree
 
@@ -128,9 +129,9 @@ def test_long_texts_take_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
         "read",
         lambda ids_BN, *rest: rows.append(ids_BN.numel()) or read(ids_BN, *rest),
     )
-    for shape in ((8, 8), (1, 65), (16, 8), (1, 1)):
+    for shape in ((8, MOST_ROWS // 8), (1, MOST_ROWS + 1), (16, MOST_ROWS // 8), (1, 1)):
         target.read(torch.ones(shape, dtype=torch.int64), target.new_cache(shape[0]))
-    assert rows == [64, 1]
+    assert rows == [MOST_ROWS, 1]
 
 
 def test_an_activation_unknown_to_the_kernels_keeps_pytorchs_operations() -> None:
