@@ -36,6 +36,8 @@ ATTEMPTS = ("-march=native -fopenmp", "-march=native", "")  # Apple's compiler h
 COMPILERS = ("cc", "gcc", "clang")
 
 FLOAT32, BFLOAT16, DIGITS = range(3)  # the kinds of rows
+NOTHING = (None, FLOAT32, None, None)  # no rows to read
+LONG = 64  # new rows of a text, from which PyTorch's attention is faster
 _I, _P, _D = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
 SIGNATURES = {
     "residual_norm": [_I, _I, _P, _P, _I, _P, _P, _P, _D, _P, _I, _P],

@@ -25,7 +25,9 @@ from . import kernels
 from .cache import KVCache, KVLayer
 from .lean import Layer, Lean, Norm
 from .packed import Kind, Product
-from .quantized import full_precision
+from .quantized import QuantizedLinear, full_precision
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of a probe's outputs, by their norm
 
 
 class _Rows:
@@ -56,13 +58,6 @@ class _Rows:
         return self.values.data_ptr(), self.kind.value, _pointer(self.scales)
 
 
-LONG = 64  # new rows, from which PyTorch's attention is faster
-NOTHING = (None, Kind.FLOAT32.value, None, None)
-
-
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of a probe's outputs, by their norm
-
-
 def shorter_way(
     decoder: nn.Module, layers: nn.ModuleList, config: PretrainedConfig
 ) -> Native | Lean | None:
@@ -71,18 +66,17 @@ def shorter_way(
     if weight.device.type != "cpu" or weight.dtype not in TOLERANCE:
         return None
     kinds = getattr(config, "layer_types", None) or [""] * len(layers)
-
-    def of(way: Callable[[Lean], Native | Lean]) -> Native | Lean | None:
-        try:
-            with full_precision(decoder):  # integers would make a step of a last bit
-                if not _agrees(way(Lean(decoder, layers, kinds)), decoder, config):
-                    return None
-            return way(Lean(decoder, layers, kinds))
-        except (LookupError, RuntimeError, TypeError, AttributeError, ValueError):
-            return None  # other parts, or parts that work together in another way
-
-    lean = of(lambda lean: lean)
-    return lean and (of(Native) or lean)
+    try:
+        with full_precision(decoder):  # integers would make a step of a last bit
+            lean = Lean(decoder, layers, kinds)
+            if not _agrees(lean, decoder, config):
+                return None
+            native = Native.suits(lean) and _agrees(Native(lean), decoder, config)
+        if any(type(one) is QuantizedLinear for one in decoder.modules()):
+            lean = Lean(decoder, layers, kinds)
+        return Native(lean) if native else lean
+    except (LookupError, RuntimeError, TypeError, AttributeError, ValueError):
+        return None  # other parts, or parts that work together in another way
 
 
 def _agrees(way: Native | Lean, decoder: Any, config: PretrainedConfig) -> bool:
@@ -138,14 +132,19 @@ def _float32(decoder: Any) -> Iterator[None]:
 
 
 class Native:
-    """Reads as `Lean` does, with the same weights. LookupError if it has parts unknown here."""
+    """Reads as `Lean` does, with the same weights."""
 
     def __init__(self, lean: Lean):
         built = kernels.library(lean.layers[0].exact)
-        if built is None or not all(_is_silu(one.activation) for one in lean.layers):
-            raise LookupError("it cannot be built here, or the activation is another one")
+        assert built is not None, "it does not suit"
         self._lean, self._c = lean, built
         self._kind = Kind.of(lean.dtype)
+
+    @staticmethod
+    def suits(lean: Lean) -> bool:
+        """Whether the functions in C can be built here, and know all that the layers do."""
+        silu = all(_is_silu(one.activation) for one in lean.layers)
+        return silu and kernels.library(True) is not None and kernels.library(False) is not None
 
     def read(
         self,
@@ -183,7 +182,7 @@ class Native:
         """Adds to the hidden rows, in place; the rows normed."""
         rows, width = hidden_RD.shape
         out = _Rows.empty(rows, width, kind)
-        source = NOTHING if added is None else added.source
+        source = kernels.NOTHING if added is None else added.source
         self._c.residual_norm(
             rows, width, hidden_RD.data_ptr(), *source, norm.wide.data_ptr(), norm.eps, *out.room
         )
@@ -208,7 +207,7 @@ class Native:
             *place, queries_RD.data_ptr(),
         )  # fmt: skip
         seen = cache.place.end
-        if read.new > LONG:
+        if read.new > kernels.LONG:
             queries = queries_RD.view(read.batch, read.new, heads, channels).transpose(1, 2)
             mask = None if mask_BNS is None else mask_BNS[:, None]
             columns = keys[:, :, :seen].float(), values[:, :, :seen].float()
