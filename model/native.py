@@ -25,37 +25,39 @@ from . import kernels
 from .cache import KVCache, KVLayer
 from .lean import Layer, Lean, Norm
 from .packed import Kind, Product
-from .quantized import QuantizedLinear, full_precision
+from .quantized import QuantizedLinear, empty_digits, full_precision
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of a probe's outputs, by their norm
 
 
 class _Rows:
-    """Rows in the form that a product takes or gives: see kernels.c."""
+    """Rows in the form that a product takes or gives: see c/rows.h."""
 
-    def __init__(
-        self, values: Tensor, kind: Kind, scales: Tensor | None = None, bias: Tensor | None = None
-    ):
-        self.values, self.kind, self.scales, self.bias = values, kind, scales, bias
+    def __init__(self, values: Tensor, kind: Kind, scales: Tensor | None = None):
+        self.values, self.kind, self.scales = values, kind, scales
 
     @staticmethod
     def empty(rows: int, width: int, kind: Kind) -> _Rows:
         if kind is Kind.DIGITS:
-            return _Rows(torch.empty(2 * rows, width), kind, torch.empty(rows))
+            digits, scales = empty_digits(rows, width)
+            return _Rows(digits, kind, scales)
         return _Rows(torch.empty(rows, width, dtype=kind.dtype), kind)
 
     def through(self, product: Product) -> _Rows:
-        return _Rows(product.raw(self.values), self.kind, self.scales, product.late_bias)
+        if self.scales is not None:
+            return _Rows(product.integers.product(self.values, self.scales), Kind.FLOAT32)
+        return _Rows(product(self.values), self.kind)
 
     @property
     def source(self) -> tuple[int | None, ...]:
         """As arguments to read from."""
-        return self.values.data_ptr(), self.kind.value, _pointer(self.scales), _pointer(self.bias)
+        return self.values.data_ptr(), self.kind.value
 
     @property
     def room(self) -> tuple[int | None, ...]:
         """As arguments to write to."""
-        return self.values.data_ptr(), self.kind.value, _pointer(self.scales)
+        scales = None if self.scales is None else self.scales.data_ptr()
+        return self.values.data_ptr(), self.kind.value, scales
 
 
 def shorter_way(
@@ -135,16 +137,17 @@ class Native:
     """Reads as `Lean` does, with the same weights."""
 
     def __init__(self, lean: Lean):
-        built = kernels.library(lean.layers[0].exact)
+        built = kernels.library()
         assert built is not None, "it does not suit"
         self._lean, self._c = lean, built
+        self._attention = built.attend_exactly if lean.layers[0].exact else built.attend
         self._kind = Kind.of(lean.dtype)
 
     @staticmethod
     def suits(lean: Lean) -> bool:
         """Whether the functions in C can be built here, and know all that the layers do."""
         silu = all(_is_silu(one.activation) for one in lean.layers)
-        return silu and kernels.library(True) is not None and kernels.library(False) is not None
+        return silu and kernels.library() is not None
 
     def read(
         self,
@@ -215,7 +218,7 @@ class Native:
             attended_RD = attended.transpose(1, 2).reshape(rows, width)
         else:
             attended_RD = torch.empty(rows, width)
-            self._c.attend(
+            self._attention(
                 read.batch, read.new, heads, groups, channels, seen, queries_RD.data_ptr(), *place,
                 _pointer(mask_BNS), layer.scale, attended_RD.data_ptr(),
             )  # fmt: skip
@@ -226,8 +229,7 @@ class Native:
         return out
 
     def _gate(self, gate_up: _Rows, following: Product) -> _Rows:
-        rows = len(gate_up.values) // (2 if gate_up.kind is Kind.DIGITS else 1)
-        width = gate_up.values.shape[1] // 2
+        rows, width = len(gate_up.values), gate_up.values.shape[1] // 2
         out = _Rows.empty(rows, width, following.kind)
         self._c.gate(rows, width, *gate_up.source, *out.room)
         return out

@@ -118,21 +118,12 @@ class Product:
 
     @property
     def kind(self) -> Kind:
-        """How `raw` takes and gives its rows."""
+        """How it takes its rows where kernels in C write them."""
         return Kind.DIGITS if self._quantized else Kind.of(self._linears[0].weight.dtype)
 
-    @property
-    def late_bias(self) -> Tensor | None:
-        """What must be added to what `raw` gives."""
-        return self._integers.bias if self._quantized else None
-
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._integers(hidden) if self._quantized else self.raw(hidden)
-
-    def raw(self, hidden: Tensor) -> Tensor:
-        """The product alone, of rows in the form `kind`."""
         if self._quantized:
-            return self._integers.product(hidden)
+            return self.integers(hidden)
         if not self._joined:
             parts = [one.forward(hidden) for one in self._linears]
             return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -147,7 +138,8 @@ class Product:
         return result
 
     @property
-    def _integers(self) -> Int8:
+    def integers(self) -> Int8:
+        """Of quantised layers."""
         if self._int8 is None:
             self._int8 = Int8(*self._side_by_side())
         return self._int8

@@ -29,12 +29,9 @@ R rows (any leading dimensions), K input width, V output width.
 
 from __future__ import annotations
 
-import ctypes
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,10 +48,10 @@ if TYPE_CHECKING:
 
 KINDS = ("int8",)
 EXACT = "headstart_exact"  # the attention of quantised models, as transformers calls it
-ENGINE = "fbgemm"
 LEVELS = 127  # of a weight, to each side
 COARSE = 63  # of an activation, to each side
 FINE = 64  # in each coarse one; also what is added to make a digit positive
+GROUP = 4  # inputs that are added up at once; c/rows.h has these numbers too
 SMALLEST = 1e-30  # scale of a row of zeros
 SHORT = 64  # tokens of a prompt whose attention is cheap in float64
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what else an attention of transformers can have
@@ -87,13 +84,9 @@ def quantize_linears(module: nn.Module) -> None:
             one.__class__ = QuantizedLinear
 
 
-@cache
 def available() -> bool:
-    """Whether this processor and this build of PyTorch have the integer product."""
-    try:
-        return bool((Int8(torch.eye(2), None)(torch.eye(2)) == torch.eye(2)).all())
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return False
+    """Whether products of integers can be built here."""
+    return kernels.library() is not None
 
 
 class QuantizedLinear(nn.Linear):
@@ -115,7 +108,23 @@ class Int8:
     """The product of linear layers that read the same input, their outputs side by side."""
 
     def __init__(self, weight_VK: Tensor, bias_V: Tensor | None):
-        self._weight, self.bias = _packed(weight_VK.detach()), bias_V
+        """RuntimeError where the functions in C cannot be built."""
+        built = kernels.library()
+        if built is None:
+            raise RuntimeError("Products of 8-bit integers need a C compiler.")
+        self._built = built
+        self.outputs, self.inputs = weight_VK.shape
+        # in float64, so that the largest weight of a row is exactly the last level
+        wide_VK = weight_VK.detach().double()
+        scale_V1 = wide_VK.abs().amax(1, keepdim=True).clamp_min(SMALLEST) / LEVELS
+        levels_VK = (wide_VK / scale_V1).round().to(torch.int8).contiguous()
+        self._scales_V = scale_V1[:, 0].float()
+        self._bias_V = None if bias_V is None else bias_V.detach().float().contiguous()
+        columns = built.packed_outputs(self.outputs)
+        self._packed = torch.empty(columns * padded(self.inputs), dtype=torch.int8)
+        self._zeros = torch.empty(columns, dtype=torch.int32)
+        room = self._packed.data_ptr(), self._zeros.data_ptr()
+        built.pack(self.outputs, self.inputs, levels_VK.data_ptr(), *room)
 
     def __call__(self, hidden_RK: Tensor) -> Tensor:
         """R x V; each row depends on the same row of the input alone, to the last bit."""
@@ -123,77 +132,35 @@ class Int8:
             raise ValueError(
                 "A quantised target has no gradients. Load it without quantisation to train with."
             )
-        shape, hidden_RK = hidden_RK.shape[:-1], hidden_RK.reshape(-1, hidden_RK.shape[-1])
-        built = kernels.library(exact=True)
-        if built is None:
-            digits, scale_R1 = _digits(hidden_RK)
-            result_RV = _combined(self.product(digits), scale_R1, self.bias)
-        else:
-            result_RV = self._in_c(built, hidden_RK.float().contiguous())
-        return result_RV.view(*shape, result_RV.shape[-1])
+        shape = hidden_RK.shape[:-1]
+        hidden_RK = hidden_RK.reshape(-1, self.inputs).float().contiguous()
+        rows = len(hidden_RK)
+        digits, scales_R = empty_digits(rows, self.inputs)
+        room = digits.data_ptr(), kernels.DIGITS, scales_R.data_ptr()
+        self._built.convert(rows, self.inputs, hidden_RK.data_ptr(), *room)
+        return self.product(digits, scales_R).view(*shape, self.outputs)
 
-    def _in_c(self, built: ctypes.CDLL, hidden_RK: Tensor) -> Tensor:
-        """The same, to the last bit, in two passes over the rows."""
-        rows, width = hidden_RK.shape
-        digits, scale_R1 = torch.empty(2 * rows, width), torch.empty(rows, 1)
-        built.convert(
-            rows,
-            width,
-            hidden_RK.data_ptr(),
-            digits.data_ptr(),
-            kernels.DIGITS,
-            scale_R1.data_ptr(),
-        )
-        products = self.product(digits)
-        result_RV = torch.empty(rows, products.shape[1])
-        bias = None if self.bias is None else self.bias.data_ptr()
-        built.combine(
-            rows, products.shape[1], products.data_ptr(), scale_R1.data_ptr(), bias,
+    def product(self, digits: Tensor, scales_R: Tensor) -> Tensor:
+        """R x V of rows of digits."""
+        rows = len(scales_R)
+        result_RV = torch.empty(rows, self.outputs)
+        bias = None if self._bias_V is None else self._bias_V.data_ptr()
+        self._built.multiply(
+            rows, self.outputs, self.inputs, digits.data_ptr(), scales_R.data_ptr(),
+            self._packed.data_ptr(), self._zeros.data_ptr(), self._scales_V.data_ptr(), bias,
             result_RV.data_ptr(),
         )  # fmt: skip
         return result_RV
 
-    def product(self, digits: Tensor) -> Tensor:
-        """2R x V from the digits 2R x K of `_digits`: times the weights' scales, nothing else."""
-        result: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            digits, 1.0, FINE, self._weight
-        )
-        return result
+
+def padded(width: int) -> int:
+    """The length of a row of digits."""
+    return -(-width // GROUP) * GROUP
 
 
-def _digits(hidden_RK: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row as whole numbers, 2R x K: the coarse digits, then the fine ones. And the scale that
-    a coarse step stands for, R x 1."""
-    largest_R1 = hidden_RK.abs().amax(-1, keepdim=True)
-    scale_R1 = largest_R1.clamp_min_(SMALLEST).div_(COARSE)
-    steps_RK = hidden_RK / scale_R1
-    coarse_RK = steps_RK.round()
-    fine_RK = (steps_RK - coarse_RK).mul_(FINE).round_()
-    return torch.cat([coarse_RK, fine_RK]), scale_R1
-
-
-def _combined(products: Tensor, scale_R1: Tensor, bias_V: Tensor | None) -> Tensor:
-    """What the products of coarse and fine digits stand for, R x V."""
-    coarse_RV, fine_RV = products.chunk(2)
-    result_RV: Tensor = coarse_RV.add_(fine_RV, alpha=1 / FINE).mul_(scale_R1)
-    return result_RV if bias_V is None else result_RV + bias_V
-
-
-def _packed(weight_VK: Tensor) -> Any:
-    """Whole numbers and their scales, in the kernel's layout."""
-    # in float64, so that the largest weight of a row is exactly the last level
-    scale_V = weight_VK.abs().amax(1).double().clamp_min(SMALLEST) / LEVELS
-    zeros_V = torch.zeros(len(scale_V), dtype=torch.int64)
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = ENGINE
-    try:
-        with warnings.catch_warnings():
-            # deprecated since torch 2.13, but the kernel takes nothing else
-            warnings.filterwarnings("ignore", ".*quantize_per_channel.*")
-            levels = torch.quantize_per_channel(weight_VK, scale_V, zeros_V, 0, torch.qint8)
-        return torch.ops.quantized.linear_prepack(levels, None)
-    finally:
-        torch.backends.quantized.engine = before
+def empty_digits(rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Room for the digits and the scales of rows, in the order of c/rows.h."""
+    return torch.empty(2 * rows, padded(width), dtype=torch.uint8), torch.empty(rows)
 
 
 def exact_attention(
@@ -260,9 +227,8 @@ def _refuse(model: PreTrainedModel, name: str) -> None:
     """ValueError for what integers do not work with."""
     if not available():
         raise ValueError(
-            f"{name} cannot be quantised here: this processor (it takes an x86 with AVX2), or "
-            f"PyTorch {torch.__version__}, has no {ENGINE} integer products. Leave quantisation "
-            "out."
+            f"{name} cannot be quantised here: products of integers are built with a C compiler, "
+            "and that failed. Install gcc or clang, or leave quantisation out."
         )
     for weight in model.parameters():
         if weight.device.type != "cpu" or weight.dtype != torch.float32:

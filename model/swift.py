@@ -1,5 +1,5 @@
 """The blocks of layers.py for drafting on a CPU, where many small operations cost more than the
-arithmetic: joined products, and what lies between them in C (kernels.c).
+arithmetic: joined products, and what lies between them in C (the folder c/).
 
 `speed_up_blocks` gives a head's blocks these classes; they compute the same. A depth of drafting of
 the shipped head takes 1.0 instead of 1.9 ms.
@@ -23,7 +23,7 @@ from .packed import Product
 
 def speed_up_blocks(module: nn.Module) -> None:
     """Of a module whose weights are float32 on a CPU and do not change any more."""
-    if kernels.library(False) is None:
+    if kernels.library() is None:
         return
     for one in module.modules():
         if type(one) in SWIFT:
@@ -76,8 +76,8 @@ class SwiftAttention(_Swift, Attention):
         if config.qk_norm:
             norms = self.q_norm.weight.data_ptr(), self.k_norm.weight.data_ptr()
         _built().rotate_store(
-            batch * new, new, heads, groups, channels, mixed_BND.data_ptr(), kernels.FLOAT32, None,
-            None, *norms, config.rms_norm_eps, cosines.data_ptr(), sines.data_ptr(),
+            batch * new, new, heads, groups, channels, mixed_BND.data_ptr(), kernels.FLOAT32,
+            *norms, config.rms_norm_eps, cosines.data_ptr(), sines.data_ptr(),
             columns_BN.data_ptr(), keys_BGNC.data_ptr(), values_BGNC.data_ptr(), kernels.FLOAT32,
             *keys_BGNC.stride()[:2], queries_BNHC.data_ptr(),
         )  # fmt: skip
@@ -103,7 +103,7 @@ class SwiftMLP(_Swift, MLP):
         width = both.shape[-1] // 2
         out = torch.empty(*both.shape[:-1], width)
         into = out.data_ptr(), kernels.FLOAT32, None
-        _built().gate(out.numel() // width, width, both.data_ptr(), *kernels.NOTHING[1:], *into)
+        _built().gate(out.numel() // width, width, both.data_ptr(), kernels.FLOAT32, *into)
         return self.down_proj(out)
 
 
@@ -112,7 +112,7 @@ SWIFT: dict[type, type] = {RMSNorm: SwiftNorm, Attention: SwiftAttention, MLP: S
 
 def cached_attention(queries: Tensor, keys: Tensor, values: Tensor, mask_BNS: Tensor) -> Tensor:
     """Softmax attention B H N C over columns of a cache. mask_BNS: True where a row may see."""
-    built = kernels.library(False) if queries.is_cpu else None
+    built = kernels.library() if queries.is_cpu else None
     floats = all(one.dtype == torch.float32 for one in (queries, keys, values))
     batch, heads, new, channels = queries.shape
     small = (
@@ -132,6 +132,6 @@ def cached_attention(queries: Tensor, keys: Tensor, values: Tensor, mask_BNS: Te
 
 
 def _built() -> ctypes.CDLL:
-    built = kernels.library(False)
+    built = kernels.library()
     assert built is not None
     return built

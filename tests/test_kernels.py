@@ -2,56 +2,75 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES
 from torch import Tensor
 
-from headstart.model import kernels, quantized
 from headstart.model.kernels import BFLOAT16, DIGITS, FLOAT32, library
 from headstart.model.layers import grouped_attention
 from headstart.model.lean import Lean
-from headstart.model.quantized import Int8
+from headstart.model.quantized import COARSE, FINE, Int8, empty_digits
 from headstart.model.target import Target
 
 ROWS = [(1, 1), (3, 20), (7, 576), (90, 600)]
 
 
+def built() -> ctypes.CDLL:
+    known = library()
+    assert known is not None
+    return known
+
+
+def digits_of(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Coarse and fine digits R x K, by PyTorch, and the scales."""
+    scale_R1 = values.abs().amax(-1, keepdim=True).clamp_min(1e-30).div(COARSE)
+    steps = values / scale_R1
+    return torch.stack([steps.round(), ((steps - steps.round()) * FINE).round()]), scale_R1
+
+
 def test_digits_are_those_of_pytorch_to_the_last_bit() -> None:
-    built = library(True)
-    assert built is not None
     for rows, width in ROWS:
         values = torch.randn(rows, width) * torch.logspace(-8, 8, rows)[:, None]
         values[-1, width // 2 :] = 0
-        digits, scales = torch.empty(2 * rows, width), torch.empty(rows, 1)
-        built.convert(rows, width, values.data_ptr(), digits.data_ptr(), DIGITS, scales.data_ptr())
-        expected, expected_scales = quantized._digits(values.clone())
-        assert torch.equal(digits, expected) and torch.equal(scales, expected_scales)
+        digits, scales = empty_digits(rows, width)
+        room = digits.data_ptr(), DIGITS, scales.data_ptr()
+        built().convert(rows, width, values.data_ptr(), *room)
+        expected, expected_scales = digits_of(values)
+        ours = digits.view(rows, 2, -1).transpose(0, 1).float() - FINE
+        assert torch.equal(ours[..., :width], expected) and bool((ours[..., width:] == 0).all())
+        assert torch.equal(scales[:, None], expected_scales)
 
 
+@pytest.mark.parametrize("outputs", [1, 50, 64, 130, 576])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_of_digits_are_those_of_pytorch_to_the_last_bit(
-    bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_products_of_digits_are_exact(bias: bool, outputs: int) -> None:
     for rows, width in ROWS:
-        product = Int8(torch.randn(50, width), torch.randn(50) if bias else None)
+        weight_VK = torch.randn(outputs, width)
+        product = Int8(weight_VK, torch.randn(outputs) if bias else None)
         hidden = torch.randn(rows, width)
-        ours = product(hidden)
-        with monkeypatch.context() as patch:
-            patch.setattr(kernels, "library", lambda exact: None)
-            assert torch.equal(ours, product(hidden))
+        (coarse, fine), scales = digits_of(hidden)
+        scale_V = weight_VK.double().abs().amax(1) / 127
+        levels = (weight_VK / scale_V[:, None]).round()
+        sums = (coarse.double() @ levels.T).float() + (fine.double() @ levels.T).float() / FINE
+        expected = sums * (scales * scale_V.float())
+        expected = expected + product._bias_V if bias else expected
+        assert torch.equal(product(hidden), expected)
+        alone = [product(one[None]) for one in hidden]
+        assert torch.equal(torch.cat(alone), expected)
 
 
 def test_half_precision_is_rounded_as_pytorch_rounds() -> None:
-    built = library(False)
-    assert built is not None
     values = torch.cat([torch.randn(1000), torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])])
     values = torch.cat([values, torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 3e38, 1e-40])])
     half = torch.empty(len(values), dtype=torch.bfloat16)
-    built.convert(1, len(values), values.data_ptr(), half.data_ptr(), BFLOAT16, None)
+    built().convert(1, len(values), values.data_ptr(), half.data_ptr(), BFLOAT16, None)
     assert torch.equal(half, values.bfloat16()) or torch.allclose(
         half.float(), values.bfloat16().float(), rtol=0, atol=0, equal_nan=True
     )
@@ -61,12 +80,10 @@ def attend(
     exact: bool, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, seen: int
 ) -> Tensor:
     """B x N x H x C, of queries B x N x H x C."""
-    built = library(exact)
-    assert built is not None
     batch, new, heads, channels = queries.shape
     kind = BFLOAT16 if keys.dtype == torch.bfloat16 else FLOAT32
     out = torch.empty_like(queries)
-    built.attend(
+    (built().attend_exactly if exact else built().attend)(
         batch, new, heads, keys.shape[1], channels, seen, queries.data_ptr(), keys.data_ptr(),
         values.data_ptr(), kind, *keys.stride()[:2], None if mask is None else mask.data_ptr(),
         channels**-0.5, out.data_ptr(),
@@ -136,16 +153,33 @@ def test_code_that_does_not_compile_is_told_with_the_compilers_words(
 ) -> None:
     monkeypatch.setattr("headstart.model.kernels.FLAGS", "-no-such-flag")
     with pytest.warns(UserWarning, match="no-such-flag"):
-        assert library(True) is None
+        assert library() is None
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one way only")
+@pytest.mark.parametrize("flags", ["-mavx2 -mfma", ""])
+def test_older_processors_compute_the_same(
+    flags: str, rebuilt: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, bias = torch.randn(9, 100), torch.randn(70, 100), torch.randn(70)
+    expected = Int8(weight, bias)(hidden)
+    library.cache_clear()
+    monkeypatch.setattr("headstart.model.kernels.ATTEMPTS", (flags,))
+    monkeypatch.setattr("headstart.model.kernels.cache_folder", lambda: tmp_path)
+    assert torch.equal(Int8(weight, bias)(hidden), expected)
+    model = FAMILIES["llama"]()
+    ids_1T = torch.arange(9)[None]
+    seen = Target.wrap(model).read(ids_1T, Target.wrap(model).new_cache(1))
+    torch.testing.assert_close(seen.logits_BTV, model(ids_1T).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_it_is_built_once(rebuilt: None, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headstart.model.kernels.cache_folder", lambda: tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert library(True) is not None
+        assert library() is not None
         (kept,) = (tmp_path / "kernels").iterdir()
         made = kept.stat().st_mtime_ns
         library.cache_clear()
-        assert library(True) is not None
+        assert library() is not None
     assert [file.stat().st_mtime_ns for file in (tmp_path / "kernels").iterdir()] == [made]

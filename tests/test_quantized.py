@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from headstart.inference.decode import Stop, decode, plain
 from headstart.inference.sampling import Sampler
-from headstart.model import quantized
+from headstart.model import kernels
 from headstart.model.fused import target_hash
 from headstart.model.quantized import (
     FINE,
@@ -263,12 +263,11 @@ def test_other_types_and_kinds_are_refused():
         Target.wrap(build("llama", {}), quantize="int4")
 
 
-def test_a_processor_without_the_product_is_refused(monkeypatch):
-    monkeypatch.setattr(quantized, "ENGINE", "none")
-    monkeypatch.setattr(quantized, "available", quantized.available.__wrapped__)  # not what is kept
-    with pytest.raises(ValueError, match="no none integer products"):
+def test_without_a_compiler_it_is_refused_and_heads_draft_in_floats(monkeypatch):
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    with pytest.raises(ValueError, match="Install gcc or clang"):
         Target.wrap(build("llama", {}), quantize="int8")
-    assert torch.backends.quantized.engine in torch.backends.quantized.supported_engines
+    assert not Target.wrap(build("llama", {})).rounds_guesses
 
 
 @pytest.mark.slow
