@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -152,7 +152,7 @@ class Target:
             )
         return self.eos_ids[0]
 
-    @property
+    @cached_property
     def context_limit(self) -> int | None:
         """How many tokens it can read, prompt and answer together; None where it names no limit."""
         return context_limit(self.config)

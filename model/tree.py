@@ -66,6 +66,8 @@ class Tree:
     @cached_property
     def depths_BN(self) -> Tensor:
         """0 for the root, 1 for its children, and so on (0 for padding)."""
+        if self.nodes == 1:
+            return torch.zeros_like(self.tokens_BN)
         return self.ancestors_BNN.sum(-1) - 1
 
     def cut(self, nodes: int) -> Tree:
