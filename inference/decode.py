@@ -216,7 +216,9 @@ class _Loop:
         accepted = accept(tree, self._draw(tree, seen.logits_BTV))
         drawn = _emitted(accepted)
         if self.stats.timing and tree.nodes > 1:
+            self.stats.lap("host")
             _judge(self.stats, tree, accepted)
+            self.stats.pause()
         accepted = accepted.first(max(map(len, drawn)))
         path_BP = accepted.path_BP
         return Read(path_BP, accepted.counts_B, seen.at(path_BP), accepted.tokens_BP), drawn

@@ -42,7 +42,7 @@ from .replay import CAPTURED, Replay, walk
 from .rows import Row, Stop, draws
 from .sampling import Sampler
 from .stats import Stats
-from .verify import accept
+from .verify import accept_on_device
 
 BUCKETS = (1, 4, 8, 16, 32, 48, 64, 96, 128)  # node counts; the whole tree is one more
 CAPACITY = 512  # columns of the smallest cache; each larger one has twice as many
@@ -198,7 +198,7 @@ class Plan:
         seen = self.target.read(tree, self.cache, layers=layers)
         assert seen.logits_BTV is not None
         draws_BN = walk(tree, seen.logits_BTV, self.sampler, self.places, self.noise_BPV)
-        accepted = accept(tree, draws_BN).first(self.places)
+        accepted = accept_on_device(tree, draws_BN).first(self.places)
         self.cache.commit(accepted.path_BP, accepted.counts_B)
         now = [*_tensors(seen.at(accepted.path_BP)), accepted.tokens_BP, accepted.counts_B]
         for ours, read in zip(self._passed(), now, strict=True):

@@ -59,6 +59,26 @@ def accept(tree: Tree, draws_BN: Tensor) -> Accepted:
     sibling (SpecInfer, arXiv 2305.09781). How many nodes are verified must then not depend on
     their values.
     """
+    return accept_on_host(tree, draws_BN) if draws_BN.is_cpu else accept_on_device(tree, draws_BN)
+
+
+def accept_on_host(tree: Tree, draws_BN: Tensor) -> Accepted:
+    """`accept` by a walk in Python: on a CPU it takes a tenth of the time of small operations."""
+    paths: list[list[int]] = []
+    rows = zip(tree.tokens_BN.tolist(), tree.parents_BN.tolist(), draws_BN.tolist(), strict=True)
+    for tokens, parents, draws in rows:
+        path = [0]
+        for node in range(1, len(tokens)):  # a parent precedes its child
+            if parents[node] == path[-1] and tokens[node] == draws[path[-1]]:
+                path.append(node)
+        paths.append(path)
+    path_BN = torch.tensor([path + [0] * (tree.nodes - len(path)) for path in paths])
+    counts_B = torch.tensor([len(path) for path in paths])
+    return Accepted(path_BN, counts_B, draws_BN.gather(1, path_BN))
+
+
+def accept_on_device(tree: Tree, draws_BN: Tensor) -> Accepted:
+    """`accept` without asking the host."""
     if tree.nodes == 1:
         zeros_B1 = torch.zeros_like(draws_BN)
         return Accepted(zeros_B1, zeros_B1[:, 0] + 1, draws_BN)

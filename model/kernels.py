@@ -33,6 +33,9 @@ SOURCES = Path(__file__).parent / "c"
 # The last three let sums be computed several columns at once. They stay the same from row to row.
 FLAGS = "-O3 -std=c11 -shared -fPIC -fno-math-errno -fno-trapping-math -fno-signed-zeros"
 FLAGS += " -fassociative-math"
+COARSE, FINE = 63, 64  # steps of an activation to each side, and in each of them: see quantized.py
+GROUP = 4  # inputs that one instruction adds up
+FLAGS += f" -DCOARSE={COARSE} -DFINE={FINE} -DGROUP={GROUP}"
 ATTEMPTS = ("-march=native -fopenmp", "-march=native", "")  # Apple's compiler has no OpenMP
 COMPILERS = ("cc", "gcc", "clang")
 

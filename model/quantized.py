@@ -49,9 +49,6 @@ if TYPE_CHECKING:
 KINDS = ("int8",)
 EXACT = "headstart_exact"  # the attention of quantised models, as transformers calls it
 LEVELS = 127  # of a weight, to each side
-COARSE = 63  # of an activation, to each side
-FINE = 64  # in each coarse one; also what is added to make a digit positive
-GROUP = 4  # inputs that are added up at once; c/rows.h has these numbers too
 SMALLEST = 1e-30  # scale of a row of zeros
 SHORT = 64  # tokens of a prompt whose attention is cheap in float64
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what else an attention of transformers can have
@@ -155,7 +152,7 @@ class Int8:
 
 def padded(width: int) -> int:
     """The length of a row of digits."""
-    return -(-width // GROUP) * GROUP
+    return -(-width // kernels.GROUP) * kernels.GROUP
 
 
 def empty_digits(rows: int, width: int) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,10 @@ import torch
 from families import FAMILIES
 from torch import Tensor
 
-from headstart.model.kernels import BFLOAT16, DIGITS, FLOAT32, library
+from headstart.model.kernels import BFLOAT16, COARSE, DIGITS, FINE, FLOAT32, library
 from headstart.model.layers import grouped_attention
 from headstart.model.lean import Lean
-from headstart.model.quantized import COARSE, FINE, Int8, empty_digits
+from headstart.model.quantized import Int8, empty_digits
 from headstart.model.target import Target
 
 ROWS = [(1, 1), (3, 20), (7, 576), (90, 600)]

@@ -16,8 +16,8 @@ from headstart.inference.decode import Stop, decode, plain
 from headstart.inference.sampling import Sampler
 from headstart.model import kernels
 from headstart.model.fused import target_hash
+from headstart.model.kernels import FINE
 from headstart.model.quantized import (
-    FINE,
     Int8,
     QuantizedLinear,
     available,

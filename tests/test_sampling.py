@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.generation.logits_process import LogitsProcessor
 
-from headstart.inference.sampling import Sampler
+from headstart.inference.sampling import Sampler, likeliest
 from headstart.model.tree import Tree
 
 VOCAB = 11
@@ -177,3 +177,13 @@ def test_noise_is_gumbel() -> None:
     for level in (-1.0, 0.0, 1.0, 3.0):
         expected = math.exp(-math.exp(-level))
         assert abs((values < level).double().mean() - expected) < 0.005
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 33, 96, 1000, 1184, 49152])
+@pytest.mark.parametrize("rows", [(), (1,), (3, 5)])
+def test_the_likeliest_is_the_first_of_the_largest(vocabulary: int, rows: tuple[int, ...]) -> None:
+    for scores_RV in (torch.randn(*rows, vocabulary), torch.randint(0, 5, (*rows, vocabulary))):
+        for dtype in (torch.float32, torch.bfloat16):
+            scores_RV = scores_RV.to(dtype)
+            first_R = (scores_RV == scores_RV.amax(-1, keepdim=True)).int().argmax(-1)
+            assert torch.equal(likeliest(scores_RV), first_R)

@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
-from headstart.inference.verify import accept
+from headstart.inference import verify
+from headstart.inference.verify import accept, accept_on_device, accept_on_host
 from headstart.model.tree import NO_PARENT, Tree
 
 VOCAB = 6
+
+
+@pytest.fixture(autouse=True, params=["host", "device"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = accept_on_host if request.param == "host" else accept_on_device
+    monkeypatch.setattr(verify, "accept_on_host", one)
 
 
 def tree(tokens: list[list[int]], parents: list[list[int]]) -> Tree:

@@ -5,8 +5,8 @@
  *   BFLOAT16  rounded to 16 bits
  *   DIGITS    8-bit integers of quantized.py: per row one scale, and two rows of digits, the coarse
  *             ones and the fine ones, each with ZERO added, padded to whole groups of GROUP
- * Everything else is float32. A row's numbers depend on that row alone: the same code goes over
- * each, whatever is read beside it.
+ * COARSE, FINE and GROUP are numbers of kernels.py. Everything else is float32. A row's numbers
+ * depend on that row alone: the same code goes over each, whatever is read beside it.
  */
 #pragma once
 #include <math.h>
@@ -16,10 +16,7 @@
 
 enum { FLOAT32, BFLOAT16, DIGITS };
 
-#define COARSE 63.0f /* steps to each side */
-#define FINE 64.0f   /* in each of them */
-#define ZERO 64      /* makes digits positive, as the products want them */
-#define GROUP 4      /* inputs that one instruction adds up */
+#define ZERO FINE /* makes digits positive, as the products want them */
 #define SMALLEST 1e-30f
 #define LANES 16
 #define SPLIT_ABOVE (1 << 15) /* operations; less is done before a second thread has begun */
