@@ -180,7 +180,7 @@ class _Loop:
         kept = [row.take(tokens, self.stop) for row, tokens in zip(self.rows, drawn, strict=True)]
         for row, tokens in zip(self.rows, kept, strict=True):
             emitted[row.number] = tokens
-        depth = None if tree is None else int(tree.depths_BN.max())
+        depth = None if tree is None else int(tree.nodes > 1 and tree.depths_BN.max())
         self.stats.count([len(tokens) for tokens in kept], [len(tokens) for tokens in drawn], depth)
         return emitted
 

@@ -34,6 +34,8 @@ class Accepted:
 
     def first(self, places: int) -> Accepted:
         """The same with the padding cut or filled up to `places`, no fewer than any row's count."""
+        if places == self.path_BP.shape[1]:
+            return self
         more = max(0, places - self.path_BP.shape[1])
         path_BP = pad(self.path_BP[:, :places], (0, more))
         return Accepted(path_BP, self.counts_B, pad(self.tokens_BP[:, :places], (0, more)))

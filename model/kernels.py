@@ -10,6 +10,7 @@ what tests compare with; only 8-bit integers need them.
     gate            silu(first half) * second half
     convert         rows as a product takes them
     multiply        a product of digits, with weights from `pack`
+    likeliest       the place of the largest number of each row
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "multiply": [_N, _N, _N, *[_P] * 7],
     "pack": [_N, _N, _P, _P, _P],
     "packed_outputs": [_N],
+    "likeliest": [_N, _N, _P, _P],
 }
 
 

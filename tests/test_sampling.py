@@ -182,7 +182,8 @@ def test_noise_is_gumbel() -> None:
 @pytest.mark.parametrize("vocabulary", [1, 7, 33, 96, 1000, 1184, 49152])
 @pytest.mark.parametrize("rows", [(), (1,), (3, 5)])
 def test_the_likeliest_is_the_first_of_the_largest(vocabulary: int, rows: tuple[int, ...]) -> None:
-    for scores_RV in (torch.randn(*rows, vocabulary), torch.randint(0, 5, (*rows, vocabulary))):
+    whole = torch.randint(0, 5, (*rows, vocabulary)).float()
+    for scores_RV in (torch.randn(*rows, vocabulary), whole, whole - torch.inf):
         for dtype in (torch.float32, torch.bfloat16):
             scores_RV = scores_RV.to(dtype)
             first_R = (scores_RV == scores_RV.amax(-1, keepdim=True)).int().argmax(-1)

@@ -127,3 +127,30 @@ void gate(long rows, long width, const void *product, int product_kind, void *ou
         free(values);
     }
 }
+
+#define SEARCHED 256 /* numbers whose largest is found at once */
+
+void likeliest(long rows, long width, const float *scores, int64_t *places) {
+#pragma omp parallel for if (rows * width > 4 * SPLIT_ABOVE)
+    for (long row = 0; row < rows; row++) {
+        const float *mine = scores + row * width;
+        float best = -INFINITY;
+        long place = 0;
+        for (long from = 0; from < width; from += SEARCHED) {
+            long until = from + SEARCHED < width ? from + SEARCHED : width;
+            float lanes[LANES], largest = -INFINITY;
+            for (long i = 0; i < LANES; i++) lanes[i] = -INFINITY;
+            long at = from;
+            for (; at + LANES <= until; at += LANES)
+                for (long i = 0; i < LANES; i++)
+                    lanes[i] = mine[at + i] > lanes[i] ? mine[at + i] : lanes[i];
+            for (; at < until; at++) lanes[0] = mine[at] > lanes[0] ? mine[at] : lanes[0];
+            for (long i = 0; i < LANES; i++) largest = lanes[i] > largest ? lanes[i] : largest;
+            if (largest > best) {
+                best = largest;
+                for (place = from; mine[place] != best; place++) continue;
+            }
+        }
+        places[row] = place;
+    }
+}
