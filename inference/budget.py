@@ -27,6 +27,7 @@ from .costs import Costs
 
 MEMORY = 0.9  # of what a round tells about the rate and the head, per round
 HOPE = 0.6  # acceptance of a guess one depth further, until some were seen
+GOOD = 0.8  # acceptance of a good head's first guess
 PAUSE = (4, 64)  # rounds without the head after a loss: at first, and at most
 DISTRUST = 0.3  # what a probability counts for at least, so that better times are noticed
 EVIDENCE = 4  # rounds with the head before it is judged
@@ -65,18 +66,28 @@ class Spending:
     hits: float = HOPE
     hoped: float = 1.0
     came: float = 1.0
+    _begun: bool = False
     _asked: int = 0
     _paused: int = 0
     _pause: int = PAUSE[0]
 
-    def asks_head(self, known: float) -> bool:
+    def asks_head(self, known: float, rows: int = 1) -> bool:
         """Whether the head drafts in this round. known: tokens expected of other guesses."""
         if known > self.given:
             return False
+        if not self._begun:
+            self._begun = True
+            self._paused = 0 if self._good_head_pays(rows) else PAUSE[1]
         if self._paused:
             self._paused -= 1
             return False
         return True
+
+    def could_pay(self, hoped: float, rows: int) -> bool:
+        """Whether guesses can pay that promise so many tokens in all rows together: even the first
+        node of each row costs this much."""
+        more = self.costs.read(2 * rows) - self.costs.read(rows)
+        return hoped * self._trust > self._rate(rows) * more
 
     def goes_on(self, scores_BN: Tensor, deepest_BM: Tensor) -> bool:
         """Whether drafting one depth more pays. scores_BN: of all nodes so far; deepest_BM: of the
@@ -85,7 +96,8 @@ class Spending:
         best = sum(math.exp(score) for score in deepest_BM.amax(1).tolist())
         gain = best * self.hits * self._trust
         more = self.costs.read(rows * (nodes + 1)) - self.costs.read(rows * nodes)
-        return gain > self._rate(rows) * (self.costs.deepen + more)
+        deeper = self.costs.round(rows, 2, rows) - self.costs.round(rows, 1, rows)
+        return gain > self._rate(rows) * (deeper + more)
 
     def nodes(self, scores_BN: Tensor) -> int:
         """How many nodes, root included, each row's tree should keep: 1 for a plain step."""
@@ -109,9 +121,7 @@ class Spending:
         if nodes > 1 and hoped is not None:
             self.hoped = _mixed(self.hoped, hoped / rows)
             self.came = _mixed(self.came, emitted / rows - 1)
-        seconds = self.costs.read(rows * nodes) + (self.costs.rest if nodes > 1 else 0.0)
-        if depth:
-            seconds += self.costs.advance + (depth - 1) * self.costs.deepen
+        seconds = self.costs.round(rows * nodes, depth, rows)
         steps = seconds / self.costs.read(rows)  # plain steps in the same time
         self.speedup = _mixed(self.speedup, emitted / rows / steps)
         if depth:
@@ -120,6 +130,12 @@ class Spending:
             tried = accepted + rows * (accepted < rows * depth)
             self.hits = _mixed(self.hits, accepted / tried)
             self._judge(emitted / rows - steps)
+
+    def _good_head_pays(self, rows: int) -> bool:
+        """Whether a head that guesses well would pay: with many rows reading is arithmetic, and a
+        wrong guess costs as much as a token."""
+        extra = self.costs.round(2 * rows, 1, rows) - self.costs.read(rows)
+        return GOOD * rows > self._rate(rows) * extra
 
     def _judge(self, surplus: float) -> None:
         """Send the head away while it costs more than it gives."""

@@ -59,9 +59,17 @@ class Costs:
         low_cost, high_cost = self.verify[high - 1], self.verify[high]
         return low_cost + (high_cost - low_cost) * (nodes - left) / (right - left)
 
-    def round(self, nodes: int, depth: int) -> float:
-        """Seconds of a round with a drafted tree of so many nodes and so many depths."""
-        return self.read(nodes) + self.advance + (depth - 1) * self.deepen + self.rest
+    def round(self, nodes: int, depth: int, rows: int = 1) -> float:
+        """Seconds of a round with a drafted tree of so many nodes, over `rows` texts together, and
+        so many depths; depth 0: drafted by nobody.
+
+        Drafting is timed for one text. For more it is taken to grow as plain steps do.
+        """
+        seconds = self.read(nodes)
+        if nodes > rows or depth:
+            drafting = self.advance + (depth - 1) * self.deepen if depth else 0.0
+            seconds += (drafting + self.rest) * self.read(rows) / self.read(1)
+        return seconds
 
     @staticmethod
     def known(target: Target, head: DraftHead) -> bool:

@@ -128,6 +128,10 @@ class Drafter:
         """Guess on behind what was just read, at most `depth` tokens."""
         guesses = [row.lookup.guesses(depth, CHAINS) for row in rows if row.lookup is not None]
         tree = self._asked_head(read, guesses, depth)
+        if tree is None and self.spending is not None:
+            promised = sum(math.exp(logp) for row in guesses for one in row for logp in one.logp)
+            if not self.spending.could_pay(promised, len(rows)):
+                return Tree.root(read.root_B)
         if guesses:
             tree = alone(read.root_B, guesses) if tree is None else merge(tree, guesses)
         if tree is None:
@@ -152,11 +156,12 @@ class Drafter:
         if self.head is None:
             return None
         self.behind.append(read)
-        if self.spending is not None and not self.spending.asks_head(_expected(guesses)):
+        known, rows = _expected(guesses), len(read.counts_B)
+        if self.spending is not None and not self.spending.asks_head(known, rows):
             return None
         self.stats.lap("host")
-        known, self.behind, self.asked = Read.joined(self.behind), [], True
-        self.state = self.head.advance(self.state, known.seen, known.next_BP, known.counts_B)
+        read, self.behind, self.asked = Read.joined(self.behind), [], True
+        self.state = self.head.advance(self.state, read.seen, read.next_BP, read.counts_B)
         self.depth = 0
         tree = self.head.draft(self.state, self.shape.limited(depth), self._goes_on)
         self.stats.lap("draft")

@@ -357,7 +357,7 @@ class GraphLoop:
             return False, 1
         if self.spending is None:
             return True, plan.buckets[-1]
-        if not self.spending.asks_head(0.0):
+        if not self.spending.asks_head(0.0, len(alive)):
             return False, 1
         nodes = plan.buckets[-1]
         if self.scores:

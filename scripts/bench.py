@@ -305,10 +305,11 @@ def machine(target: Target) -> dict[str, float]:
     than this says.
     """
     model = target.model
-    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if embedding is not output:
-        size -= embedding.numel() * embedding.element_size()
+    read = [weight for weight in model.parameters() if weight is not embedding]
+    read += [output] if output is embedding else []
+    matrices = 1 if target.quantized else output.element_size()  # bytes of a number
+    size = sum(one.numel() * (matrices if one.dim() > 1 else one.element_size()) for one in read)
     speed = bandwidth(target.device) / GIGA
     return {"bandwidth_gb_per_second": round(speed, 3), "step_mb": round(size / MEGA, 3)}
 

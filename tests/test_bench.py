@@ -15,7 +15,8 @@ import called
 import pytest
 import torch
 from benched import Opened, Suites
-from torch import Tensor
+from families import FAMILIES
+from torch import Tensor, nn
 
 from headstart.inference import bench as runs
 from headstart.inference.bench import Case, Ours, Score, Setting, Stock
@@ -23,6 +24,7 @@ from headstart.inference.measure import Contestant
 from headstart.inference.rows import Stop
 from headstart.model.fused import fuse
 from headstart.model.pretrained import open_pretrained
+from headstart.model.target import Target
 from headstart.model.tree import TreeShape
 from headstart.scripts import bench as command
 from headstart.scripts import bench_report, ui
@@ -303,3 +305,16 @@ def test_interruption(fused: Path, suites: Suites, tmp_path: Path, monkeypatch: 
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert [one["suite"] for one in figures["runs"]] == ["talk"] and figures["totals"] == []
     assert "talk" in (tmp_path / "report.md").read_text()
+
+
+def test_a_step_reads_each_weight_once_and_those_in_integers_as_bytes() -> None:
+    for family in ("llama", "llama_tied"):
+        model = FAMILIES[family]()
+        norms = sum(weight.numel() for weight in model.parameters() if weight.dim() == 1)
+        matrices = sum(
+            layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear)
+        )
+        step = command.machine(Target.wrap(model))["step_mb"]
+        assert step == pytest.approx(4 * (matrices + norms) / 1e6, abs=1e-3)
+        step = command.machine(Target.wrap(model, quantize="int8"))["step_mb"]
+        assert step == pytest.approx((matrices + 4 * norms) / 1e6, abs=1e-3)

@@ -33,6 +33,7 @@ def costs(per_node: float, advance: float = 0.1, deepen: float = 0.1) -> Costs:
 
 
 FREE, USUAL, DEAR = costs(0.0), costs(0.1), costs(1.0)
+ARITHMETIC = Costs((1, 8, 64), (1.0, 1.2, 8.0), advance=0.1, deepen=0.1, rest=0.0)
 
 
 def scores(*probabilities: list[float]) -> Tensor:
@@ -113,6 +114,20 @@ def test_the_head_is_not_asked_where_other_guesses_are_better() -> None:
     assert spending.asks_head(1.0) and not spending.asks_head(2.0)
 
 
+def test_where_reading_is_arithmetic_the_head_is_not_even_tried_at_first() -> None:
+    """With many rows, each node costs as much as a row."""
+    few, many = Spending(ARITHMETIC), Spending(ARITHMETIC)
+    assert few.asks_head(0.0, 1)
+    assert not any(many.asks_head(0.0, 8) for _ in range(PAUSE[1]))
+    assert many.asks_head(0.0, 8)  # texts can be easier than that
+
+
+def test_guesses_that_promise_less_than_the_first_node_costs_are_dropped() -> None:
+    spending = Spending(USUAL)
+    most = USUAL.read(2) / USUAL.read(1) - 1
+    assert spending.could_pay(1.01 * most, 1) and not spending.could_pay(0.99 * most, 1)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("lookup", [False, True])
 @pytest.mark.parametrize("price", [FREE, USUAL, DEAR], ids=["free", "usual", "dear"])
@@ -156,7 +171,7 @@ def test_a_head_that_was_away_has_missed_nothing(kind: str) -> None:
         rounds = 0
 
         class Away(Spending):
-            def asks_head(self, known: float) -> bool:
+            def asks_head(self, known: float, rows: int = 1) -> bool:
                 nonlocal rounds
                 rounds += 1
                 return rounds not in away
