@@ -63,7 +63,7 @@ class _How:
 
     tree: TreeShape | None
     budget: Budget | None
-    lookup: bool
+    lookup: bool | None
     speculate: bool
     seed: int | None
     timing: bool
@@ -102,7 +102,7 @@ class SpeculativeModel:
         *,
         tree: TreeShape | None = None,
         budget: Budget | None = None,
-        lookup: bool = False,
+        lookup: bool | None = None,
         speculate: bool = True,
         seed: int | None = None,
         streamer: BaseStreamer | None = None,
@@ -112,11 +112,12 @@ class SpeculativeModel:
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Answer prompts, with the arguments and results of transformers' `generate`.
 
-        input_ids: B x T prompts. attention_mask: 0 for padding. tree: the shape of the guesses.
-        budget: `Budget.auto(model.target, model.head)` sizes each tree by what pays on this
-        machine; `tree` is then the largest one. lookup: guess from the text itself too. speculate:
-        False decodes plainly, with the same tokens as a result. seed: of the sampling; None takes
-        one from torch's global generator. timing: measure time by phase.
+        input_ids: B x T prompts. attention_mask: 0 for padding. By default each tree is as large as
+        pays on this machine, which is measured once (`Budget.auto`, a few seconds at the first call
+        ever), and guesses come from the text itself too; CUDA graphs have `DEFAULT_TREE`. tree: the
+        shape of the guesses; with a budget the largest one. lookup: whether to guess from the text.
+        speculate: False decodes plainly, with the same tokens as a result. seed: of the sampling;
+        None takes one from torch's global generator. timing: measure time by phase.
         options: any other option of `generate`, e.g. max_new_tokens, do_sample, temperature, top_p,
         top_k, eos_token_id, stopping_criteria, return_dict_in_generate. B x L ids, padded on the
         right. Stopping criteria get no scores (None): a token that is accepted may not have any.
@@ -145,7 +146,7 @@ class SpeculativeModel:
         *,
         tree: TreeShape | None = None,
         budget: Budget | None = None,
-        lookup: bool = False,
+        lookup: bool | None = None,
         speculate: bool = True,
         seed: int | None = None,
         stop_strings: str | list[str] | None = None,
@@ -216,15 +217,19 @@ class SpeculativeModel:
         options["graphs"] = self.graphs
         if not how.speculate:
             return plain(self.target, input_ids, mask_BT, **options)
-        usual = DEFAULT_TREE if how.budget is None else WIDEST_TREE
+        budget, lookup = how.budget, how.lookup
+        if how.tree is None and budget is None and self.graphs is None:
+            budget = Budget.auto(self.target, self.head)
+            lookup = True if lookup is None else lookup
+        usual = DEFAULT_TREE if budget is None else WIDEST_TREE
         return decode(
             self.target,
             self.head,
             input_ids,
             mask_BT,
             shape=how.tree or usual,
-            budget=how.budget,
-            lookup=how.lookup,
+            budget=budget,
+            lookup=bool(lookup),
             **options,
         )
 

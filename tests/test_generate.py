@@ -6,6 +6,7 @@ Legend: B batch rows, T prompt positions, L positions of prompt and answer.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from headstart.inference.decode import DEFAULT_TREE
+from headstart.inference.decode import DEFAULT_TREE, decode
 from headstart.inference.generate import SpeculativeModel
+from headstart.inference.graphs import Graphs
 from headstart.model.fused import fuse, save_head
 from headstart.model.head import make_head
 from headstart.model.meta import HeadMeta
@@ -80,6 +82,13 @@ def three() -> tuple[Tensor, Tensor]:
     return ids_BT, mask_BT
 
 
+class WithTree(SpeculativeModel):
+    """Always with the default tree: an oracle's guesses cost nothing that could be measured."""
+
+    generate = partialmethod(SpeculativeModel.generate, tree=DEFAULT_TREE)
+    stream = partialmethod(SpeculativeModel.stream, tree=DEFAULT_TREE)
+
+
 @pytest.fixture(scope="module")
 def model(target: Target) -> SpeculativeModel:
     torch.manual_seed(0)
@@ -92,7 +101,7 @@ def informed(target: Target) -> Callable[..., SpeculativeModel]:
 
     def build(ids_BT: Tensor, mask_BT: Tensor | None = None, **options: Any) -> SpeculativeModel:
         ids_BL = theirs(target, ids_BT, mask_BT, **options)
-        return SpeculativeModel(target, Oracle(target, ids_BL[:, ids_BT.shape[1] :].tolist()))
+        return WithTree(target, Oracle(target, ids_BL[:, ids_BT.shape[1] :].tolist()))
 
     return build
 
@@ -359,3 +368,22 @@ def test_opens_a_fused_checkpoint(target: Target, one: Tensor, tmp_path: Path) -
     model = SpeculativeModel.from_pretrained(tmp_path / "fused", dtype=torch.float32, device="cpu")
     assert model.generate(one, max_new_tokens=NEW_TOKENS).equal(theirs(target, one))
     assert model.last_stats.tried[0] > 0
+
+
+def test_trees_are_sized_by_what_pays_unless_one_is_given(
+    model: SpeculativeModel, one: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def watched(*given: Any, **options: Any) -> Any:
+        asked.append(options)
+        return decode(*given, **options)
+
+    monkeypatch.setattr("headstart.inference.generate.decode", watched)
+    for options in ({}, {"tree": DEFAULT_TREE}, {"lookup": False}, {"graphs": True}):
+        graphs = Graphs() if options.pop("graphs", False) else None
+        again = SpeculativeModel(model.target, model.head, graphs)
+        again.generate(one, max_new_tokens=4, **options)
+    sized = [options["budget"] is not None for options in asked]
+    looked = [options["lookup"] for options in asked]
+    assert sized == [True, False, True, False] and looked == [True, False, False, False]
