@@ -66,7 +66,8 @@ class Spending:
     hits: float = HOPE
     hoped: float = 1.0
     came: float = 1.0
-    _begun: bool = False
+    _rows: int = 0
+    _hopeless: bool = False
     _asked: int = 0
     _paused: int = 0
     _pause: int = PAUSE[0]
@@ -75,9 +76,11 @@ class Spending:
         """Whether the head drafts in this round. known: tokens expected of other guesses."""
         if known > self.given:
             return False
-        if not self._begun:
-            self._begun = True
-            self._paused = 0 if self._good_head_pays(rows) else PAUSE[1]
+        if rows != self._rows:
+            before, self._hopeless = self._hopeless, not self._good_head_pays(rows)
+            self._rows = rows
+            if self._hopeless != before:
+                self._paused = PAUSE[1] if self._hopeless else 0
         if self._paused:
             self._paused -= 1
             return False

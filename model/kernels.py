@@ -19,6 +19,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,11 +64,12 @@ SIGNATURES: dict[str, list[Any]] = {
 def library() -> ctypes.CDLL | None:
     """The functions in C. None, with a warning, where they cannot be built."""
     try:
-        built = ctypes.CDLL(str(_build()))
+        built = _opened()
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         warnings.warn(
-            "Steps on this CPU take up to twice as long, because the functions in C cannot be "
-            f"built: {error} Install a C compiler (gcc or clang), or name one in the variable CC.",
+            "Steps and drafts on this CPU take two to three times as long, because the functions "
+            f"in C cannot be built: {error} Install a C compiler (gcc or clang), or name one in "
+            "the variable CC.",
             stacklevel=2,
         )
         return None
@@ -78,29 +80,54 @@ def library() -> ctypes.CDLL | None:
     return built
 
 
-def _build() -> Path:
-    """The compiled library, from the cache if this machine has built it before."""
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
+@cache
+def digest() -> str:
+    """Of the functions in C and of the processor that they are built for."""
+    parts = [file.read_bytes() for file in sorted(SOURCES.iterdir())]
+    parts += [one.encode() for one in (FLAGS, *ATTEMPTS, _processor())]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _opened() -> ctypes.CDLL:
+    """From the cache folder, if this machine has built it before."""
+    built = cache_folder() / "kernels" / f"{digest()}.so"
+    if built.is_file():
+        try:
+            return ctypes.CDLL(str(built))
+        except OSError:  # damaged
+            built.unlink(missing_ok=True)
+    try:
+        built.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=built.parent)
+    except OSError:  # a cache that cannot be written to: built for this process only
+        return ctypes.CDLL(str(_build(Path(tempfile.mkdtemp()) / built.name)))
+    try:
+        _build(Path(folder) / built.name).replace(built)  # whole, whoever else builds it now
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return ctypes.CDLL(str(built))
+
+
+def _build(target: Path) -> Path:
+    named = shlex.split(os.environ.get("CC", ""))
+    compiler = named or [*filter(None, map(shutil.which, COMPILERS))][:1]
+    if not compiler:
         raise RuntimeError("there is no C compiler.")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    about = [file.read_bytes() for file in sorted(SOURCES.iterdir())]
-    about += [FLAGS.encode(), *map(str.encode, ATTEMPTS), version, _processor().encode()]
-    digest = hashlib.sha256(b"\0".join(about)).hexdigest()[:16]
-    target = cache_folder() / "kernels" / f"{digest}.so"
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
     files = [str(file) for file in sorted(SOURCES.glob("*.c"))]
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        for extra in ATTEMPTS:
-            command = [compiler, *FLAGS.split(), *extra.split(), *files, "-o", str(made), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                made.replace(target)
-                return target
-    raise RuntimeError(f"{compiler} failed with: {done.stderr.strip()[-500:]}.")
+    for extra in ATTEMPTS:
+        flags = [*FLAGS.split(), *extra.split()]
+        command = [*compiler, *flags, *files, "-o", str(target), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            if extra != ATTEMPTS[0]:
+                warnings.warn(
+                    f"{compiler[0]} does not know {ATTEMPTS[0]}, so the functions in C use "
+                    f"{extra or 'neither'}: slower than they could be. gcc, or clang with libomp, "
+                    "knows both.",
+                    stacklevel=2,
+                )
+            return target
+    raise RuntimeError(f"{compiler[0]} failed with: {done.stderr.strip()[-500:]}.")
 
 
 def _processor() -> str:

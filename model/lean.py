@@ -16,7 +16,6 @@ S columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from .cache import KVCache
 from .layers import grouped_attention
-from .packed import Product
+from .packed import Product, identity
 from .quantized import QuantizedLinear, exact_attention
 
 DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -35,13 +34,22 @@ NORMED_ATTENTION = ATTENTION | {"q_norm", "k_norm"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A root mean square norm as one operation. wide: its weight in float32."""
+Turn = tuple[Tensor, Tensor]  # cosines and signed sines, B x 1 x N x C
 
-    weight: Tensor
-    wide: Tensor
-    eps: float
+
+class Norm:
+    """A root mean square norm as one operation."""
+
+    def __init__(self, weight: Tensor, eps: float):
+        self.weight, self.eps = weight, eps
+        self._wide, self._made_from = weight.float(), identity(weight)
+
+    @property
+    def wide(self) -> Tensor:
+        """The weight in float32."""
+        if self.weight.dtype != torch.float32 and self._made_from != identity(self.weight):
+            self._wide, self._made_from = self.weight.float(), identity(self.weight)
+        return self._wide
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
@@ -55,7 +63,8 @@ class Lean:
         if _children(decoder) != DECODER or decoder.training:
             raise LookupError("the decoder has other parts")
         self.embed, self.rotary = decoder.embed_tokens, decoder.rotary_emb
-        self.norm, self.dtype = _rms_norm(decoder.norm), decoder.norm.weight.dtype
+        self.norm = rms_norm(decoder.norm)
+        self.dtype: torch.dtype = decoder.norm.weight.dtype
         self.layers = [Layer(one, kind) for one, kind in zip(layers, kinds, strict=True)]
 
     def read(
@@ -94,11 +103,11 @@ class Layer:
         if named not in (ATTENTION, NORMED_ATTENTION) or [*attention.parameters(recurse=False)]:
             raise LookupError("the attention has other parts")
         self.kind = kind
-        self.first = _rms_norm(layer.input_layernorm)
-        self.second = _rms_norm(layer.post_attention_layernorm)
+        self.first = rms_norm(layer.input_layernorm)
+        self.second = rms_norm(layer.post_attention_layernorm)
         normed = named == NORMED_ATTENTION
-        self.query_norm = _rms_norm(attention.q_norm) if normed else None
-        self.key_norm = _rms_norm(attention.k_norm) if normed else None
+        self.query_norm = rms_norm(attention.q_norm) if normed else None
+        self.key_norm = rms_norm(attention.k_norm) if normed else None
         self.channels, self.scale = attention.head_dim, attention.scaling
         self.heads = attention.q_proj.out_features // self.channels
         self.groups = attention.k_proj.out_features // self.channels
@@ -112,7 +121,7 @@ class Layer:
     def __call__(
         self,
         hidden_BND: Tensor,
-        turn: tuple[Tensor, Tensor],
+        turn: Turn,
         index: int,
         cache: KVCache,
         mask: Tensor | None,
@@ -125,7 +134,7 @@ class Layer:
     def _attend(
         self,
         normed_BND: Tensor,
-        turn: tuple[Tensor, Tensor],
+        turn: Turn,
         index: int,
         cache: KVCache,
         mask: Tensor | None,
@@ -157,14 +166,14 @@ def _signed(sin_BNC: Tensor) -> Tensor:
     return torch.cat([-left, right], -1)
 
 
-def _rms_norm(module: nn.Module) -> Norm:
+def rms_norm(module: nn.Module) -> Norm:
     """The module's norm as one operation. LookupError if it is another one."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if weight is None or eps is None or [*module.parameters()] != [weight]:
         raise LookupError("the norm has other parts")
     sample = torch.linspace(-2, 3, len(weight), dtype=weight.dtype)
-    norm = Norm(weight.detach(), weight.detach().float(), eps)
+    norm = Norm(weight.detach(), eps)
     step = torch.finfo(weight.dtype).eps
     if not torch.allclose(norm(sample), module(sample), rtol=100 * step, atol=10 * step):
         raise LookupError("the norm computes something else")

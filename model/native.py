@@ -2,7 +2,8 @@
 
 A layer of a small model is four products and some thirty small operations, and on a CPU it is those
 that a step waits for: 8-bit SmolLM2-135M spends 5 of 22 ms in its products. `Native` does the rest
-in five passes over the rows (kernels.c); where those cannot be built, `Lean` is used. Products of
+in five passes over the rows (c/between.c, c/attention.c); where those cannot be built, `Lean` is
+used. Products of
 bfloat16 targets read and give 16 bits; what is between them stays in float32.
 
 Legend: B batch rows, N new rows, R rows of all texts together, D hidden size, H query heads,
@@ -11,23 +12,18 @@ G key/value heads, C head channels, S columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PretrainedConfig
+from torch import Tensor
 
 from . import kernels
 from .cache import KVCache, KVLayer
 from .lean import Layer, Lean, Norm
 from .packed import Kind, Product
-from .quantized import QuantizedLinear, empty_digits, full_precision
-
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of a probe's outputs, by their norm
+from .quantized import empty_digits
 
 
 class _Rows:
@@ -46,7 +42,8 @@ class _Rows:
     def through(self, product: Product) -> _Rows:
         if self.scales is not None:
             return _Rows(product.integers.product(self.values, self.scales), Kind.FLOAT32)
-        return _Rows(product(self.values), self.kind)
+        result = product(self.values).contiguous()
+        return _Rows(result, Kind.of(result.dtype))
 
     @property
     def source(self) -> tuple[int | None, ...]:
@@ -58,79 +55,6 @@ class _Rows:
         """As arguments to write to."""
         scales = None if self.scales is None else self.scales.data_ptr()
         return self.values.data_ptr(), self.kind.value, scales
-
-
-def shorter_way(
-    decoder: nn.Module, layers: nn.ModuleList, config: PretrainedConfig
-) -> Native | Lean | None:
-    """None for a model that is built otherwise, or computes something else."""
-    weight = next(decoder.parameters())
-    if weight.device.type != "cpu" or weight.dtype not in TOLERANCE:
-        return None
-    kinds = getattr(config, "layer_types", None) or [""] * len(layers)
-    try:
-        with full_precision(decoder):  # integers would make a step of a last bit
-            lean = Lean(decoder, layers, kinds)
-            if not _agrees(lean, decoder, config):
-                return None
-            native = Native.suits(lean) and _agrees(Native(lean), decoder, config)
-        if any(type(one) is QuantizedLinear for one in decoder.modules()):
-            lean = Lean(decoder, layers, kinds)
-        return Native(lean) if native else lean
-    except (LookupError, RuntimeError, TypeError, AttributeError, ValueError):
-        return None  # other parts, or parts that work together in another way
-
-
-def _agrees(way: Native | Lean, decoder: Any, config: PretrainedConfig) -> bool:
-    """Whether two short texts come out as from the model itself."""
-    weight: Tensor = decoder.embed_tokens.weight
-    ids_1N = torch.tensor([[i % len(weight) for i in (5, 3, 7, 2, 6, 4, 1)]])
-    new = ids_1N.shape[1]
-    far = (getattr(config, "max_position_embeddings", None) or 1 << 16) - new
-    steps_N = torch.arange(new)
-    mask_NN = torch.zeros(new, new, dtype=weight.dtype)
-    mask_NN.masked_fill_(steps_N[:, None] < steps_N, -torch.inf)
-    kinds = getattr(config, "layer_types", None) or [""]
-    for start in (0, max(far, 0)):
-        positions_1N = (steps_N + start)[None]
-        with torch.no_grad():
-            with _float32(decoder):
-                theirs_1ND = decoder(
-                    input_ids=ids_1N, position_ids=positions_1N, use_cache=False
-                ).last_hidden_state
-            cache = KVCache(1, config.num_hidden_layers, ids_1N.device)
-            cache.expect(new)
-            masks = {kind: mask_NN[None, None] for kind in kinds}
-            ours_1ND, _ = way.read(ids_1N, positions_1N, cache, masks)
-        error = (ours_1ND - theirs_1ND).norm()
-        if not error <= TOLERANCE[weight.dtype] * theirs_1ND.norm():
-            return False
-    return True
-
-
-@contextmanager
-def _float32(decoder: Any) -> Iterator[None]:
-    """Within it, a decoder computes in float32, one layer's weights at a time: on texts without
-    sense bfloat16 is off by 40 %, which says nothing about how a model is built."""
-    kept: dict[nn.Parameter, Tensor] = {}
-
-    def widen(module: nn.Module, *_: object) -> None:
-        for weight in module.parameters():
-            kept[weight], weight.data = weight.data, weight.data.float()
-
-    def narrow(module: nn.Module, *_: object) -> None:
-        for weight in module.parameters():
-            weight.data = kept.pop(weight)
-
-    wide = [*decoder.layers, decoder.norm]
-    hooks = [decoder.embed_tokens.register_forward_hook(lambda _, __, hidden: hidden.float())]
-    hooks += [module.register_forward_pre_hook(widen) for module in wide]
-    hooks += [module.register_forward_hook(narrow, always_call=True) for module in wide]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class Native:
@@ -146,8 +70,8 @@ class Native:
     @staticmethod
     def suits(lean: Lean) -> bool:
         """Whether the functions in C can be built here, and know all that the layers do."""
-        silu = all(_is_silu(one.activation) for one in lean.layers)
-        return silu and kernels.library() is not None
+        known = all(_is_silu(one.activation) and _one_eps(one) for one in lean.layers)
+        return known and kernels.library() is not None
 
     def read(
         self,
@@ -169,7 +93,7 @@ class Native:
         kinds = [*(one.qkv.kind for one in lean.layers), Kind.FLOAT32]
         normed = self._norm(hidden_RD, None, first[0], kinds[0])
         for index, layer in enumerate(lean.layers):
-            mask = wide.get(layer.kind, wide.get(""))
+            mask = wide[layer.kind] if isinstance(masks, Mapping) else wide.get("")
             columns = cache.kv_layers[index]
             attended = self._attend(layer, normed.through(layer.qkv), read, columns, mask)
             added = attended.through(layer.out)
@@ -198,6 +122,7 @@ class Native:
         rows, width = read.batch * read.new, heads * channels
         empty = torch.empty(read.batch, groups, 0, channels, dtype=self._lean.dtype)
         keys, values = cache.room(empty, empty)
+        assert keys.dtype == values.dtype == empty.dtype, "the cache was filled by other means"
         place = keys.data_ptr(), values.data_ptr(), self._kind.value, *keys.stride()[:2]
         query_norm, key_norm = layer.query_norm, layer.key_norm
         queries_RD = torch.empty(rows, width)
@@ -255,6 +180,11 @@ def _wide(masks: Mapping[str, Tensor] | Tensor | None, batch: int) -> dict[str, 
         kind: mask[:, 0].expand(batch, -1, -1).float().contiguous()
         for kind, mask in by_kind.items()
     }
+
+
+def _one_eps(layer: Layer) -> bool:
+    """Whether queries and keys are normed alike, or not at all."""
+    return {layer.query_norm and layer.query_norm.eps} == {layer.key_norm and layer.key_norm.eps}
 
 
 def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""Faster reads of a few rows in float32 on a CPU.
+"""Faster reads of a few rows in float32 and bfloat16 on a CPU.
 
 The matrix products of a tree have 4 to 64 rows, and there the default float32 kernel costs up to
 three times as much as one with weights in a blocked layout of its own. Which is the fastest depends
@@ -50,7 +50,7 @@ MKL_LAYOUT, ONEDNN_LAYOUT = 8, 4  # rows that the layouts are made for; others w
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Let every float32 linear layer on a CPU use packed weights for a few rows."""
+    """Let every linear layer in float32 or bfloat16 on a CPU use packed weights for a few rows."""
     if not torch.backends.mkldnn.is_available():
         return
     for module in model.modules():

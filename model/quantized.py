@@ -50,7 +50,7 @@ KINDS = ("int8",)
 EXACT = "headstart_exact"  # the attention of quantised models, as transformers calls it
 LEVELS = 127  # of a weight, to each side
 SMALLEST = 1e-30  # scale of a row of zeros
-SHORT = 64  # tokens of a prompt whose attention is cheap in float64
+SHORT = kernels.LONG  # tokens of a prompt whose attention is cheap in float64
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # what else an attention of transformers can have
 
 

@@ -50,7 +50,7 @@ class SwiftNorm(RMSNorm):
         out, width = torch.empty_like(hidden), hidden.shape[-1]
         into = out.data_ptr(), kernels.FLOAT32, None
         rows, weight = hidden.numel() // width, self.weight.data_ptr()
-        _built().residual_norm(
+        _built(hidden).residual_norm(
             rows, width, hidden.data_ptr(), *kernels.NOTHING, weight, self.eps, *into
         )
         return out
@@ -75,7 +75,7 @@ class SwiftAttention(_Swift, Attention):
         norms: tuple[int | None, int | None] = (None, None)
         if config.qk_norm:
             norms = self.q_norm.weight.data_ptr(), self.k_norm.weight.data_ptr()
-        _built().rotate_store(
+        _built(hidden_BTD).rotate_store(
             batch * new, new, heads, groups, channels, mixed_BND.data_ptr(), kernels.FLOAT32,
             *norms, config.rms_norm_eps, cosines.data_ptr(), sines.data_ptr(),
             columns_BN.data_ptr(), keys_BGNC.data_ptr(), values_BGNC.data_ptr(), kernels.FLOAT32,
@@ -103,7 +103,7 @@ class SwiftMLP(_Swift, MLP):
         width = both.shape[-1] // 2
         out = torch.empty(*both.shape[:-1], width)
         into = out.data_ptr(), kernels.FLOAT32, None
-        _built().gate(out.numel() // width, width, both.data_ptr(), kernels.FLOAT32, *into)
+        _built(hidden).gate(out.numel() // width, width, both.data_ptr(), kernels.FLOAT32, *into)
         return self.down_proj(out)
 
 
@@ -131,7 +131,15 @@ def cached_attention(queries: Tensor, keys: Tensor, values: Tensor, mask_BNS: Te
     return out_BNHC.transpose(1, 2)
 
 
-def _built() -> ctypes.CDLL:
+def _built(hidden: Tensor) -> ctypes.CDLL:
+    """The functions in C, for rows that they know. ValueError for others."""
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        raise ValueError("A head that was opened for drafting has no gradients. Load it again.")
+    if hidden.dtype != torch.float32 or not hidden.is_cpu:
+        raise ValueError(
+            f"This head was opened for drafting in float32 on a CPU, and is given "
+            f"{hidden.dtype} on {hidden.device}. Load it again for another target."
+        )
     built = kernels.library()
     assert built is not None
     return built

@@ -34,12 +34,13 @@ from .families import (
     refuse_unused_window,
 )
 from .lean import Lean
-from .native import Native, shorter_way
+from .native import Native
 from .packed import MOST_ROWS, identity, pack_linears
 from .pretrained import open_pretrained
 from .quantized import Int8, available, check_kind
 from .quantized import quantize as quantize_target
 from .seen import Seen
+from .shorter import shorter_way
 from .tree import Tree
 
 SUBSETS = 4  # vocabularies whose LM head rows are kept at hand
@@ -83,8 +84,8 @@ class Target:
         if quantize is not None:
             quantize_target(self, quantize)
             self.quantized = quantize
-        pack_linears(model)
         self._lean = shorter_way(self._decoder, self._layers, self.config)
+        pack_linears(model)  # after the probes, which would pack what they widen
 
     @classmethod
     def load(
@@ -194,9 +195,7 @@ class Target:
             steps_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
             ids_BT = ids_BT.masked_fill(steps_T >= lengths_B[:, None], 0)
         steps_BT = _steps(ids_BT) if tree is None else tree.depths_BN
-        # A quantised model takes one way for all row counts: rounding must not depend on them.
-        suits = self.quantized is not None or ids_BT.numel() <= MOST_ROWS
-        lean = self._lean if cache is not None and suits else None
+        lean = self._lean if cache is not None and self._suits(ids_BT, cache) else None
         mask: Tensor | dict[str, Tensor] | None = None  # None: the model's own causal mask
         if cache is not None:
             cache.expect(ids_BT.shape[1])
@@ -208,6 +207,13 @@ class Target:
         else:
             last_BTD, hidden = self._read(ids_BT, steps_BT, cache, mask, layers)
         return Seen(self.unembed(last_BTD) if logits else None, last_BTD, hidden)
+
+    def _suits(self, ids_BT: Tensor, cache: KVCache) -> bool:
+        """Whether a read takes the shorter way. Behind a text all do, and all of a quantised model:
+        rounding must not depend on how many rows are read together."""
+        behind = cache.fixed or cache.width > 0
+        known = self.quantized is not None or behind or ids_BT.numel() <= MOST_ROWS
+        return known and not torch.is_autocast_enabled("cpu")
 
     def _read(
         self,

@@ -120,6 +120,8 @@ def test_where_reading_is_arithmetic_the_head_is_not_even_tried_at_first() -> No
     assert few.asks_head(0.0, 1)
     assert not any(many.asks_head(0.0, 8) for _ in range(PAUSE[1]))
     assert many.asks_head(0.0, 8)  # texts can be easier than that
+    late = Spending(ARITHMETIC)
+    assert not late.asks_head(0.0, 8) and late.asks_head(0.0, 1)  # the others are complete
 
 
 def test_guesses_that_promise_less_than_the_first_node_costs_are_dropped() -> None:

@@ -13,6 +13,7 @@ import torch
 from families import FAMILIES
 from torch import Tensor
 
+from headstart.model import kernels
 from headstart.model.kernels import BFLOAT16, COARSE, DIGITS, FINE, FLOAT32, library
 from headstart.model.layers import grouped_attention
 from headstart.model.lean import Lean
@@ -128,18 +129,21 @@ def test_what_a_row_does_not_see_is_as_if_it_were_not_there(exact: bool) -> None
 
 @pytest.fixture
 def rebuilt() -> Iterator[None]:
-    library.cache_clear()
+    for known in (library, kernels.digest):
+        known.cache_clear()
     yield
-    library.cache_clear()
+    for known in (library, kernels.digest):
+        known.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("compiler", "why"),
-    [("/nowhere/cc", "No such file"), ("false", "returned non-zero"), ("", "no C compiler")],
+    [("/nowhere/cc", "No such file"), ("false", "false failed"), ("", "no C compiler")],
 )
 def test_without_a_compiler_it_says_so_and_goes_on(
-    compiler: str, why: str, rebuilt: None, monkeypatch: pytest.MonkeyPatch
+    compiler: str, why: str, rebuilt: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("headstart.model.kernels.cache_folder", lambda: tmp_path)
     monkeypatch.setenv("CC", compiler)
     if not compiler:
         monkeypatch.setenv("PATH", "")
@@ -171,6 +175,51 @@ def test_older_processors_compute_the_same(
     ids_1T = torch.arange(9)[None]
     seen = Target.wrap(model).read(ids_1T, Target.wrap(model).new_cache(1))
     torch.testing.assert_close(seen.logits_BTV, model(ids_1T).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_no_number_stays_none() -> None:
+    hidden = torch.randn(3, 40)
+    hidden[0, 7], hidden[1] = torch.nan, torch.inf
+    result = Int8(torch.randn(5, 40), None)(hidden)
+    assert bool(result[:2].isnan().all()) and bool(result[2].isfinite().all())
+
+
+def test_a_compiler_may_have_arguments(
+    rebuilt: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headstart.model.kernels.cache_folder", lambda: tmp_path)
+    monkeypatch.setenv("CC", "gcc -pipe")
+    assert library() is not None
+
+
+def test_a_damaged_file_is_built_again_and_a_good_one_needs_no_compiler(
+    rebuilt: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headstart.model.kernels.cache_folder", lambda: tmp_path)
+    damaged = tmp_path / "kernels" / f"{kernels.digest()}.so"
+    damaged.parent.mkdir()
+    damaged.write_text("half of")
+    assert library() is not None
+    library.cache_clear()
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    assert library() is not None
+
+
+def test_a_cache_that_cannot_be_written_to_is_done_without(
+    rebuilt: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kernels").write_text("a file where the folder should be")
+    monkeypatch.setattr("headstart.model.kernels.cache_folder", lambda: tmp_path)
+    assert library() is not None
+
+
+def test_a_compiler_that_knows_less_is_told(
+    rebuilt: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headstart.model.kernels.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("headstart.model.kernels.ATTEMPTS", ("-no-such-flag", "-fopenmp"))
+    with pytest.warns(UserWarning, match="does not know -no-such-flag.*use -fopenmp"):
+        assert library() is not None
 
 
 def test_it_is_built_once(rebuilt: None, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

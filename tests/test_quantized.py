@@ -167,8 +167,10 @@ def test_trees_write_what_plain_decoding_writes(family):
     assert accepted > 20 and side > 2
 
 
+@pytest.mark.parametrize("more", [0, 1 + kernels.LONG])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "olmo2"])
-def test_a_tree_gives_the_bits_of_single_tokens(family):
+def test_a_tree_gives_the_bits_of_single_tokens(family, more):
+    """more: leaves; from some number of nodes on attention is computed otherwise."""
     target = Target.wrap(FAMILIES[family](), quantize="int8")
     text_T = prompts([30])[0]
     cache = target.new_cache(1)
@@ -177,7 +179,9 @@ def test_a_tree_gives_the_bits_of_single_tokens(family):
     path = [0, 2, 4, 6, 7]  # the others are noise
     tokens_BN = torch.tensor([[50, 51, 52, 53, 54, 55, 56, 57]])
     tokens_BN[0, path] = text_T[25:]
-    tree = Tree(tokens_BN, torch.tensor([[-1, 0, 0, 1, 2, 3, 4, 6]]), torch.zeros(1, 8))
+    tokens_BN = torch.cat([tokens_BN, torch.arange(more)[None] % 90], 1)
+    parents_BN = torch.tensor([[-1, 0, 0, 1, 2, 3, 4, 6] + more * [0]])
+    tree = Tree(tokens_BN, parents_BN, torch.zeros(1, 8 + more))
     logits_NV = target.read(tree, cache).logits_BTV[0]
     for node, token in zip(path, text_T[25:], strict=True):
         alone = target.read(token[None, None], cache).logits_BTV[0, 0]

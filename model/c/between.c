@@ -7,9 +7,12 @@ static inline float silu(float x) {
     return x / (1.0f + exp_float(y));
 }
 
-/* A maximum in lanes: compilers must not reorder it, NaN being neither larger nor smaller. */
+/* A maximum in lanes: compilers must not reorder it, NaN being neither larger nor smaller. NaN where
+ * any number is NaN or infinite. */
 static inline float largest_size(const float *values, long width) {
     float lanes[LANES] = {0}, largest = SMALLEST;
+    int odd = 0;
+    for (long i = 0; i < width; i++) odd |= !(fabsf(values[i]) <= FLT_MAX);
     long whole = width / LANES * LANES;
     for (long from = 0; from < whole; from += LANES)
         for (long i = 0; i < LANES; i++) {
@@ -18,7 +21,7 @@ static inline float largest_size(const float *values, long width) {
         }
     for (long i = whole; i < width; i++) lanes[0] = fabsf(values[i]) > lanes[0] ? fabsf(values[i]) : lanes[0];
     for (long i = 0; i < LANES; i++) largest = lanes[i] > largest ? lanes[i] : largest;
-    return largest;
+    return odd ? NAN : largest;
 }
 
 /* Columns [from, from + width) of a row that is `stride` wide. */
@@ -42,7 +45,7 @@ static void give(const float *values, int kind, long row, long width, void *out,
         uint8_t *coarse = (uint8_t *)out + 2 * row * padded, *fine = coarse + padded;
         float scale = largest_size(values, width) / COARSE;
         for (long i = 0; i < width; i++) {
-            float steps = values[i] / scale, whole = rintf(steps);
+            float steps = scale == scale ? values[i] / scale : 0, whole = rintf(steps);
             coarse[i] = (uint8_t)((int)whole + ZERO);
             fine[i] = (uint8_t)((int)rintf((steps - whole) * FINE) + ZERO);
         }

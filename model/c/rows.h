@@ -9,6 +9,7 @@
  * depend on that row alone: the same code goes over each, whatever is read beside it.
  */
 #pragma once
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>

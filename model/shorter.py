@@ -1,0 +1,148 @@
+"""Which way a decoder is read on a CPU: `Native`, `Lean`, or its own modules.
+
+No family is known by name. A model qualifies if two texts, one of them at the far end of its
+context, come out as from its own modules. That is tried in float32 for bfloat16 models too: on
+texts without sense their own rounding is off by 40 %, which would hide what a model does otherwise.
+
+Legend: B batch rows, N new rows, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from .cache import KVCache
+from .lean import Layer, Lean, Norm, Turn, rms_norm
+from .native import Native
+from .quantized import QuantizedLinear, full_precision
+
+TEXT = (5, 3, 7, 2, 6, 4, 1)
+# Largest error of a probe's outputs, by their norm. Lean is tried in float32; Native only adds its
+# functions, and rounds as it will.
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+OTHER_PARTS = (LookupError, RuntimeError, TypeError, AttributeError, ValueError)
+
+
+def shorter_way(
+    decoder: nn.Module, layers: nn.ModuleList, config: PretrainedConfig
+) -> Native | Lean | None:
+    """None for a model that is built otherwise, or computes something else."""
+    weight = next(decoder.parameters())
+    if weight.device.type != "cpu" or weight.dtype not in CLOSE:
+        return None
+    kinds = getattr(config, "layer_types", None) or [""] * len(layers)
+    try:
+        with full_precision(decoder):  # integers would make a step of a last bit
+            probe = _Probe(decoder, config)
+            lean = Lean(decoder, layers, kinds)
+            if not probe.agrees(_in_float32(decoder, layers, kinds), CLOSE[torch.float32]):
+                return None
+            native = Native.suits(lean) and probe.agrees(Native(lean), CLOSE[weight.dtype])
+        if any(type(one) is QuantizedLinear for one in decoder.modules()):
+            lean = Lean(decoder, layers, kinds)
+        return Native(lean) if native else lean
+    except OTHER_PARTS:
+        return None  # or parts that work together in another way
+
+
+class _Probe:
+    """Two short texts, and what the model's own modules make of them in float32."""
+
+    def __init__(self, decoder: Any, config: PretrainedConfig):
+        words = decoder.embed_tokens.num_embeddings
+        self.ids_1N = torch.tensor([[token % words for token in TEXT]])
+        self.layers = config.num_hidden_layers
+        self.kinds = getattr(config, "layer_types", None) or [""]
+        far = (getattr(config, "max_position_embeddings", None) or 1 << 16) - len(TEXT)
+        self.seen: list[tuple[Tensor, Tensor]] = []
+        for start in (0, max(far, 0)):
+            positions_1N = (torch.arange(len(TEXT)) + start)[None]
+            with torch.no_grad(), _hooked(decoder):
+                theirs = decoder(
+                    input_ids=self.ids_1N, position_ids=positions_1N, use_cache=False
+                ).last_hidden_state
+            self.seen.append((positions_1N, theirs))
+
+    def agrees(self, way: Native | Lean, tolerance: float) -> bool:
+        new = len(TEXT)
+        steps_N = torch.arange(new)
+        mask_NN = torch.zeros(new, new).masked_fill_(steps_N[:, None] < steps_N, -torch.inf)
+        masks = {kind: mask_NN[None, None] for kind in self.kinds}
+        for positions_1N, theirs_1ND in self.seen:
+            cache = KVCache(1, self.layers, self.ids_1N.device)
+            cache.expect(new)
+            with torch.no_grad():
+                ours_1ND, _ = way.read(self.ids_1N, positions_1N, cache, masks)
+            if not (ours_1ND - theirs_1ND).norm() <= tolerance * theirs_1ND.norm():
+                return False
+        return True
+
+
+def _in_float32(decoder: Any, layers: nn.ModuleList, kinds: Sequence[str]) -> Lean:
+    """`Lean` with wide weights, of one layer at a time."""
+    lean = Lean(decoder, layers, kinds)
+    lean.embed = lambda ids_BN: decoder.embed_tokens(ids_BN).float()
+    wide = [_Wide(one, kind) for one, kind in zip(layers, kinds, strict=True)]
+
+    def norm(hidden: Tensor) -> Tensor:
+        with _wide(decoder.norm):
+            return rms_norm(decoder.norm)(hidden)
+
+    lean.layers, lean.norm = cast(list[Layer], wide), cast(Norm, norm)
+    return lean
+
+
+class _Wide:
+    """A layer that is made when it is called, of weights in float32."""
+
+    def __init__(self, module: nn.Module, kind: str):
+        self.module, self.kind = module, kind
+
+    def __call__(
+        self, hidden: Tensor, turn: Turn, index: int, cache: KVCache, mask: Tensor | None
+    ) -> Tensor:
+        with _wide(self.module):
+            return Layer(self.module, self.kind)(hidden, turn, index, cache, mask)
+
+
+@contextmanager
+def _wide(*modules: nn.Module) -> Iterator[None]:
+    """Within it, the weights of modules are float32."""
+    weights = dict.fromkeys(weight for module in modules for weight in module.parameters())
+    before = {weight: weight.data for weight in weights}
+    for weight in weights:
+        weight.data = weight.data.float()
+    try:
+        yield
+    finally:
+        for weight, values in before.items():
+            weight.data = values
+
+
+@contextmanager
+def _hooked(decoder: Any) -> Iterator[None]:
+    """Within it, a decoder computes in float32, with wide weights of one layer at a time."""
+    open_now: list[Any] = []
+
+    def widen(module: nn.Module, *_: object) -> None:
+        open_now.append(_wide(module))
+        open_now[-1].__enter__()
+
+    def narrow(*_: object) -> None:
+        open_now.pop().__exit__(None, None, None)
+
+    modules = dict.fromkeys([*decoder.layers, decoder.norm])
+    hooks = [decoder.embed_tokens.register_forward_hook(lambda _, __, hidden: hidden.float())]
+    hooks += [module.register_forward_pre_hook(widen) for module in modules]
+    hooks += [module.register_forward_hook(narrow, always_call=True) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
