@@ -10,6 +10,7 @@ what tests compare with; only 8-bit integers need them.
     gate            silu(first half) * second half
     convert         rows as a product takes them
     multiply        a product of digits, with weights from `pack`
+    multiply_halves a product in bfloat16, with weights from `pack_halves`
     likeliest       the place of the largest number of each row
 """
 
@@ -56,6 +57,9 @@ SIGNATURES: dict[str, list[Any]] = {
     "multiply": [_N, _N, _N, *[_P] * 7],
     "pack": [_N, _N, _P, _P, _P],
     "packed_outputs": [_N],
+    "multiply_halves": [_N, _N, _N, *[_P] * 4],
+    "pack_halves": [_N, _N, _P, _P],
+    "packed_halves": [_N],
     "likeliest": [_N, _N, _P, _P],
 }
 
@@ -76,7 +80,7 @@ def library() -> ctypes.CDLL | None:
     for name, arguments in SIGNATURES.items():
         function = getattr(built, name)
         function.argtypes, function.restype = arguments, None
-    built.packed_outputs.restype = _N
+    built.packed_outputs.restype = built.packed_halves.restype = _N
     return built
 
 

@@ -4,7 +4,7 @@ A layer of a small model is four products and some thirty small operations, and 
 that a step waits for: 8-bit SmolLM2-135M spends 5 of 22 ms in its products. `Native` does the rest
 in five passes over the rows (c/between.c, c/attention.c); where those cannot be built, `Lean` is
 used. Products of
-bfloat16 targets read and give 16 bits; what is between them stays in float32.
+bfloat16 targets read 16 bits; all else stays in float32.
 
 Legend: B batch rows, N new rows, R rows of all texts together, D hidden size, H query heads,
 G key/value heads, C head channels, S columns.
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from . import kernels
 from .cache import KVCache, KVLayer
+from .layers import grouped_attention
 from .lean import Layer, Lean, Norm
 from .packed import Kind, Product
-from .quantized import empty_digits
+from .quantized import empty_digits, exact_attention
 
 
 class _Rows:
@@ -42,7 +43,7 @@ class _Rows:
     def through(self, product: Product) -> _Rows:
         if self.scales is not None:
             return _Rows(product.integers.product(self.values, self.scales), Kind.FLOAT32)
-        result = product(self.values).contiguous()
+        result = product.wide(self.values).contiguous()
         return _Rows(result, Kind.of(result.dtype))
 
     @property
@@ -64,7 +65,10 @@ class Native:
         built = kernels.library()
         assert built is not None, "it does not suit"
         self._lean, self._c = lean, built
-        self._attention = built.attend_exactly if lean.layers[0].exact else built.attend
+        # bfloat16 products are the same in a tree and alone; then a last bit of attention matters
+        exact = lean.layers[0].exact or lean.dtype == torch.bfloat16
+        self._attention = built.attend_exactly if exact else built.attend
+        self._long_attention = exact_attention if exact else grouped_attention
         self._kind = Kind.of(lean.dtype)
 
     @staticmethod
@@ -139,7 +143,7 @@ class Native:
             queries = queries_RD.view(read.batch, read.new, heads, channels).transpose(1, 2)
             mask = None if mask_BNS is None else mask_BNS[:, None]
             columns = keys[:, :, :seen].float(), values[:, :, :seen].float()
-            attended = layer.attention(queries, *columns, mask, scale=layer.scale)
+            attended = self._long_attention(queries, *columns, mask, scale=layer.scale)
             attended_RD = attended.transpose(1, 2).reshape(rows, width)
         else:
             attended_RD = torch.empty(rows, width)

@@ -42,6 +42,7 @@ def _made_by_intel() -> bool:
 
 INTEL = _made_by_intel()
 MOST_ROWS = 64 if INTEL else 512  # MKL is better at long texts where it is at home
+HALF_ROWS = range(1, 513)  # of bfloat16: few and many in one way, so that both round alike
 ROWS = range(4 if INTEL else 1, MOST_ROWS + 1)  # where packed weights won in every shape tried
 PACKED = (torch.float32, torch.bfloat16)
 SMALLEST = 1 << 14  # weights; below, a call costs more than it saves
@@ -75,20 +76,60 @@ class Kind(Enum):
         return torch.bfloat16 if self is Kind.BFLOAT16 else torch.float32
 
 
+class Halves:
+    """The product of bfloat16 linear layers with sums in float32, in C: the same for a row, to the
+    last bit, whatever is read beside it, which libraries do not promise."""
+
+    def __init__(self, weight_VK: Tensor, bias_V: Tensor | None):
+        built = kernels.library()
+        assert built is not None and Halves.suit(weight_VK)
+        self._built, (self.outputs, self.inputs) = built, weight_VK.shape
+        self._bias_V = None if bias_V is None else bias_V.detach().float().contiguous()
+        size = built.packed_halves(self.outputs) * self.inputs
+        self._packed = torch.empty(size, dtype=torch.bfloat16)
+        weight_VK = weight_VK.detach().contiguous()
+        into = self._packed.data_ptr()
+        built.pack_halves(self.outputs, self.inputs, weight_VK.data_ptr(), into)
+
+    @staticmethod
+    def suit(weight: Tensor) -> bool:
+        """Whether they can be built here, and take such weights: inputs come in pairs."""
+        known = weight.dtype == torch.bfloat16 and weight.is_cpu and weight.shape[1] % 2 == 0
+        return known and kernels.library() is not None
+
+    def __call__(self, hidden_RK: Tensor) -> Tensor:
+        """R x V in float32."""
+        hidden_RK = hidden_RK.contiguous()
+        result_RV = torch.empty(*hidden_RK.shape[:-1], self.outputs)
+        bias = None if self._bias_V is None else self._bias_V.data_ptr()
+        self._built.multiply_halves(
+            hidden_RK.numel() // self.inputs, self.outputs, self.inputs, hidden_RK.data_ptr(),
+            self._packed.data_ptr(), bias, result_RV.data_ptr(),
+        )  # fmt: skip
+        return result_RV
+
+
 class PackedLinear(nn.Linear):
     """A linear layer with packed weights where they are faster. Made by `pack_linears`."""
 
-    _packed: tuple[tuple[int, int], Tensor] | None = None  # what it was made from, and the copy
+    # what it was made from, and the copy
+    _packed: tuple[tuple[int, int], Tensor | Halves] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.numel() // input.shape[-1]
-        known = input.dtype == self.weight.dtype in PACKED and input.is_cpu and rows in ROWS
+        suits = rows in (HALF_ROWS if self.weight.dtype == torch.bfloat16 else ROWS)
+        known = input.dtype == self.weight.dtype in PACKED and input.is_cpu and suits
         if not known or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.linear(input, self.weight, self.bias)
         made_from = identity(self.weight)
         if self._packed is None or self._packed[0] != made_from:
-            self._packed = made_from, _packed(self.weight)
-        return _product(input, self._packed[1], self)
+            halves = Halves.suit(self.weight)
+            packed = Halves(self.weight, self.bias) if halves else _packed(self.weight)
+            self._packed = made_from, packed
+        packed = self._packed[1]
+        if isinstance(packed, Halves):
+            return packed(input).to(input.dtype)
+        return _product(input, packed, self)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which pack their own weights: the layouts cannot be saved."""
@@ -115,6 +156,7 @@ class Product:
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._int8: Int8 | None = None
+        self._half: Halves | None = None
 
     @property
     def kind(self) -> Kind:
@@ -122,8 +164,14 @@ class Product:
         return Kind.DIGITS if self._quantized else Kind.of(self._linears[0].weight.dtype)
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        return self.wide(hidden).to(hidden.dtype)
+
+    def wide(self, hidden: Tensor) -> Tensor:
+        """In float32 where the sums are."""
         if self._quantized:
             return self.integers(hidden)
+        if Halves.suit(self._linears[0].weight):
+            return self._halves()(hidden)
         if not self._joined:
             parts = [one.forward(hidden) for one in self._linears]
             return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -136,6 +184,12 @@ class Product:
             hidden, self._weight, self._bias, "none", [], ""
         )
         return result
+
+    def _halves(self) -> Halves:
+        made_from = [identity(one.weight) for one in self._linears]
+        if self._half is None or made_from != self._made_from:
+            self._made_from, self._half = made_from, Halves(*self._side_by_side())
+        return self._half
 
     @property
     def integers(self) -> Int8:

@@ -17,6 +17,7 @@ from headstart.model import kernels
 from headstart.model.kernels import BFLOAT16, COARSE, DIGITS, FINE, FLOAT32, library
 from headstart.model.layers import grouped_attention
 from headstart.model.lean import Lean
+from headstart.model.packed import Halves
 from headstart.model.quantized import Int8, empty_digits
 from headstart.model.target import Target
 
@@ -65,6 +66,20 @@ def test_products_of_digits_are_exact(bias: bool, outputs: int) -> None:
         assert torch.equal(product(hidden), expected)
         alone = [product(one[None]) for one in hidden]
         assert torch.equal(torch.cat(alone), expected)
+
+
+@pytest.mark.parametrize("outputs", [1, 50, 64, 130])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_in_half_precision(bias: bool, outputs: int) -> None:
+    for rows, width in [(1, 2), (3, 20), (7, 576), (90, 600)]:
+        weight_VK = torch.randn(outputs, width).bfloat16()
+        bias_V = torch.randn(outputs).bfloat16() if bias else None
+        product, hidden = Halves(weight_VK, bias_V), torch.randn(rows, width).bfloat16()
+        expected = hidden.double() @ weight_VK.double().T
+        expected = expected if bias_V is None else expected + bias_V
+        ours = product(hidden)
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-4)
+        assert torch.equal(torch.cat([product(one[None]) for one in hidden]), ours)
 
 
 def test_half_precision_is_rounded_as_pytorch_rounds() -> None:
@@ -171,6 +186,9 @@ def test_older_processors_compute_the_same(
     monkeypatch.setattr("headstart.model.kernels.ATTEMPTS", (flags,))
     monkeypatch.setattr("headstart.model.kernels.cache_folder", lambda: tmp_path)
     assert torch.equal(Int8(weight, bias)(hidden), expected)
+    halves = Halves(weight.bfloat16(), None)(hidden.bfloat16()).double()
+    product = hidden.bfloat16().double() @ weight.bfloat16().double().T
+    torch.testing.assert_close(halves, product, rtol=1e-5, atol=1e-4)
     model = FAMILIES["llama"]()
     ids_1T = torch.arange(9)[None]
     seen = Target.wrap(model).read(ids_1T, Target.wrap(model).new_cache(1))
