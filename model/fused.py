@@ -162,7 +162,8 @@ def rewrite_meta(folder: str | Path, head: DraftHead, meta: HeadMeta) -> None:
 
 
 def load_head(folder: str | Path, target: Target) -> DraftHead:
-    """The head in a folder (or in a fused one), bound to its target, in the target's dtype.
+    """The head in a folder (or in a fused one), bound to its target, in the target's dtype (in
+    float32 where it drafts in integers).
 
     ValueError when the folder is damaged or was made for another target.
     """

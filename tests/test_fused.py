@@ -108,7 +108,8 @@ def test_save_load_save_keeps_every_byte(
     save_head(head, tmp_path / "one", META)
     other = Target.load(plain, dtype=dtype)
     again = load_head(tmp_path / "one", other)
-    assert {p.dtype for p in again.parameters()} == {dtype}
+    drafts_in = torch.float32 if other.rounds_guesses else dtype  # integers are made from floats
+    assert {p.dtype for p in again.parameters()} == {drafts_in}
     save_head(again, tmp_path / "two", read_head_file(tmp_path / "one").meta)
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert again.layers == head.layers and again.max_depth == head.max_depth
