@@ -208,6 +208,7 @@ def _path(target: Target, head: DraftHead) -> Path:
 
 def _about(target: Target, head: DraftHead) -> dict[str, Any]:
     """Everything that the costs depend on, as far as it is known."""
+    in_c = target.device.type == "cpu" and kernels.functions() is not None
     return {
         "device": device_name(target.device),
         "threads": torch.get_num_threads(),
@@ -216,7 +217,9 @@ def _about(target: Target, head: DraftHead) -> dict[str, Any]:
         "head": head.config.model_dump(mode="json"),
         "versions": {name: version(name) for name in ("torch", "transformers", "headstart")},
         "nodes": NODES,
-        "kernels": kernels.digest() if target.device.type == "cpu" and kernels.library() else None,
+        "kernels": kernels.digest()
+        if target.device.type == "cpu" and kernels.functions()
+        else None,
     }
 
 

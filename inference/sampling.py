@@ -184,7 +184,7 @@ class Sampler:
 def likeliest(scores_RV: Tensor) -> Tensor:
     """`argmax(-1)`, the first of equals. On a CPU in C, where a NaN is not the largest: PyTorch
     compares one number after the other, 332 us for 8 rows of 49,152."""
-    built = kernels.library() if scores_RV.is_cpu else None
+    built = kernels.functions() if scores_RV.is_cpu else None
     if built is None or scores_RV.dtype not in (torch.float32, torch.bfloat16):
         return scores_RV.argmax(-1)
     scores_RV = scores_RV.float().contiguous()

@@ -65,7 +65,7 @@ SIGNATURES: dict[str, list[Any]] = {
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def functions() -> ctypes.CDLL | None:
     """The functions in C. None, with a warning, where they cannot be built."""
     try:
         built = _opened()

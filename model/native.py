@@ -62,7 +62,7 @@ class Native:
     """Reads as `Lean` does, with the same weights."""
 
     def __init__(self, lean: Lean):
-        built = kernels.library()
+        built = kernels.functions()
         assert built is not None, "it does not suit"
         self._lean, self._c = lean, built
         # bfloat16 products are the same in a tree and alone; then a last bit of attention matters
@@ -75,7 +75,7 @@ class Native:
     def suits(lean: Lean) -> bool:
         """Whether the functions in C can be built here, and know all that the layers do."""
         known = all(_is_silu(one.activation) and _one_eps(one) for one in lean.layers)
-        return known and kernels.library() is not None
+        return known and kernels.functions() is not None
 
     def read(
         self,

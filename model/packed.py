@@ -81,7 +81,7 @@ class Halves:
     last bit, whatever is read beside it, which libraries do not promise."""
 
     def __init__(self, weight_VK: Tensor, bias_V: Tensor | None):
-        built = kernels.library()
+        built = kernels.functions()
         assert built is not None and Halves.suit(weight_VK)
         self._built, (self.outputs, self.inputs) = built, weight_VK.shape
         self._bias_V = None if bias_V is None else bias_V.detach().float().contiguous()
@@ -95,7 +95,7 @@ class Halves:
     def suit(weight: Tensor) -> bool:
         """Whether they can be built here, and take such weights: inputs come in pairs."""
         known = weight.dtype == torch.bfloat16 and weight.is_cpu and weight.shape[1] % 2 == 0
-        return known and kernels.library() is not None
+        return known and kernels.functions() is not None
 
     def __call__(self, hidden_RK: Tensor) -> Tensor:
         """R x V in float32."""

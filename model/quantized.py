@@ -83,7 +83,7 @@ def quantize_linears(module: nn.Module) -> None:
 
 def available() -> bool:
     """Whether products of integers can be built here."""
-    return kernels.library() is not None
+    return kernels.functions() is not None
 
 
 class QuantizedLinear(nn.Linear):
@@ -106,7 +106,7 @@ class Int8:
 
     def __init__(self, weight_VK: Tensor, bias_V: Tensor | None):
         """RuntimeError where the functions in C cannot be built."""
-        built = kernels.library()
+        built = kernels.functions()
         if built is None:
             raise RuntimeError("Products of 8-bit integers need a C compiler.")
         self._built = built

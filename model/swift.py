@@ -23,7 +23,7 @@ from .packed import Product
 
 def speed_up_blocks(module: nn.Module) -> None:
     """Of a module whose weights are float32 on a CPU and do not change any more."""
-    if kernels.library() is None:
+    if kernels.functions() is None:
         return
     for one in module.modules():
         if type(one) in SWIFT:
@@ -112,7 +112,7 @@ SWIFT: dict[type, type] = {RMSNorm: SwiftNorm, Attention: SwiftAttention, MLP: S
 
 def cached_attention(queries: Tensor, keys: Tensor, values: Tensor, mask_BNS: Tensor) -> Tensor:
     """Softmax attention B H N C over columns of a cache. mask_BNS: True where a row may see."""
-    built = kernels.library() if queries.is_cpu else None
+    built = kernels.functions() if queries.is_cpu else None
     floats = all(one.dtype == torch.float32 for one in (queries, keys, values))
     batch, heads, new, channels = queries.shape
     small = (
@@ -140,6 +140,6 @@ def _built(hidden: Tensor) -> ctypes.CDLL:
             f"This head was opened for drafting in float32 on a CPU, and is given "
             f"{hidden.dtype} on {hidden.device}. Load it again for another target."
         )
-    built = kernels.library()
+    built = kernels.functions()
     assert built is not None
     return built

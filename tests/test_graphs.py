@@ -290,7 +290,7 @@ def test_records_stay_right(family: str, sampler: str, monkeypatch: pytest.Monke
         tapes[id(replay)].play()
 
     monkeypatch.setattr(Replay, "__call__", call)
-    monkeypatch.setattr("headstart.model.kernels.library", lambda: None)
+    monkeypatch.setattr("headstart.model.kernels.functions", lambda: None)
     target, kept, prompts = target_of(family), Graphs(plans=9), batch(family, 3)
     monkeypatch.setattr(target, "_lean", None)
     stop, truth = ragged(reference(family, 3, sampler))

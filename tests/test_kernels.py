@@ -14,7 +14,7 @@ from families import FAMILIES
 from torch import Tensor
 
 from headstart.model import kernels
-from headstart.model.kernels import BFLOAT16, COARSE, DIGITS, FINE, FLOAT32, library
+from headstart.model.kernels import BFLOAT16, COARSE, DIGITS, FINE, FLOAT32, functions
 from headstart.model.layers import grouped_attention
 from headstart.model.lean import Lean
 from headstart.model.packed import Halves
@@ -25,7 +25,7 @@ ROWS = [(1, 1), (3, 20), (7, 576), (90, 600)]
 
 
 def built() -> ctypes.CDLL:
-    known = library()
+    known = functions()
     assert known is not None
     return known
 
@@ -144,10 +144,10 @@ def test_what_a_row_does_not_see_is_as_if_it_were_not_there(exact: bool) -> None
 
 @pytest.fixture
 def rebuilt() -> Iterator[None]:
-    for known in (library, kernels.digest):
+    for known in (functions, kernels.digest):
         known.cache_clear()
     yield
-    for known in (library, kernels.digest):
+    for known in (functions, kernels.digest):
         known.cache_clear()
 
 
@@ -172,7 +172,7 @@ def test_code_that_does_not_compile_is_told_with_the_compilers_words(
 ) -> None:
     monkeypatch.setattr("headstart.model.kernels.FLAGS", "-no-such-flag")
     with pytest.warns(UserWarning, match="no-such-flag"):
-        assert library() is None
+        assert functions() is None
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one way only")
@@ -182,7 +182,7 @@ def test_older_processors_compute_the_same(
 ) -> None:
     hidden, weight, bias = torch.randn(9, 100), torch.randn(70, 100), torch.randn(70)
     expected = Int8(weight, bias)(hidden)
-    library.cache_clear()
+    functions.cache_clear()
     monkeypatch.setattr("headstart.model.kernels.ATTEMPTS", (flags,))
     monkeypatch.setattr("headstart.model.kernels.cache_folder", lambda: tmp_path)
     assert torch.equal(Int8(weight, bias)(hidden), expected)
@@ -207,7 +207,7 @@ def test_a_compiler_may_have_arguments(
 ) -> None:
     monkeypatch.setattr("headstart.model.kernels.cache_folder", lambda: tmp_path)
     monkeypatch.setenv("CC", "gcc -pipe")
-    assert library() is not None
+    assert functions() is not None
 
 
 def test_a_damaged_file_is_built_again_and_a_good_one_needs_no_compiler(
@@ -217,10 +217,10 @@ def test_a_damaged_file_is_built_again_and_a_good_one_needs_no_compiler(
     damaged = tmp_path / "kernels" / f"{kernels.digest()}.so"
     damaged.parent.mkdir()
     damaged.write_text("half of")
-    assert library() is not None
-    library.cache_clear()
+    assert functions() is not None
+    functions.cache_clear()
     monkeypatch.setenv("CC", "/nowhere/cc")
-    assert library() is not None
+    assert functions() is not None
 
 
 def test_a_cache_that_cannot_be_written_to_is_done_without(
@@ -228,7 +228,7 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(
 ) -> None:
     (tmp_path / "kernels").write_text("a file where the folder should be")
     monkeypatch.setattr("headstart.model.kernels.cache_folder", lambda: tmp_path)
-    assert library() is not None
+    assert functions() is not None
 
 
 def test_a_compiler_that_knows_less_is_told(
@@ -237,16 +237,16 @@ def test_a_compiler_that_knows_less_is_told(
     monkeypatch.setattr("headstart.model.kernels.cache_folder", lambda: tmp_path)
     monkeypatch.setattr("headstart.model.kernels.ATTEMPTS", ("-no-such-flag", "-fopenmp"))
     with pytest.warns(UserWarning, match="does not know -no-such-flag.*use -fopenmp"):
-        assert library() is not None
+        assert functions() is not None
 
 
 def test_it_is_built_once(rebuilt: None, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headstart.model.kernels.cache_folder", lambda: tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert library() is not None
+        assert functions() is not None
         (kept,) = (tmp_path / "kernels").iterdir()
         made = kept.stat().st_mtime_ns
-        library.cache_clear()
-        assert library() is not None
+        functions.cache_clear()
+        assert functions() is not None
     assert [file.stat().st_mtime_ns for file in (tmp_path / "kernels").iterdir()] == [made]

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from bits import check_bits
 from families import FAMILIES, prompts
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -160,17 +161,4 @@ def test_an_activation_unknown_to_the_kernels_keeps_pytorchs_operations() -> Non
 @pytest.mark.parametrize("more", [0, 1 + kernels.LONG])
 @pytest.mark.parametrize("family", LIKE_LLAMA)
 def test_bfloat16_trees_give_the_bits_of_single_tokens(family: str, more: int) -> None:
-    target = Target.wrap(FAMILIES[family]().bfloat16())
-    text_T, cache = prompts([16])[0], target.new_cache(1)
-    target.read(text_T[None, :11], cache, logits=False)
-    cache.commit(None, torch.tensor([11]))
-    path = [0, 2, 4, 6, 7]  # the others are noise
-    tokens_BN = torch.cat([torch.arange(50, 58), torch.arange(more) % 90])[None]
-    tokens_BN[0, path] = text_T[11:]
-    parents_BN = torch.tensor([[-1, 0, 0, 1, 2, 3, 4, 6] + more * [0]])
-    tree = Tree(tokens_BN, parents_BN, torch.zeros(1, 8 + more))
-    logits_NV = target.read(tree, cache).logits_BTV[0]
-    for node, token in zip(path, text_T[11:], strict=True):
-        alone_V = target.read(token[None, None], cache).logits_BTV[0, 0]
-        assert torch.equal(alone_V, logits_NV[node])
-        cache.commit(None, torch.tensor([1]))
+    check_bits(Target.wrap(FAMILIES[family]().bfloat16()), 11, more)

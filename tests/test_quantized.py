@@ -7,6 +7,7 @@ from itertools import chain
 
 import pytest
 import torch
+from bits import check_bits
 from called import pickled
 from families import FAMILIES, build, padded, prompts
 from oracle import Oracle
@@ -26,7 +27,7 @@ from headstart.model.quantized import (
     quantization_report,
 )
 from headstart.model.target import Target
-from headstart.model.tree import Tree, TreeShape
+from headstart.model.tree import TreeShape
 
 pytestmark = pytest.mark.skipif(
     not available(), reason="this processor or build of torch has no integer products"
@@ -170,23 +171,7 @@ def test_trees_write_what_plain_decoding_writes(family):
 @pytest.mark.parametrize("more", [0, 1 + kernels.LONG])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "olmo2"])
 def test_a_tree_gives_the_bits_of_single_tokens(family, more):
-    """more: leaves; from some number of nodes on attention is computed otherwise."""
-    target = Target.wrap(FAMILIES[family](), quantize="int8")
-    text_T = prompts([30])[0]
-    cache = target.new_cache(1)
-    target.read(text_T[None, :25], cache, logits=False)
-    cache.commit(torch.arange(25)[None], torch.tensor([25]))
-    path = [0, 2, 4, 6, 7]  # the others are noise
-    tokens_BN = torch.tensor([[50, 51, 52, 53, 54, 55, 56, 57]])
-    tokens_BN[0, path] = text_T[25:]
-    tokens_BN = torch.cat([tokens_BN, torch.arange(more)[None] % 90], 1)
-    parents_BN = torch.tensor([[-1, 0, 0, 1, 2, 3, 4, 6] + more * [0]])
-    tree = Tree(tokens_BN, parents_BN, torch.zeros(1, 8 + more))
-    logits_NV = target.read(tree, cache).logits_BTV[0]
-    for node, token in zip(path, text_T[25:], strict=True):
-        alone = target.read(token[None, None], cache).logits_BTV[0, 0]
-        assert torch.equal(alone, logits_NV[node])
-        cache.commit(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([1]))
+    check_bits(Target.wrap(FAMILIES[family](), quantize="int8"), 25, more)
 
 
 def test_what_is_saved_and_hashed_stays():
@@ -268,7 +253,7 @@ def test_other_types_and_kinds_are_refused():
 
 
 def test_without_a_compiler_it_is_refused_and_heads_draft_in_floats(monkeypatch):
-    monkeypatch.setattr(kernels, "library", lambda: None)
+    monkeypatch.setattr(kernels, "functions", lambda: None)
     with pytest.raises(ValueError, match="Install gcc or clang"):
         Target.wrap(build("llama", {}), quantize="int8")
     assert not Target.wrap(build("llama", {})).rounds_guesses
