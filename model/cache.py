@@ -102,7 +102,7 @@ class KVCache(Cache):
         super().__init__(layers=list(self.kv_layers))
         self.lengths_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._lengths = [0] * batch_size  # the same on the host: no device read per step
-        self._pending = 0
+        self._pending = self._after = 0
         self._stacks: tuple[Tensor, Tensor] | None = None  # all layers' keys and values, L x
 
     @property
@@ -121,6 +121,11 @@ class KVCache(Cache):
         return self._place.end
 
     @property
+    def after(self) -> int:
+        """Pending rows in front of those of the current read."""
+        return self._after
+
+    @property
     def rows(self) -> int:
         return len(self.lengths_B)
 
@@ -131,7 +136,7 @@ class KVCache(Cache):
 
     def expect(self, new: int, after: int = 0) -> None:
         """The next read writes `new` rows; of those pending before, the first `after` stay."""
-        place, self._pending = self._place, after + new
+        place, self._pending, self._after = self._place, after + new, after
         place.first = self.width + after if self.even else None
         place.rows_B1 = place.columns_BN = None
         if place.first is None:

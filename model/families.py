@@ -61,11 +61,7 @@ class Windows:
 
         tree: whose nodes see their ancestors; None for a text, whose rows see those before them.
         """
-        if tree is None:
-            new_BNN = depths_BN[:, :, None] >= depths_BN[:, None, :]
-        else:
-            new_BNN = tree.ancestors_BNN
-        seen_BNS = cache.visible(new_BNN)
+        seen_BNS = cache.visible(among_new(depths_BN, tree))
         if self.kinds == (FULL,):
             return _additive(seen_BNS, dtype)
         new_places_BN = depths_BN + cache.lengths_B[:, None]
@@ -84,6 +80,13 @@ class Windows:
         if kind == CHUNKED:
             return query_BN1 // self.chunked == key_B1S // self.chunked
         return torch.ones((), dtype=torch.bool, device=query_BN.device)
+
+
+def among_new(depths_BN: Tensor, tree: Tree | None) -> Tensor:
+    """B x N x N: True where a new row sees another one. Arguments as of `Windows.mask`."""
+    if tree is None:
+        return depths_BN[:, :, None] >= depths_BN[:, None, :]
+    return tree.ancestors_BNN
 
 
 def _additive(seen_BNS: Tensor, dtype: torch.dtype) -> Tensor:

@@ -106,9 +106,10 @@ class DraftHead(nn.Module, ABC):
         self.to(device=target.device, dtype=dtype).bind(target).eval()
         if target.rounds_guesses:
             quantize_linears(self)
-            speed_up_blocks(self)
         else:
             pack_linears(self)
+        if target.rounds_guesses or target.device.type != "cpu":
+            speed_up_blocks(self)
         self._decoded = target.draft_logits(self.draft_ids)
         return self
 

@@ -131,6 +131,13 @@ class Layer:
         gate, up = self.gate_up(self.second(hidden_BND)).chunk(2, -1)
         return hidden_BND + self.down(self.activation(gate) * up)
 
+    @property
+    def usual(self) -> bool:
+        """Whether its MLP is a SwiGLU, and queries and keys are normed alike or not at all."""
+        sample = torch.linspace(-8, 8, 33)
+        alike = {one and one.eps for one in (self.query_norm, self.key_norm)}
+        return len(alike) == 1 and torch.allclose(self.activation(sample), F.silu(sample))
+
     def _attend(
         self,
         normed_BND: Tensor,
@@ -172,7 +179,7 @@ def rms_norm(module: nn.Module) -> Norm:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if weight is None or eps is None or [*module.parameters()] != [weight]:
         raise LookupError("the norm has other parts")
-    sample = torch.linspace(-2, 3, len(weight), dtype=weight.dtype)
+    sample = torch.linspace(-2, 3, len(weight), dtype=weight.dtype, device=weight.device)
     norm = Norm(weight.detach(), eps)
     step = torch.finfo(weight.dtype).eps
     if not torch.allclose(norm(sample), module(sample), rtol=100 * step, atol=10 * step):

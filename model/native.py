@@ -12,11 +12,10 @@ G key/value heads, C head channels, S columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
@@ -74,8 +73,7 @@ class Native:
     @staticmethod
     def suits(lean: Lean) -> bool:
         """Whether the functions in C can be built here, and know all that the layers do."""
-        known = all(_is_silu(one.activation) and _one_eps(one) for one in lean.layers)
-        return known and kernels.functions() is not None
+        return all(one.usual for one in lean.layers) and kernels.functions() is not None
 
     def read(
         self,
@@ -184,16 +182,6 @@ def _wide(masks: Mapping[str, Tensor] | Tensor | None, batch: int) -> dict[str, 
         kind: mask[:, 0].expand(batch, -1, -1).float().contiguous()
         for kind, mask in by_kind.items()
     }
-
-
-def _one_eps(layer: Layer) -> bool:
-    """Whether queries and keys are normed alike, or not at all."""
-    return {layer.query_norm and layer.query_norm.eps} == {layer.key_norm and layer.key_norm.eps}
-
-
-def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:
-    sample = torch.linspace(-8, 8, 33)
-    return torch.allclose(activation(sample), F.silu(sample))
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

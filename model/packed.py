@@ -164,6 +164,8 @@ class Product:
         return Kind.DIGITS if self._quantized else Kind.of(self._linears[0].weight.dtype)
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        if not hidden.is_cpu:
+            return F.linear(hidden, *self._as_one())
         return self.wide(hidden).to(hidden.dtype)
 
     def wide(self, hidden: Tensor) -> Tensor:
@@ -184,6 +186,20 @@ class Product:
             hidden, self._weight, self._bias, "none", [], ""
         )
         return result
+
+    def _as_one(self) -> tuple[Tensor, Tensor | None]:
+        """The joined weight, of which the layers' own become parts: nothing is held twice."""
+        if len(self._linears) == 1:
+            return self._linears[0].weight, self._linears[0].bias
+        if self._weight is None or self._made_from != [
+            identity(one.weight) for one in self._linears
+        ]:
+            self._weight, self._bias = self._side_by_side()
+            parts = self._weight.split([len(one.weight) for one in self._linears])
+            for one, part in zip(self._linears, parts, strict=True):
+                one.weight.data = part
+            self._made_from = [identity(one.weight) for one in self._linears]
+        return self._weight, self._bias
 
     def _halves(self) -> Halves:
         made_from = [identity(one.weight) for one in self._linears]

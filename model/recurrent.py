@@ -200,9 +200,8 @@ def _writing(cache: KVCache, pending_BNM: Tensor) -> Attend:
     ones a query sees."""
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        mask_BNS = cache.visible(pending_BNM)
         keys, values = cache.update(keys, values, 0)
-        return cached_attention(queries, keys, values, mask_BNS)
+        return cached_attention(queries, keys, values, cache, pending_BNM)
 
     return attend
 
@@ -221,8 +220,7 @@ class _DraftedNodes:
         self.cache.expect(0)
         nothing_BF0 = queries.new_zeros(len(queries), queries.shape[2], 0, dtype=torch.bool)
         keys_BGSC, values_BGSC = self.cache.update(keys[:, :, :0], values[:, :, :0], 0)
-        mask_BFS = self.cache.visible(nothing_BF0)
-        return cached_attention(queries, keys_BGSC, values_BGSC, mask_BFS)
+        return cached_attention(queries, keys_BGSC, values_BGSC, self.cache, nothing_BF0)
 
     def _appended(self, frontier: Frontier) -> Attend:
         batch, new = frontier.tokens_BF.shape

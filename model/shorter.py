@@ -1,43 +1,52 @@
-"""Which way a decoder is read on a CPU: `Native`, `Lean`, or its own modules.
+"""Which way a decoder is read: `Native` or `Lean` on a CPU, `Accelerated` on a GPU, or its own
+modules.
 
 No family is known by name. A model qualifies if two texts, one of them at the far end of its
 context, come out as from its own modules. That is tried in float32 for bfloat16 models too: on
 texts without sense their own rounding is off by 40 %, which would hide what a model does otherwise.
 
-Legend: B batch rows, N new rows, D hidden size.
+Legend: N new rows, D hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from . import accelerated
+from .accelerated import Accelerated
 from .cache import KVCache
+from .families import FULL, Windows
 from .lean import Layer, Lean, Norm, Turn, rms_norm
 from .native import Native
 from .quantized import QuantizedLinear, full_precision
 
 TEXT = (5, 3, 7, 2, 6, 4, 1)
-# Largest error of a probe's outputs, by their norm. Lean is tried in float32; Native only adds its
-# functions, and rounds as it will.
-CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+# Largest error of a probe's outputs, by their norm. Lean is tried in float32; the others only add
+# their functions, and round as they will.
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
+ON_A_CPU = (torch.float32, torch.bfloat16)
 OTHER_PARTS = (LookupError, RuntimeError, TypeError, AttributeError, ValueError)
 
 
 def shorter_way(
     decoder: nn.Module, layers: nn.ModuleList, config: PretrainedConfig
-) -> Native | Lean | None:
+) -> Accelerated | Native | Lean | None:
     """None for a model that is built otherwise, or computes something else."""
     weight = next(decoder.parameters())
-    if weight.device.type != "cpu" or weight.dtype not in CLOSE:
-        return None
     kinds = getattr(config, "layer_types", None) or [""] * len(layers)
     try:
+        built = accelerated.functions(weight.device)
+        if built is not None:
+            return _on_a_gpu(decoder, layers, kinds, config, built)
+        if not weight.is_cpu or weight.dtype not in ON_A_CPU:
+            return None
         with full_precision(decoder):  # integers would make a step of a last bit
             probe = _Probe(decoder, config)
             lean = Lean(decoder, layers, kinds)
@@ -51,34 +60,55 @@ def shorter_way(
         return None  # or parts that work together in another way
 
 
+def _on_a_gpu(
+    decoder: nn.Module,
+    layers: nn.ModuleList,
+    kinds: Sequence[str],
+    config: PretrainedConfig,
+    built: ModuleType,
+) -> Accelerated | None:
+    alike = {(one.device, one.dtype) for one in decoder.parameters()}
+    dtype = next(decoder.parameters()).dtype
+    if len(alike) > 1 or dtype not in CLOSE or Windows.of(config).kinds != (FULL,):
+        return None
+    probe, lean = _Probe(decoder, config), Lean(decoder, layers, kinds)
+    if not all(one.usual for one in lean.layers):
+        return None
+    way = Accelerated(lean, built)
+    wide = probe.agrees(_in_float32(decoder, layers, kinds), CLOSE[torch.float32])
+    return way if wide and probe.agrees(way, CLOSE[dtype]) else None
+
+
 class _Probe:
     """Two short texts, and what the model's own modules make of them in float32."""
 
     def __init__(self, decoder: Any, config: PretrainedConfig):
         words = decoder.embed_tokens.num_embeddings
-        self.ids_1N = torch.tensor([[token % words for token in TEXT]])
+        device = decoder.embed_tokens.weight.device
+        self.ids_1N = torch.tensor([[token % words for token in TEXT]], device=device)
         self.layers = config.num_hidden_layers
         self.kinds = getattr(config, "layer_types", None) or [""]
         far = (getattr(config, "max_position_embeddings", None) or 1 << 16) - len(TEXT)
         self.seen: list[tuple[Tensor, Tensor]] = []
         for start in (0, max(far, 0)):
-            positions_1N = (torch.arange(len(TEXT)) + start)[None]
+            positions_1N = (torch.arange(len(TEXT), device=device) + start)[None]
             with torch.no_grad(), _hooked(decoder):
                 theirs = decoder(
                     input_ids=self.ids_1N, position_ids=positions_1N, use_cache=False
                 ).last_hidden_state
             self.seen.append((positions_1N, theirs))
 
-    def agrees(self, way: Native | Lean, tolerance: float) -> bool:
-        new = len(TEXT)
-        steps_N = torch.arange(new)
-        mask_NN = torch.zeros(new, new).masked_fill_(steps_N[:, None] < steps_N, -torch.inf)
-        masks = {kind: mask_NN[None, None] for kind in self.kinds}
+    def agrees(self, way: Accelerated | Native | Lean, tolerance: float) -> bool:
+        new, device = len(TEXT), self.ids_1N.device
+        seen_1NN = torch.ones(1, new, new, dtype=torch.bool, device=device).tril()
+        mask_1NN = torch.zeros(seen_1NN.shape, device=device).masked_fill_(~seen_1NN, -torch.inf)
+        masks = dict.fromkeys(self.kinds, mask_1NN[None])
         for positions_1N, theirs_1ND in self.seen:
-            cache = KVCache(1, self.layers, self.ids_1N.device)
+            cache = KVCache(1, self.layers, device)
             cache.expect(new)
+            known: Any = seen_1NN if isinstance(way, Accelerated) else masks
             with torch.no_grad():
-                ours_1ND, _ = way.read(self.ids_1N, positions_1N, cache, masks)
+                ours_1ND, _ = way.read(self.ids_1N, positions_1N, cache, known)
             if not (ours_1ND - theirs_1ND).norm() <= tolerance * theirs_1ND.norm():
                 return False
         return True

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .accelerated import MOST_ROWS as MOST_ROWS_ON_A_GPU
+from .accelerated import Accelerated
 from .attention import shared_keys
 from .cache import KVCache
 from .families import (
     FULL,
     LogitsRule,
     Windows,
+    among_new,
     context_limit,
     decoder_layers,
     inner_model,
@@ -78,7 +81,7 @@ class Target:
         self.hidden_size, self.vocab_size = self._head.in_features, self._head.out_features
         self.num_layers = len(self._layers)
         self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
-        self._lean: Native | Lean | None = None
+        self._lean: Accelerated | Native | Lean | None = None
         self.quantized: str | None = None
         probe(self)
         if quantize is not None:
@@ -199,7 +202,9 @@ class Target:
         mask: Tensor | dict[str, Tensor] | None = None  # None: the model's own causal mask
         if cache is not None:
             cache.expect(ids_BT.shape[1])
-            if tree is not None or not _plain(cache, ids_BT, self._windows, lean is not None):
+            if isinstance(lean, Accelerated):
+                mask = among_new(steps_BT, tree)
+            elif tree is not None or not _plain(cache, ids_BT, self._windows, lean is not None):
                 mask = self._windows.mask(cache, steps_BT, tree, self.dtype)
             steps_BT = steps_BT + cache.lengths_B[:, None]
         if lean is not None and cache is not None:
@@ -212,6 +217,8 @@ class Target:
         """Whether a read takes the shorter way. Behind a text all do, and all of a quantised model:
         rounding must not depend on how many rows are read together."""
         behind = cache.fixed or cache.width > 0
+        if isinstance(self._lean, Accelerated):
+            return behind and ids_BT.shape[1] <= MOST_ROWS_ON_A_GPU
         known = self.quantized is not None or behind or ids_BT.numel() <= MOST_ROWS
         return known and not torch.is_autocast_enabled("cpu")
 

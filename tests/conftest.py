@@ -12,6 +12,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a function of Triton is defined
+
 from benched import fused, opened, suites  # noqa: F401 (fixtures)
 
 from headstart.scripts import ui

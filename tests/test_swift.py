@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from headstart.model.head import DraftHead, kinds, make_head
 from headstart.model.layers import MLP, Attention, LayerConfig, RMSNorm, grouped_attention
-from headstart.model.swift import SWIFT, cached_attention, speed_up_blocks
+from headstart.model.swift import SWIFT, _under_a_mask, speed_up_blocks
 from headstart.model.target import Target
 from headstart.model.tree import Tree, TreeShape
 
@@ -75,7 +75,7 @@ def test_attention_over_a_cache(new: int) -> None:
     queries = torch.randn(3, new, 4, 16).transpose(1, 2)
     mask_BNS = torch.rand(3, new, 80) < 0.7
     mask_BNS[..., 0] = True
-    ours = cached_attention(queries, keys, values, mask_BNS)
+    ours = _under_a_mask(queries, keys, values, mask_BNS)
     torch.testing.assert_close(ours, grouped_attention(queries, keys, values, mask_BNS[:, None]))
 
 

@@ -1,0 +1,98 @@
+"""The shortest way of reads on a GPU: matrix products, and what lies between them in Triton.
+
+A step over one token is so short there that starting kernels and going over the same few rows
+again and again takes longer than reading the weights. `Accelerated` needs ten kernels per layer
+where the modules need some thirty-five, and its attention reads the text once for all nodes of a
+tree (see triton_kernels.py). The same blocks serve the heads (`speed_up_blocks` in swift.py).
+
+Legend: B batch rows, N new rows, R rows of all texts together, D hidden size, M pending columns.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+
+if TYPE_CHECKING:
+    from .lean import Layer, Lean
+
+MOST_ROWS = 512  # new rows of a text; longer ones are left to the model's own modules
+
+
+def functions(device: torch.device) -> ModuleType | None:
+    """The Triton functions, where they run."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+class Accelerated:
+    """Reads as `Lean` does, with the same weights. masks are B x N x M: True where a new row may
+    see a pending one. All layers see the whole text."""
+
+    def __init__(self, lean: Lean, built: ModuleType):
+        self._lean, self._built = lean, built
+
+    def read(
+        self,
+        ids_BN: Tensor,
+        positions_BN: Tensor,
+        cache: KVCache,
+        masks: Mapping[str, Tensor] | Tensor | None,
+        taps: Sequence[int] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """As `Lean.read`."""
+        assert isinstance(masks, Tensor), "of the pending columns only"
+        lean, built, shape = self._lean, self._built, ids_BN.shape
+        hidden_BND = lean.embed(ids_BN)
+        turn = lean.rotary(hidden_BND, position_ids=positions_BN)
+        hidden_RD = hidden_BND.flatten(0, 1).clone()  # of which layers change the numbers in place
+        kept: dict[int, Tensor] = {}
+        norms = [*(one.first for one in lean.layers), lean.norm]  # what follows each layer
+        normed_RD = built.residual_norm(hidden_RD, None, norms[0].weight, norms[0].eps)
+        for index, layer in enumerate(lean.layers):
+            mixed_BNE = layer.qkv(normed_RD).view(*shape, -1)
+            attended_RD = self._attend(layer, mixed_BNE, turn, cache, index, masks)
+            after = layer.second
+            normed_RD = built.residual_norm(
+                hidden_RD, layer.out(attended_RD), after.weight, after.eps
+            )
+            added_RD = layer.down(built.gate(layer.gate_up(normed_RD)))
+            after = norms[index + 1]
+            normed_RD = built.residual_norm(hidden_RD, added_RD, after.weight, after.eps)
+            if index in taps:
+                kept[index] = hidden_RD.clone().view(*shape, -1)
+        return normed_RD.view(*shape, -1), kept
+
+    def _attend(
+        self,
+        layer: Layer,
+        mixed_BNE: Tensor,
+        turn: tuple[Tensor, Tensor],
+        cache: KVCache,
+        index: int,
+        pending_BNM: Tensor,
+    ) -> Tensor:
+        batch = len(mixed_BNE)
+        empty = mixed_BNE.new_empty(batch, layer.groups, 0, layer.channels)
+        columns = cache.kv_layers[index].room(empty, empty)
+        query_norm, key_norm = layer.query_norm, layer.key_norm
+        norms, eps = None, 0.0
+        if query_norm is not None and key_norm is not None:
+            norms, eps = (query_norm.weight, key_norm.weight), query_norm.eps
+        queries_BNHC = self._built.rotate_store(
+            mixed_BNE, turn, norms, eps, columns, cache.lengths_B, cache.after
+        )
+        attended_BNHC = self._built.attend(
+            queries_BNHC, columns, cache.lengths_B, pending_BNM, layer.scale, cache.columns
+        )
+        return attended_BNHC.view(-1, layer.heads * layer.channels)

@@ -1,0 +1,263 @@
+# mypy: disable-error-code="no-untyped-def"
+"""What lies between the matrix products of a decoder layer, for GPUs: the same five passes as c/.
+
+`attend` is the attention of a tree. All its nodes see the committed columns, whose cost is that of
+reading them once; who sees whom among the pending columns is a matrix of N x M bytes, never one of
+the text's length. The columns are split between many programs, as one row of a batch alone would
+leave a GPU idle, and the parts are merged by their log-sum-exp (arXiv 2311.01282). Numbers of
+columns are read on the device, so that a CUDA graph stays right as the text grows.
+
+Imported where it is used: Triton is no part of installations without a GPU. With
+TRITON_INTERPRET=1 the same code runs on a CPU, which is how tests compare it with PyTorch's
+operations.
+
+Legend: B batch rows, N new rows, R = B x N, D hidden size, F inner size of an MLP, H query heads,
+G key/value heads, C head channels, S columns of a cache, M pending columns, P parts of the columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PART = 128  # columns that are worth a program of their own
+MOST_PARTS = 64
+ROWS = 16  # queries of a program, which is a matrix unit's least
+GATED = 1024  # numbers of a program of `gate`
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _residual_norm(
+    hidden, added, weight, out, width, eps, HAS_ADDED: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    at = tl.arange(0, SIZE)
+    inside = at < width
+    place = tl.program_id(0).to(tl.int64) * width + at
+    values = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_ADDED:
+        values += tl.load(added + place, mask=inside, other=0.0).to(tl.float32)
+        rounded = values.to(hidden.dtype.element_ty)
+        tl.store(hidden + place, rounded, mask=inside)
+        values = rounded.to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(values * values, 0) / width + eps)
+    normed = values * scale * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, normed.to(out.dtype.element_ty), mask=inside)
+
+
+def residual_norm(
+    hidden_RD: Tensor, added_RD: Tensor | None, weight_D: Tensor, eps: float
+) -> Tensor:
+    """Adds to the hidden rows, in place; the rows under a root mean square norm."""
+    rows, width = hidden_RD.shape
+    out_RD = torch.empty_like(hidden_RD)
+    size = triton.next_power_of_2(width)
+    _residual_norm[(rows,)](
+        hidden_RD, hidden_RD if added_RD is None else added_RD, weight_D, out_RD, width, eps,
+        HAS_ADDED=added_RD is not None, SIZE=size, num_warps=4 if size <= 2048 else 8,
+    )  # fmt: skip
+    return out_RD
+
+
+@triton.jit
+def _rotate_store(
+    mixed, query_norm, key_norm, eps, cosines, sines, lengths, queries, keys, values,
+    new, heads, groups, channels, after, key_row, key_group, value_row, value_group,
+    HAS_NORM: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, SIZE)
+    inside = at < channels
+    half = channels // 2
+    other = tl.where(at < half, at + half, at - half)
+    source = mixed + (row * (heads + 2 * groups) + head) * channels
+    own = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+    text = row // new
+    column = tl.load(lengths + text) + after + row % new
+    if head >= heads + groups:
+        group = head - heads - groups
+        place = values + text * value_row + group * value_group + column * channels
+        tl.store(place + at, own.to(values.dtype.element_ty), mask=inside)
+    else:
+        pair = tl.load(source + other, mask=inside, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            weight = query_norm if head < heads else key_norm
+            scale = 1.0 / tl.sqrt_rn(tl.sum(own * own, 0) / channels + eps)
+            own *= scale * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+            pair *= scale * tl.load(weight + other, mask=inside, other=0.0).to(tl.float32)
+        cosine = tl.load(cosines + row * channels + at, mask=inside, other=0.0).to(tl.float32)
+        sine = tl.load(sines + row * channels + at, mask=inside, other=0.0).to(tl.float32)
+        turned = own * cosine + tl.where(at < half, -pair, pair) * sine
+        if head < heads:
+            place = queries + (row * heads + head) * channels
+            tl.store(place + at, turned.to(queries.dtype.element_ty), mask=inside)
+        else:
+            place = keys + text * key_row + (head - heads) * key_group + column * channels
+            tl.store(place + at, turned.to(keys.dtype.element_ty), mask=inside)
+
+
+def rotate_store(
+    mixed_BNE: Tensor,
+    turn: tuple[Tensor, Tensor],
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    columns: tuple[Tensor, Tensor],
+    lengths_B: Tensor,
+    after: int,
+) -> Tensor:
+    """Split a joined product into queries, keys and values, norm and rotate, and put the new keys
+    and values behind the text: queries B x N x H x C.
+
+    turn: cosines and sines, B x N x C. norms: weights of the norms of queries and keys. columns:
+    keys and values of a cache, B x G x S x C. after: pending columns in front of the new ones.
+    """
+    keys, values = columns
+    batch, new, width = mixed_BNE.shape
+    groups, channels = keys.shape[1], keys.shape[3]
+    assert keys.stride()[2:] == values.stride()[2:] == (channels, 1), "columns are not in a row"
+    heads = width // channels - 2 * groups
+    queries_BNHC = mixed_BNE.new_empty(batch, new, heads, channels)
+    weights = (mixed_BNE, mixed_BNE) if norms is None else norms
+    _rotate_store[(batch * new, heads + 2 * groups)](
+        mixed_BNE.contiguous(), *weights, eps, turn[0].contiguous(), turn[1].contiguous(),
+        lengths_B, queries_BNHC, keys, values, new, heads, groups, channels, after,
+        *keys.stride()[:2], *values.stride()[:2],
+        HAS_NORM=norms is not None, SIZE=triton.next_power_of_2(channels), num_warps=1,
+    )  # fmt: skip
+    return queries_BNHC
+
+
+@triton.jit
+def _attend_part(
+    queries, keys, values, lengths, pending, sums, tops, weights, scale,
+    new, pending_count, heads, groups, channels, key_row, key_group, value_row, value_group,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    block, text = tl.program_id(0), (tl.program_id(1) // groups).to(tl.int64)
+    group, part, parts = tl.program_id(1) % groups, tl.program_id(2), tl.num_programs(2)
+    shared = heads // groups
+    length = tl.load(lengths + text)
+    end = length + pending_count
+    size = tl.cdiv(tl.cdiv(end, parts), COLUMNS) * COLUMNS
+    begin = part * size
+    end = tl.minimum(end, begin + size)
+    row, at = block * ROWS + tl.arange(0, ROWS), tl.arange(0, SIZE)
+    real, inside = row < shared * new, at < channels
+    node = row % new
+    query = (text * new + node) * heads + group * shared + row // new
+    both = real[:, None] & inside[None, :]
+    q = tl.load(queries + query[:, None] * channels + at[None, :], mask=both, other=0.0)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS, SIZE], tl.float32)
+    keys += text * key_row + group * key_group
+    values += text * value_row + group * value_group
+    bits = pending + (text * new + node)[:, None] * pending_count
+    for first in range(begin, end, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        known, behind = column < end, column - length
+        place, there = column[:, None] * channels + at[None, :], known[:, None] & inside[None, :]
+        k = tl.load(keys + place, mask=there, other=0.0)
+        v = tl.load(values + place, mask=there, other=0.0)
+        if EXACT:
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        else:
+            scores = tl.dot(q, tl.trans(k)) * scale
+        asked = real[:, None] & (known & (behind >= 0))[None, :]
+        bit = tl.load(bits + behind[None, :], mask=asked, other=0)
+        seen = known[None, :] & ((behind < 0)[None, :] | (bit != 0))
+        scores = tl.where(seen, scores, -float("inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(higher == -float("inf"), 0.0, higher)
+        shrink = tl.exp2(top - base)
+        share = tl.exp2(scores - base[:, None])
+        weight = weight * shrink + tl.sum(share, 1)
+        if EXACT:
+            more = tl.dot(share, v, input_precision="ieee")
+        else:
+            more = tl.dot(share.to(v.dtype), v)
+        total = total * shrink[:, None] + more
+        top = higher
+    slot = query * parts + part
+    tl.store(sums + slot[:, None] * channels + at[None, :], total, mask=both)
+    tl.store(tops + slot, top, mask=real)
+    tl.store(weights + slot, weight, mask=real)
+
+
+@triton.jit
+def _merge(sums, tops, weights, out, channels, parts, PARTS: tl.constexpr, SIZE: tl.constexpr):
+    query = tl.program_id(0).to(tl.int64)
+    part, at = tl.arange(0, PARTS), tl.arange(0, SIZE)
+    slot, inside = query * parts + part, at < channels
+    top = tl.load(tops + slot, mask=part < parts, other=-float("inf"))
+    share = tl.exp2(top - tl.max(top, 0))  # a node sees itself at least
+    weight = tl.sum(tl.load(weights + slot, mask=part < parts, other=0.0) * share, 0)
+    both = (part < parts)[:, None] & inside[None, :]
+    total = tl.load(sums + slot[:, None] * channels + at[None, :], mask=both, other=0.0)
+    result = tl.sum(total * share[:, None], 0) / weight
+    tl.store(out + query * channels + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+def most_at_once(channels: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Queries and columns of a step of `attend` that registers of an H100 hold."""
+    if dtype == torch.float32:
+        return ROWS, 32
+    return (64, 64) if channels <= 64 else (32, 64) if channels <= 128 else (16, 32)
+
+
+def attend(
+    queries_BNHC: Tensor,
+    columns: tuple[Tensor, Tensor],
+    lengths_B: Tensor,
+    pending_BNM: Tensor,
+    scale: float,
+    seen: int,
+) -> Tensor:
+    """Softmax attention B x N x H x C over the committed columns of each text and those pending
+    ones that `pending_BNM` (True: may see) says. columns: keys and values of a cache, B x G x S x
+    C. seen: columns that are in use at most."""
+    keys, values = columns
+    batch, new, heads, channels = queries_BNHC.shape
+    groups, pending = keys.shape[1], pending_BNM.shape[2]
+    assert keys.shape == values.shape and channels == keys.shape[3], "keys and values differ"
+    assert keys.stride()[2:] == values.stride()[2:] == (channels, 1), "columns are not in a row"
+    queries_BNHC = queries_BNHC.contiguous()
+    rows = new * heads // groups
+    most, at_once = most_at_once(channels, queries_BNHC.dtype)
+    block = min(max(triton.next_power_of_2(rows), ROWS), most)
+    parts = min(max(triton.cdiv(seen, PART), 1), MOST_PARTS)
+    sums = queries_BNHC.new_empty(batch, new, heads, parts, channels, dtype=torch.float32)
+    tops, weights = sums.new_empty(2, batch, new, heads, parts)
+    size, exact = triton.next_power_of_2(channels), queries_BNHC.dtype == torch.float32
+    _attend_part[(triton.cdiv(rows, block), batch * groups, parts)](
+        queries_BNHC, keys, values, lengths_B, pending_BNM.to(torch.uint8).contiguous(), sums,
+        tops, weights, scale * LOG2_E, new, pending, heads, groups, channels,
+        *keys.stride()[:2], *values.stride()[:2],
+        ROWS=block, COLUMNS=at_once, SIZE=max(size, 16), EXACT=exact, num_warps=4,
+    )  # fmt: skip
+    out_BNHC = torch.empty_like(queries_BNHC)
+    _merge[(batch * new * heads,)](
+        sums, tops, weights, out_BNHC, channels, parts,
+        PARTS=triton.next_power_of_2(parts), SIZE=size, num_warps=2,
+    )  # fmt: skip
+    return out_BNHC
+
+
+@triton.jit
+def _gate(both, out, width, SIZE: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    inside = at < width
+    gate = tl.load(both + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(both + (row * 2 + 1) * width + at, mask=inside, other=0.0).to(tl.float32)
+    result = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out + row * width + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+def gate(both_RF: Tensor) -> Tensor:
+    """R x F of R x 2F: silu of the first half times the second (SwiGLU, arXiv 2002.05202)."""
+    rows, width = both_RF.shape[0], both_RF.shape[1] // 2
+    out_RF = both_RF.new_empty(rows, width)
+    _gate[(rows, triton.cdiv(width, GATED))](both_RF.contiguous(), out_RF, width, SIZE=GATED)
+    return out_RF

@@ -1,0 +1,41 @@
+"""Compiles the Triton functions for an H100, which needs no GPU: run by test_accelerated.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from headstart.model import triton_kernels as built
+
+POINTERS = {"lengths": "*i64", "pending": "*u8", "sums": "*fp32", "tops": "*fp32"}
+NUMBERS = {"eps": "fp32", "scale": "fp32"}
+FLAGS = {"ROWS": 16, "COLUMNS": 32, "SIZE": 128, "PARTS": 64, "EXACT": False}
+FLAGS |= {"HAS_ADDED": True, "HAS_NORM": True}
+TENSORS = "hidden added weight out mixed query_norm key_norm cosines sines queries keys values both"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KERNELS = (
+    built._residual_norm,
+    built._rotate_store,
+    built._attend_part,
+    built._merge,
+    built._gate,
+)
+
+for kernel in KERNELS:
+    for kind in DTYPES:
+        types = {
+            name: POINTERS.get(name) or NUMBERS.get(name) or "i32" for name in kernel.arg_names
+        }
+        types |= {name: f"*{kind}" for name in TENSORS.split() if name in types}
+        types |= {"weights": "*fp32"} if "weights" in types else {}
+        flags = {name: value for name, value in FLAGS.items() if name in types}
+        if "EXACT" in flags:
+            rows, columns = built.most_at_once(flags["SIZE"], DTYPES[kind])
+            flags |= {"ROWS": rows, "COLUMNS": columns, "EXACT": kind == "fp32"}
+        types |= dict.fromkeys(flags, "constexpr")
+        places = {(kernel.arg_names.index(name),): value for name, value in flags.items()}
+        source = ASTSource(kernel, types, places)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        print(kernel.fn.__name__, kind, len(made.asm["cubin"]))

@@ -1,0 +1,199 @@
+"""The way of GPUs against PyTorch's operations. Without a GPU, Triton's interpreter runs its
+functions on a CPU, and its compiler shows that they would run on one.
+
+Legend: B batch rows, N new rows, M pending columns, S columns, H query heads, G key/value heads,
+C head channels.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import FAMILIES, prompts
+from test_exact import SHAPES, answers
+from test_lean import LIKE_LLAMA, OTHERS, reads
+from torch import Tensor, nn
+
+from headstart.inference.decode import _fitting, decode, plain
+from headstart.inference.rows import Stop
+from headstart.inference.sampling import Sampler
+from headstart.model import accelerated
+from headstart.model.accelerated import Accelerated
+from headstart.model.cache import KVCache
+from headstart.model.head import kinds, make_head
+from headstart.model.layers import MLP, Attention, LayerConfig
+from headstart.model.packed import Product
+from headstart.model.swift import SWIFT_ON_A_GPU, cached_attention, speed_up_blocks
+from headstart.model.target import Target
+
+pytest.importorskip("triton", reason="Triton is not installed: it comes with PyTorch for GPUs")
+from headstart.model import triton_kernels as built
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever asks for the functions gets them."""
+    monkeypatch.setattr(accelerated, "functions", lambda device: built)
+    monkeypatch.setattr(Target, "rounds_guesses", False)
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
+    assert ours.shape == theirs.shape
+    error = float((ours.detach() - theirs.detach()).norm() / theirs.detach().norm())
+    assert error < tolerance, error
+
+
+# batch, new rows, heads, groups, channels, columns, pending
+SIZES = [
+    (1, 1, 4, 2, 8, 70, 1),
+    (1, 5, 6, 2, 64, 300, 5),  # several parts
+    (3, 8, 4, 4, 16, 200, 11),
+    (2, 1, 9, 3, 80, 600, 1),  # channels are no power of two
+    (2, 3, 4, 2, 32, 40, 0),  # only what is committed
+    (1, 48, 4, 2, 16, 130, 48),  # more rows than a program takes
+]
+
+
+def dense(pending_BNM: Tensor, lengths_B: Tensor, columns: int) -> Tensor:
+    """B x N x S, written down column by column."""
+    batch, new, pending = pending_BNM.shape
+    mask_BNS = torch.zeros(batch, new, columns, dtype=torch.bool, device=pending_BNM.device)
+    for row, length in enumerate(lengths_B.tolist()):
+        mask_BNS[row, :, :length] = True
+        mask_BNS[row, :, length : length + pending] = pending_BNM[row]
+    return mask_BNS
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_attention(sizes: tuple[int, ...]) -> None:
+    batch, new, heads, groups, channels, columns, pending = sizes
+    queries_BNHC = torch.randn(batch, new, heads, channels, device=DEVICE)
+    keys, values = torch.randn(2, batch, groups, columns, channels, device=DEVICE)
+    lengths_B = torch.randint(1, columns - pending, (batch,), device=DEVICE)
+    lengths_B[0] = columns - pending  # up to the last column
+    keys[-1, :, lengths_B[-1] + pending :] = torch.nan  # never read
+    pending_BNM = torch.rand(batch, new, pending, device=DEVICE) < 0.5
+    ours = built.attend(queries_BNHC, (keys, values), lengths_B, pending_BNM, 0.2, columns)
+    theirs = F.scaled_dot_product_attention(
+        queries_BNHC.transpose(1, 2),
+        keys.nan_to_num().repeat_interleave(heads // groups, 1),
+        values.repeat_interleave(heads // groups, 1),
+        attn_mask=dense(pending_BNM, lengths_B, columns)[:, None],
+        scale=0.2,
+    )
+    close(ours, theirs.transpose(1, 2))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_blocks_of_heads(normed: bool, bias: bool) -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LayerConfig(**sizes, **heads, attention_bias=bias, qk_norm=normed)
+    attention, mlp = Attention(config, 48).to(DEVICE), MLP(config).to(DEVICE)
+    if normed:
+        nn.init.uniform_(attention.q_norm.weight), nn.init.uniform_(attention.k_norm.weight)
+    given: list[Tensor] = []
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        given.extend((queries, keys, values))
+        return queries * 2
+
+    hidden_BND, positions_BN = torch.randn(3, 5, 48, device=DEVICE), torch.arange(15).view(3, 5) * 9
+    positions_BN = positions_BN.to(DEVICE)
+    with torch.no_grad():
+        theirs = [attention(hidden_BND, positions_BN, attend), mlp(hidden_BND[..., :24]), *given]
+        given.clear()
+        speed_up_blocks(both := nn.ModuleList([attention, mlp]))
+        assert [type(one) for one in both] == [SWIFT_ON_A_GPU[Attention], SWIFT_ON_A_GPU[MLP]]
+        ours = [attention(hidden_BND, positions_BN, attend), mlp(hidden_BND[..., :24]), *given]
+    for one, other in zip(ours, theirs, strict=True):
+        close(one, other)
+    with pytest.raises(ValueError, match="has no gradients"):
+        mlp(hidden_BND[..., :24].requires_grad_())
+
+
+def test_attention_of_a_head_asks_for_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KVCache(2, 1, torch.device(DEVICE))
+    for new in (40, 6):
+        cache.expect(new)
+        rows = torch.randn(2, 2, new, 16, device=DEVICE), torch.randn(2, 2, new, 16, device=DEVICE)
+        keys, values = cache.update(*rows, 0)
+        if new == 40:
+            cache.commit(None, torch.tensor([40, 33], device=DEVICE))
+    pending_BNM = torch.ones(2, 6, 6, dtype=torch.bool, device=DEVICE).tril()
+    queries = torch.randn(2, 4, 6, 16, device=DEVICE)
+    theirs = cached_attention(queries, keys, values, cache, pending_BNM)  # with gradients: a mask
+    monkeypatch.setattr(KVCache, "visible", None)
+    with torch.no_grad():
+        close(cached_attention(queries, keys, values, cache, pending_BNM), theirs)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", LIKE_LLAMA)
+def test_targets_read_as_their_modules_do(family: str, batch: int) -> None:
+    target = Target.wrap(FAMILIES[family]().to(DEVICE))
+    windows = family in ("mistral", "ministral")
+    assert windows or isinstance(target._lean, Accelerated)
+    ours = reads(target, batch)
+    target._lean = None
+    for one, other in zip(ours, reads(target, batch), strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("family", [*OTHERS, "mistral"])
+def test_what_computes_otherwise_keeps_its_modules(family: str) -> None:
+    assert Target.wrap(FAMILIES[family]().to(DEVICE))._lean is None
+
+
+def test_layers_are_joined_and_nothing_is_held_twice() -> None:
+    layers = [nn.Linear(6, size, device=DEVICE) for size in (4, 2, 3)]
+    before = [one.weight.detach().clone() for one in layers]
+    product, hidden = Product(*layers), torch.randn(5, 6, device=DEVICE)
+    expected = torch.cat([one(hidden) for one in layers], -1)
+    close(F.linear(hidden, *product._as_one()), expected)
+    for one, weight in zip(layers, before, strict=True):
+        assert torch.equal(one.weight, weight)
+        assert one.weight.untyped_storage().data_ptr() == product._as_one()[0].data_ptr()
+    with torch.no_grad():
+        layers[1].weight += 1  # written to: it is the same memory
+    close(F.linear(hidden, *product._as_one()), torch.cat([one(hidden) for one in layers], -1))
+    layers[2].weight.data = torch.ones(3, 6, device=DEVICE)  # replaced
+    close(F.linear(hidden, *product._as_one()), torch.cat([one(hidden) for one in layers], -1))
+
+
+@pytest.mark.parametrize("shape", ["chain", "dynamic"])
+@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_whole_decode(family: str, kind: str, shape: str) -> None:
+    target = Target.wrap(FAMILIES[family]().to(DEVICE))
+    assert isinstance(target._lean, Accelerated)
+    ids_BT, mask_BT = torch.stack(prompts([11, 11])), torch.ones(2, 11, dtype=torch.int64)
+    mask_BT[1, :4] = 0
+    options = {"sampler": Sampler(), "stop": Stop(12)}
+    told = answers(plain(target, ids_BT, mask_BT, **options), 2)
+    head = make_head(target, kind, {})
+    head.init_from_target()
+    head = head.for_decoding(target)
+    tree = _fitting(SHAPES[shape], head)
+    assert answers(decode(target, head, ids_BT, mask_BT, shape=tree, **options), 2) == told
+    target._lean = None  # and what its modules say
+    assert answers(plain(target, ids_BT, mask_BT, **options), 2) == told
+
+
+def test_they_compile_for_a_gpu(tmp_path: Path) -> None:
+    script = Path(__file__).parent / "compiled_for_a_gpu.py"
+    fresh = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=os.environ | fresh, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 15
