@@ -193,7 +193,7 @@ class Plan:
         if nodes == 1:
             tree = Tree.root(self.next_BP.gather(1, self.counts_B[:, None] - 1)[:, 0])
         else:
-            tree = Tree(*self.drafted).cut(nodes).chain_first()
+            tree = Tree(*self.drafted).cut(nodes)  # no chain in front: all of a path is moved
         layers = () if self.head is None else self.head.layers
         seen = self.target.read(tree, self.cache, layers=layers)
         assert seen.logits_BTV is not None

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .cache import KVCache
-
 if TYPE_CHECKING:
+    from .cache import KVCache
     from .lean import Layer, Lean
 
 MOST_ROWS = 512  # new rows of a text; longer ones are left to the model's own modules

@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from . import accelerated
 from .packed import pack_linears
 from .quantized import quantize_linears
 from .seen import Seen
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .target import Target
 
 
+MOST_AT_ONCE = 16  # words that a GPU finds one after the other
 UNSET = -1  # what the offsets of a draft vocabulary hold before it is set
 
 
@@ -150,11 +152,18 @@ class DraftHead(nn.Module, ABC):
 
         depth: of the nodes whose children are guessed, 0 for the root.
         """
-        logits_BFV = self.logits(hidden_BFD).float()
+        logits_BFV = self.logits(hidden_BFD)
+        width, temperature = min(width, logits_BFV.shape[-1]), 1.0
         if self.temperatures:
-            logits_BFV = logits_BFV / self.temperatures[min(depth, len(self.temperatures) - 1)]
-        logp_BFV = logits_BFV.log_softmax(-1)
-        logp_BFW, index_BFW = logp_BFV.topk(min(width, logp_BFV.shape[-1]), dim=-1)
+            temperature = self.temperatures[min(depth, len(self.temperatures) - 1)]
+        on_a_gpu = accelerated.functions(logits_BFV.device)
+        if on_a_gpu is not None and width <= MOST_AT_ONCE:
+            best_RW, index_RW = on_a_gpu.best_words(logits_BFV.flatten(0, 1), width, temperature)
+            shape = (*logits_BFV.shape[:2], width)
+            logp_BFW, index_BFW = best_RW.view(shape), index_RW.view(shape)
+        else:
+            logp_BFV = (logits_BFV.float() / temperature).log_softmax(-1)
+            logp_BFW, index_BFW = logp_BFV.topk(width, dim=-1)
         ids = self.draft_ids
         return logp_BFW, index_BFW if ids is None else ids[index_BFW]
 

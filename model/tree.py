@@ -13,6 +13,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from . import accelerated
+
 NO_PARENT = -1
 
 
@@ -50,7 +52,10 @@ class Tree:
     @cached_property
     def ancestors_BNN(self) -> Tensor:
         """[b, n, m] is True where node m is node n itself or one of its ancestors."""
-        nodes = self.nodes
+        nodes, on_a_gpu = self.nodes, accelerated.functions(self.tokens_BN.device)
+        if on_a_gpu is not None:
+            ancestors: Tensor = on_a_gpu.ancestors(self.parents_BN)
+            return ancestors
         own_N = torch.arange(nodes, device=self.tokens_BN.device)
         ancestors_BNN = (own_N[:, None] == own_N).repeat(self.tokens_BN.shape[0], 1, 1)
         # Take over what the node `reach` levels up sees, and double the reach: log2(nodes) rounds.

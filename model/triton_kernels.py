@@ -1,5 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
-"""What lies between the matrix products of a decoder layer, for GPUs: the same five passes as c/.
+"""What lies between matrix products, for GPUs: of a decoder layer the same five passes as in c/, of
+a tree its ancestors, of a head its likeliest words.
 
 `attend` is the attention of a tree. All its nodes see the committed columns, whose cost is that of
 reading them once; who sees whom among the pending columns is a matrix of N x M bytes, never one of
@@ -12,7 +13,8 @@ TRITON_INTERPRET=1 the same code runs on a CPU, which is how tests compare it wi
 operations.
 
 Legend: B batch rows, N new rows, R = B x N, D hidden size, F inner size of an MLP, H query heads,
-G key/value heads, C head channels, S columns of a cache, M pending columns, P parts of the columns.
+G key/value heads, C head channels, S columns of a cache, M pending columns, P parts of the columns,
+V words, W best words.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ PART = 128  # columns that are worth a program of their own
 MOST_PARTS = 64
 ROWS = 16  # queries of a program, which is a matrix unit's least
 GATED = 1024  # numbers of a program of `gate`
+WORDS = 4096  # logits of a program of `best_words`
 LOG2_E = 1.4426950408889634
 
 
@@ -261,3 +264,92 @@ def gate(both_RF: Tensor) -> Tensor:
     out_RF = both_RF.new_empty(rows, width)
     _gate[(rows, triton.cdiv(width, GATED))](both_RF.contiguous(), out_RF, width, SIZE=GATED)
     return out_RF
+
+
+@triton.jit
+def _ancestors(parents, seen, nodes, SIZE: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * nodes
+    node, at = tl.program_id(1), tl.arange(0, SIZE)
+    row = at == node
+    place = tl.load(parents + first + node).to(tl.int32)
+    while place >= 0:
+        row = row | (at == place)
+        place = tl.load(parents + first + place).to(tl.int32)
+    tl.store(seen + (first + node) * nodes + at, row.to(tl.uint8), mask=at < nodes)
+
+
+def ancestors(parents_BN: Tensor) -> Tensor:
+    """`Tree.ancestors_BNN` of its parents."""
+    batch, nodes = parents_BN.shape
+    seen_BNN = torch.empty(batch, nodes, nodes, dtype=torch.bool, device=parents_BN.device)
+    _ancestors[(batch, nodes)](
+        parents_BN.contiguous(), seen_BNN.view(torch.uint8), nodes,
+        SIZE=triton.next_power_of_2(nodes), num_warps=1,
+    )  # fmt: skip
+    return seen_BNN
+
+
+@triton.jit
+def _best_of_chunk(
+    logits, tops, weights, best, places, words, factor, chunks,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = chunk * SIZE + tl.arange(0, SIZE)
+    inside = at < words
+    scores = tl.load(logits + row * words + at, mask=inside, other=-float("inf")).to(tl.float32)
+    scores *= factor
+    top = tl.max(scores, 0)
+    slot = row * chunks + chunk
+    tl.store(tops + slot, top)
+    tl.store(weights + slot, tl.sum(tl.where(inside, tl.exp(scores - top), 0.0), 0))
+    for rank in tl.static_range(WIDTH):
+        high = tl.max(scores, 0)
+        place = tl.min(tl.where(scores == high, at, 2147483647), 0)
+        tl.store(best + slot * WIDTH + rank, high)
+        tl.store(places + slot * WIDTH + rank, place)
+        scores = tl.where(at == place, -float("inf"), scores)
+
+
+@triton.jit
+def _best_of_all(
+    tops, weights, best, places, out, ids, chunks,
+    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    chunk, at = tl.arange(0, CHUNKS), tl.arange(0, SIZE)
+    top = tl.load(tops + row * chunks + chunk, mask=chunk < chunks, other=-float("inf"))
+    highest = tl.max(top, 0)
+    weight = tl.load(weights + row * chunks + chunk, mask=chunk < chunks, other=0.0)
+    normal = highest + tl.log(tl.sum(weight * tl.exp(top - highest), 0))
+    inside, first = at < chunks * WIDTH, row * chunks * WIDTH
+    scores = tl.load(best + first + at, mask=inside, other=-float("inf"))
+    place = tl.load(places + first + at, mask=inside, other=2147483647)
+    for rank in tl.static_range(WIDTH):
+        high = tl.max(scores, 0)
+        chosen = tl.min(tl.where(scores == high, place, 2147483647), 0)
+        tl.store(out + row * WIDTH + rank, high - normal)
+        tl.store(ids + row * WIDTH + rank, chosen.to(tl.int64))
+        scores = tl.where(place == chosen, -float("inf"), scores)
+
+
+def best_words(logits_RV: Tensor, width: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The `width` largest log-probabilities of each row of logits / temperature, and where they
+    are: R x W, best first, the first of equals."""
+    rows, words = logits_RV.shape
+    chunks = triton.cdiv(words, WORDS)
+    tops, weights = logits_RV.new_empty(2, rows, chunks, dtype=torch.float32)
+    best = tops.new_empty(rows, chunks, width)
+    places = torch.empty_like(best, dtype=torch.int32)
+    _best_of_chunk[(rows, chunks)](
+        logits_RV.contiguous(), tops, weights, best, places, words, 1.0 / temperature, chunks,
+        WIDTH=width, SIZE=WORDS, num_warps=8,
+    )  # fmt: skip
+    out_RW = tops.new_empty(rows, width)
+    ids_RW = torch.empty_like(out_RW, dtype=torch.int64)
+    _best_of_all[(rows,)](
+        tops, weights, best, places, out_RW, ids_RW, chunks,
+        WIDTH=width, CHUNKS=triton.next_power_of_2(chunks),
+        SIZE=triton.next_power_of_2(chunks * width), num_warps=4,
+    )  # fmt: skip
+    return out_RW, ids_RW

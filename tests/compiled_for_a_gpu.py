@@ -10,10 +10,11 @@ from triton.compiler import ASTSource
 from headstart.model import triton_kernels as built
 
 POINTERS = {"lengths": "*i64", "pending": "*u8", "sums": "*fp32", "tops": "*fp32"}
-NUMBERS = {"eps": "fp32", "scale": "fp32"}
+POINTERS |= {"parents": "*i64", "seen": "*u8", "best": "*fp32", "places": "*i32", "ids": "*i64"}
+NUMBERS = {"eps": "fp32", "scale": "fp32", "factor": "fp32"}
 FLAGS = {"ROWS": 16, "COLUMNS": 32, "SIZE": 128, "PARTS": 64, "EXACT": False}
-FLAGS |= {"HAS_ADDED": True, "HAS_NORM": True}
-TENSORS = "hidden added weight out mixed query_norm key_norm cosines sines queries keys values both"
+FLAGS |= {"HAS_ADDED": True, "HAS_NORM": True, "WIDTH": 4, "CHUNKS": 8}
+TENSORS = "hidden added weight out mixed query_norm key_norm cosines sines queries keys values both logits"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = (
     built._residual_norm,
@@ -21,6 +22,9 @@ KERNELS = (
     built._attend_part,
     built._merge,
     built._gate,
+    built._ancestors,
+    built._best_of_chunk,
+    built._best_of_all,
 )
 
 for kernel in KERNELS:

@@ -31,6 +31,7 @@ from headstart.model.layers import MLP, Attention, LayerConfig
 from headstart.model.packed import Product
 from headstart.model.swift import SWIFT_ON_A_GPU, cached_attention, speed_up_blocks
 from headstart.model.target import Target
+from headstart.model.tree import Tree
 
 pytest.importorskip("triton", reason="Triton is not installed: it comes with PyTorch for GPUs")
 from headstart.model import triton_kernels as built
@@ -196,4 +197,27 @@ def test_they_compile_for_a_gpu(tmp_path: Path) -> None:
         [sys.executable, str(script)], env=os.environ | fresh, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 15
+    assert len(done.stdout.splitlines()) == 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("words", "width"), [(50, 50), (9000, 5), (4096, 1), (20000, 16)])
+def test_the_best_words(words: int, width: int, dtype: torch.dtype) -> None:
+    logits_RV = (4 * torch.randn(3, words, device=DEVICE)).to(dtype)  # equals among the halves
+    logits_RV[:, 7] = logits_RV.amax(1)
+    ours = built.best_words(logits_RV, width, 1.7)
+    logp_RV = (logits_RV.float() / 1.7).log_softmax(-1)
+    order = logp_RV.sort(dim=-1, descending=True, stable=True)
+    close(ours[0], order.values[:, :width])
+    assert torch.equal(ours[1], order.indices[:, :width])
+
+
+def test_ancestors(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents_BN = torch.full((4, 33), -1)
+    for node in range(1, 30):  # three of padding
+        parents_BN[:, node] = torch.randint(0, node, (4,))
+    parents_BN[0] = torch.arange(33) - 1  # a chain
+    tree = Tree(parents_BN, parents_BN, parents_BN.float())
+    ours = tree.ancestors_BNN
+    monkeypatch.setattr(accelerated, "functions", lambda device: None)
+    assert torch.equal(ours, Tree(parents_BN, parents_BN, parents_BN.float()).ancestors_BNN)
