@@ -102,6 +102,14 @@ class Spending:
         deeper = self.costs.round(rows, 2, rows) - self.costs.round(rows, 1, rows)
         return gain > self._rate(rows) * (deeper + more)
 
+    def depth(self, most: int, rows: int) -> int:
+        """How deep drafting pays, where that is to be said beforehand."""
+        deeper = self.costs.round(rows, 2, rows) - self.costs.round(rows, 1, rows)
+        depth, chance = 1, self.hits * self.hits * self._trust
+        while depth < most and rows * chance > self._rate(rows) * deeper:
+            depth, chance = depth + 1, chance * self.hits
+        return depth
+
     def nodes(self, scores_BN: Tensor) -> int:
         """How many nodes, root included, each row's tree should keep: 1 for a plain step."""
         rows = len(scores_BN)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,9 @@ from headstart.model.head import DraftHead
 from headstart.model.target import Target
 from headstart.model.tree import Tree, TreeShape
 
+from .plan import CAPACITY, Begun, Graphs, Setup, suits
+from .sampling import Sampler
+from .trees import WIDEST_TREE, fitting
 from .verify import accept
 
 CONTEXT = 256  # tokens in front of what is timed
@@ -87,7 +92,8 @@ class Costs:
                 return Costs(tuple(kept.pop("nodes")), tuple(kept.pop("verify")), **kept)
             except (ValueError, KeyError, TypeError):
                 pass  # written by another version, or damaged: measure again
-        costs = measure_costs(target, head)
+        replayed = suits(target, head, Sampler())
+        costs = (measure_replayed if replayed else measure_costs)(target, head)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps({"about": _about(target, head), "costs": asdict(costs)}))
         return costs
@@ -110,6 +116,37 @@ def measure_costs(target: Target, head: DraftHead) -> Costs:
     return Costs(tuple(counts), tuple(verify), advance, deepen, timed.rest())
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
+def measure_replayed(target: Target, head: DraftHead) -> Costs:
+    """Time the parts of a plan, as the host sees them."""
+    text, shape = _Timer(target, head), fitting(WIDEST_TREE, head)
+    begun = Begun(text.cache, text.state, text.ends, text.ids_1T[:, :1])
+    plan = Graphs.of(target).borrow(Setup(target, head, shape, Sampler()), begun.ends, CAPACITY)
+
+    def seconds(part: Callable[[], None]) -> float:
+        best = math.inf
+        for _ in range(REPEATS + 1):  # the first one records
+            plan.begin(begun)
+            text.wait()
+            start = time.perf_counter()
+            part()
+            plan.report.tolist()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    counts = plan.buckets
+    plan.begin(begun)
+    plan.draft(plan.depth)
+    read = [seconds(partial(plan.verify, nodes)) for nodes in counts]
+    verify = [min(read[place:]) for place in range(len(counts))]
+    nothing = seconds(lambda: None)
+    first, last = (seconds(partial(plan.draft, depth)) - nothing for depth in (1, plan.depth))
+    Graphs.of(target).give_back(plan)
+    deepen = max(last - first, 0.0) / max(plan.depth - 1, 1)
+    return Costs(counts, tuple(verify), first, deepen, rest=0.0)
+
+
 class _Timer:
     """A text in the caches of a target and a head, and what happens behind it by the clock."""
 
@@ -125,6 +162,7 @@ class _Timer:
         counts_B = torch.tensor([length], device=target.device)
         self.cache.commit(None, counts_B)
         self.state = head.advance(head.start(1), seen, self.ids_1T, counts_B)
+        self.ends = seen.at(counts_B[:, None] - 1)
         self.best: dict[int, float] = {}
 
     @torch.no_grad()
@@ -182,14 +220,14 @@ class _Timer:
         """The shortest of a few."""
         seconds: list[float] = []
         for _ in range(repeats):
-            self._wait()
+            self.wait()
             begin = time.perf_counter()
             run()
-            self._wait()
+            self.wait()
             seconds.append(time.perf_counter() - begin)
         return min(seconds)
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         if self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
 

@@ -26,16 +26,13 @@ from headstart.model.tree import Tree, TreeShape
 
 from .budget import Budget
 from .drafting import Drafter, Read, read_prompts
-from .graphs import GraphLoop, Graphs, suits
+from .graphs import GraphLoop
+from .plan import Graphs, suits
 from .rows import Row, Stop, draws, rows_of
 from .sampling import Sampler
 from .stats import Stats
+from .trees import DEFAULT_TREE, fitting
 from .verify import Accepted, accept
-
-# Small enough to pay on a CPU, where every node costs a quarter of a step.
-DEFAULT_TREE = TreeShape.dynamic(nodes=8, depth=4, width=3)
-# With a budget: as much as can pay on any machine; the budget takes the part that does.
-WIDEST_TREE = TreeShape.dynamic(nodes=64, depth=8, width=4)
 
 Rounds = Iterator[list[list[int]]]  # per pass, for every row of the batch, the tokens it gave
 
@@ -48,7 +45,7 @@ def plain(
     sampler: Sampler,
     stop: Stop,
     stats: Stats | None = None,
-    graphs: Graphs | None = None,
+    eager: bool = False,
 ) -> Rounds:
     """One token per pass. Arguments and result as in `decode`, without a head."""
     return decode(
@@ -60,7 +57,7 @@ def plain(
         stop=stop,
         shape=TreeShape.chain(1),
         stats=stats,
-        graphs=graphs,
+        eager=eager,
     )
 
 
@@ -79,20 +76,20 @@ def decode(
     budget: Budget | None = None,
     lookup: bool = False,
     stats: Stats | None = None,
-    graphs: Graphs | None = None,
+    eager: bool = False,
 ) -> Rounds:
     """Answer prompts, several tokens per pass: exactly what `plain` would answer.
 
     tokens_BT: prompts. mask_BT: 1 for tokens and 0 for padding, which may be on either side; None
     for no padding. shape: the trees; with a budget it says how large they may become. lookup: guess
-    from the text itself too; head None: only that. graphs: on CUDA, record rounds as CUDA graphs
-    and keep them there; None launches every kernel. Yields once per pass, for every row of the
-    batch, the tokens that its answer grew by (none for rows that are complete). ValueError for an
-    empty prompt and for one that leaves no room in the target's context: said now, not at the first
-    token.
+    from the text itself too; head None: only that. eager: on CUDA, start every kernel from here;
+    otherwise rounds are played back as CUDA graphs where they suit (graphs.py). Yields once per
+    pass, for every row of the batch, the tokens that its answer grew by (none for rows that are
+    complete). ValueError for an empty prompt and for one that leaves no room in the target's
+    context: said now, not at the first token.
     """
     if head is not None:
-        shape = _fitting(shape, head)
+        shape = fitting(shape, head)
     if mask_BT is None:
         mask_BT = torch.ones_like(tokens_BT)
     if tokens_BT.dim() != 2 or mask_BT.shape != tokens_BT.shape:
@@ -108,27 +105,13 @@ def decode(
     packed_BT = tokens_BT.gather(1, order_BT)[:, : max(row.length for row in rows)]
     stats = Stats() if stats is None else stats
     loop: GraphLoop | _Loop
-    if graphs is not None and suits(target, head, sampler, lookup):
-        loop = GraphLoop(target, head, rows, sampler, stop, shape, budget, stats, graphs)
+    if not eager and suits(target, head, sampler, lookup):
+        kept = Graphs.of(target)
+        loop = GraphLoop(target, head, rows, sampler, stop, shape, budget, stats, kept)
     else:
         drafter = Drafter(head, shape, budget, len(rows), stats)
         loop = _Loop(target, drafter, rows, sampler, stop, stats)
     return loop.run(packed_BT.to(target.device), lengths_B)
-
-
-def _fitting(shape: TreeShape, head: DraftHead) -> TreeShape:
-    """The shape as deep as the head can draft. ValueError if it asks for more than it knows."""
-    if not isinstance(shape, TreeShape):
-        raise ValueError(
-            f"A tree is given as a TreeShape, got {shape!r}. For example TreeShape.chain(4)."
-        )
-    known = head.config.draft_vocab or head.config.vocab_size
-    if shape.width > known:
-        raise ValueError(
-            f"The tree asks for {shape.width} guesses at one place, but the head knows only "
-            f"{known} tokens. Make the tree narrower."
-        )
-    return shape if head.max_depth is None else shape.limited(head.max_depth)
 
 
 class _Loop:

@@ -35,11 +35,11 @@ from headstart.model.target import Target
 from headstart.model.tree import TreeShape
 
 from .budget import Budget
-from .decode import DEFAULT_TREE, WIDEST_TREE, Rounds, decode, plain
-from .graphs import Graphs
+from .decode import Rounds, decode, plain
 from .rows import Stop
 from .sampling import Sampler
 from .stats import Stats
+from .trees import DEFAULT_TREE, WIDEST_TREE, looks_up
 
 # Options of `generate` that ask for another way of decoding, or for inputs that are not ours.
 REFUSED_OPTIONS = (
@@ -75,9 +75,8 @@ class SpeculativeModel:
     last_stats: what the latest call did (tokens, passes, acceptance, time by phase).
     """
 
-    def __init__(self, target: Target, head: DraftHead, graphs: Graphs | None = None):
-        """graphs: `Graphs()` records rounds as CUDA graphs. Tested on a CPU only so far."""
-        self.target, self.head, self.graphs = target, head.eval(), graphs
+    def __init__(self, target: Target, head: DraftHead):
+        self.target, self.head = target, head.eval()
         self.last_stats = Stats()
 
     @classmethod
@@ -114,10 +113,10 @@ class SpeculativeModel:
 
         input_ids: B x T prompts. attention_mask: 0 for padding. By default each tree is as large as
         pays on this machine, which is measured once (`Budget.auto`, a few seconds at the first call
-        ever), and guesses come from the text itself too; CUDA graphs have `DEFAULT_TREE`. tree: the
-        shape of the guesses; with a budget the largest one. lookup: whether to guess from the text.
-        speculate: False decodes plainly, with the same tokens as a result. seed: of the sampling;
-        None takes one from torch's global generator. timing: measure time by phase.
+        ever), and on a CPU guesses come from the text itself too. tree: the shape of the guesses;
+        with a budget the largest one. lookup: whether to guess from the text. speculate: False
+        decodes plainly, with the same tokens as a result. seed: of the sampling; None takes one
+        from torch's global generator. timing: measure time by phase.
         options: any other option of `generate`, e.g. max_new_tokens, do_sample, temperature, top_p,
         top_k, eos_token_id, stopping_criteria, return_dict_in_generate. B x L ids, padded on the
         right. Stopping criteria get no scores (None): a token that is accepted may not have any.
@@ -214,13 +213,12 @@ class SpeculativeModel:
     def _steps(
         self, how: _How, input_ids: Tensor, mask_BT: Tensor | None, **options: Any
     ) -> Rounds:
-        options["graphs"] = self.graphs
         if not how.speculate:
             return plain(self.target, input_ids, mask_BT, **options)
         budget, lookup = how.budget, how.lookup
-        if how.tree is None and budget is None and self.graphs is None:
+        if how.tree is None and budget is None:
             budget = Budget.auto(self.target, self.head)
-            lookup = True if lookup is None else lookup
+            lookup = looks_up(self.target) if lookup is None else lookup
         usual = DEFAULT_TREE if budget is None else WIDEST_TREE
         return decode(
             self.target,

@@ -19,10 +19,11 @@ from headstart.model.target import Target
 from headstart.model.tree import TreeShape
 
 from .budget import Budget
-from .decode import DEFAULT_TREE, Rounds, decode, plain
+from .decode import Rounds, decode, plain
 from .rows import Stop
 from .sampling import Sampler
 from .stats import Stats
+from .trees import DEFAULT_TREE
 
 PLAIN = "plain"
 

@@ -83,6 +83,7 @@ class Target:
         self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
         self._lean: Accelerated | Native | Lean | None = None
         self.quantized: str | None = None
+        self.recorded: object = None  # what decoding keeps from one run to the next
         probe(self)
         if quantize is not None:
             quantize_target(self, quantize)

@@ -22,7 +22,7 @@ from headstart.model.files import replace_text
 
 from .bench_plots import SETTING
 from .bench_report import check_extra, likeness, table, write_report
-from .budgets import DEFAULT, HELP, check_budgets, contestants, described
+from .budgets import HELP, check_budgets, contestants, described
 from .evaluate import conditions
 from .quantizing import tell_quantized
 from .ui import Update, console, progress, show
@@ -81,7 +81,7 @@ def bench(
         batches=numbers(batch, "--batch"),
         contexts=(None,) if context is None else numbers(context, "--context"),
         temperatures=tuple(dict.fromkeys(temperature or [0.0])),
-        budgets=tuple(budget or [DEFAULT]),
+        budgets=tuple(budget or []),
         dtypes=names(dtype, DTYPES, "--dtype"),
         baselines=names(baselines, BASELINES, "--baselines"),
         price=price,

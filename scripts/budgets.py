@@ -27,13 +27,19 @@ if TYPE_CHECKING:
     from headstart.model.target import Target
     from headstart.model.tree import TreeShape
 
-DEFAULT = "auto+lookup"
-HELP = "auto, static, off, NODES, NODES/DEPTH/WIDTH or lookup; with +lookup, guesses from the text."
+HELP = (
+    "auto, static, off, NODES, NODES/DEPTH/WIDTH or lookup; with +lookup, guesses from the text. "
+    "Default: auto+lookup, on a GPU auto."
+)
 FORM = re.compile(r"(auto|static|off|\d+(/\d+/\d+)?)(\+lookup)?|lookup")
 
 
-def check_budget(value: str) -> str:
-    """For the option `--budget` and each of several."""
+def check_budget(value: str | None) -> str | None:
+    """For the option `--budget`."""
+    return None if value is None else _checked(value)
+
+
+def _checked(value: str) -> str:
     if FORM.fullmatch(value) is None:
         raise typer.BadParameter(
             f"{value!r} is none of auto, static, off, lookup, NODES and NODES/DEPTH/WIDTH (such as "
@@ -48,24 +54,33 @@ def check_budget(value: str) -> str:
 
 
 def check_budgets(values: list[str] | None) -> list[str]:
-    return [check_budget(value) for value in values or []]
+    return [_checked(value) for value in values or []]
+
+
+def usual(target: Target) -> str:
+    """The budget that is used unless somebody says otherwise."""
+    from headstart.inference.trees import looks_up
+
+    return "auto+lookup" if looks_up(target) else "auto"
 
 
 def contestants(target: Target, head: DraftHead, budgets: Sequence[str]) -> dict[str, Contestant]:
-    """By name, in the order given."""
+    """By name, in the order given; none given: the usual one."""
+    budgets = budgets or [usual(target)]
     return {
         f"{head.kind if budget != 'lookup' else 'own'} {budget}": contestant(target, head, budget)
         for budget in dict.fromkeys(budgets)
     }
 
 
-def contestant(target: Target, head: DraftHead, budget: str = DEFAULT) -> Contestant:
+def contestant(target: Target, head: DraftHead, budget: str | None = None) -> Contestant:
     """ValueError for a static tree of a head that was never calibrated."""
     from headstart.inference.budget import Budget
     from headstart.inference.costs import Costs
-    from headstart.inference.decode import DEFAULT_TREE, WIDEST_TREE
     from headstart.inference.measure import Contestant
+    from headstart.inference.trees import DEFAULT_TREE, WIDEST_TREE
 
+    budget = budget or usual(target)
     measured = budget == "lookup" or budget.startswith(("auto", "static"))
     if measured and not Costs.known(target, head):
         show("Measuring once what a read costs on this machine: a few seconds.")
@@ -97,7 +112,7 @@ def described(one: Contestant) -> dict[str, Any]:
 
 
 def _dynamic(size: str) -> TreeShape:
-    from headstart.inference.decode import DEFAULT_TREE
+    from headstart.inference.trees import DEFAULT_TREE
     from headstart.model.tree import TreeShape
 
     nodes, *rest = (int(part) for part in size.split("/"))

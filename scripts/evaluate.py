@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .budgets import DEFAULT, HELP, check_budget, contestant, described
+from .budgets import HELP, check_budget, contestant, described
 from .quantizing import QUANTIZE_HELP, tell_quantized
 from .ui import console, progress
 
@@ -31,7 +31,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    budget: Annotated[str, typer.Option(callback=check_budget, help=HELP)] = DEFAULT,
+    budget: Annotated[str | None, typer.Option(callback=check_budget, help=HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     quantize: Annotated[str | None, typer.Option(help=QUANTIZE_HELP)] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,

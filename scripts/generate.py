@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .budgets import DEFAULT, HELP, check_budget, contestant
+from .budgets import HELP, check_budget, contestant
 from .quantizing import QUANTIZE_HELP, tell_quantized
 from .ui import check_top_p, coloured, console, legend, say
 
@@ -33,7 +33,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(callback=check_top_p)] = None,
     seed: int = 0,
     plain: Annotated[bool, typer.Option(help="Without speculation, to compare.")] = False,
-    budget: Annotated[str, typer.Option(callback=check_budget, help=HELP)] = DEFAULT,
+    budget: Annotated[str | None, typer.Option(callback=check_budget, help=HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     quantize: Annotated[str | None, typer.Option(help=QUANTIZE_HELP)] = None,
 ) -> None:

@@ -14,7 +14,8 @@ POINTERS |= {"parents": "*i64", "seen": "*u8", "best": "*fp32", "places": "*i32"
 NUMBERS = {"eps": "fp32", "scale": "fp32", "factor": "fp32"}
 FLAGS = {"ROWS": 16, "COLUMNS": 32, "SIZE": 128, "PARTS": 64, "EXACT": False}
 FLAGS |= {"HAS_ADDED": True, "HAS_NORM": True, "WIDTH": 4, "CHUNKS": 8}
-TENSORS = "hidden added weight out mixed query_norm key_norm cosines sines queries keys values both logits"
+TENSORS = "hidden added weight out mixed query_norm key_norm cosines sines queries keys values"
+TENSORS += " both logits"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = (
     built._residual_norm,

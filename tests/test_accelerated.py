@@ -20,9 +20,10 @@ from test_exact import SHAPES, answers
 from test_lean import LIKE_LLAMA, OTHERS, reads
 from torch import Tensor, nn
 
-from headstart.inference.decode import _fitting, decode, plain
+from headstart.inference.decode import decode, plain
 from headstart.inference.rows import Stop
 from headstart.inference.sampling import Sampler
+from headstart.inference.trees import fitting
 from headstart.model import accelerated
 from headstart.model.accelerated import Accelerated
 from headstart.model.cache import KVCache
@@ -184,7 +185,7 @@ def test_a_whole_decode(family: str, kind: str, shape: str) -> None:
     head = make_head(target, kind, {})
     head.init_from_target()
     head = head.for_decoding(target)
-    tree = _fitting(SHAPES[shape], head)
+    tree = fitting(SHAPES[shape], head)
     assert answers(decode(target, head, ids_BT, mask_BT, shape=tree, **options), 2) == told
     target._lean = None  # and what its modules say
     assert answers(plain(target, ids_BT, mask_BT, **options), 2) == told

@@ -14,11 +14,13 @@ from test_exact import answers, batch, target_of
 from torch import Tensor
 
 from headstart.inference.budget import PAUSE, Budget, Spending
-from headstart.inference.costs import NODES, Costs
-from headstart.inference.decode import WIDEST_TREE, decode, plain
+from headstart.inference.costs import NODES, Costs, measure_replayed
+from headstart.inference.decode import decode, plain
+from headstart.inference.plan import Graphs
 from headstart.inference.rows import Stop
 from headstart.inference.sampling import Sampler
 from headstart.inference.stats import Stats
+from headstart.inference.trees import WIDEST_TREE, fitting
 from headstart.model.head import kinds, make_head
 from headstart.model.target import Target
 
@@ -255,3 +257,23 @@ def test_a_budget_for_sampling_keeps_every_draw() -> None:
 
     truth = drawn(None, None)
     assert drawn(Oracle(target, truth), Budget(USUAL)) == truth
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_costs_of_rounds_that_are_played_back(kind: str) -> None:
+    """Here their parts are called as they are."""
+    target = Target.wrap(FAMILIES["llama"]())
+    head = make_head(target, kind, {}).for_decoding(target)
+    costs = measure_replayed(target, head)
+    assert costs.nodes[0] == 1 and len(costs.nodes) == len(costs.verify) > 4
+    assert sorted(costs.verify) == [*costs.verify] and costs.verify[0] > 0 < costs.advance
+    (plan,) = Graphs.of(target).kept.values()
+    assert plan.depth == fitting(WIDEST_TREE, head).depth and [*plan.drafts] == [plan.depth, 1]
+
+
+def test_depths_are_chosen_beforehand() -> None:
+    spending = Budget(replace(USUAL, advance=0.0, deepen=0.05)).start()
+    depths = []
+    for spending.hits in (0.1, 0.5, 0.8, 0.99):
+        depths.append(spending.depth(8, 1))
+    assert depths == sorted(depths) and depths[0] == 1 and depths[-1] == 8 and depths[1] < depths[2]

@@ -28,9 +28,9 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from headstart.inference.decode import DEFAULT_TREE, decode
+from headstart.inference.decode import decode
 from headstart.inference.generate import SpeculativeModel
-from headstart.inference.graphs import Graphs
+from headstart.inference.trees import DEFAULT_TREE
 from headstart.model.fused import fuse, save_head
 from headstart.model.head import make_head
 from headstart.model.meta import HeadMeta
@@ -380,10 +380,9 @@ def test_trees_are_sized_by_what_pays_unless_one_is_given(
         return decode(*given, **options)
 
     monkeypatch.setattr("headstart.inference.generate.decode", watched)
-    for options in ({}, {"tree": DEFAULT_TREE}, {"lookup": False}, {"graphs": True}):
-        graphs = Graphs() if options.pop("graphs", False) else None
-        again = SpeculativeModel(model.target, model.head, graphs)
+    for options in ({}, {"tree": DEFAULT_TREE}, {"lookup": False}):
+        again = SpeculativeModel(model.target, model.head)
         again.generate(one, max_new_tokens=4, **options)
     sized = [options["budget"] is not None for options in asked]
     looked = [options["lookup"] for options in asked]
-    assert sized == [True, False, True, False] and looked == [True, False, False, False]
+    assert sized == [True, False, True] and looked == [True, False, False]

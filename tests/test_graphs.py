@@ -24,12 +24,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from headstart.inference import graphs
 from headstart.inference.budget import Budget
 from headstart.inference.costs import Costs
-from headstart.inference.decode import _fitting, decode, plain
-from headstart.inference.graphs import GraphLoop, Graphs, Plan, Setup, suits
+from headstart.inference.decode import decode, plain
+from headstart.inference.graphs import GraphLoop
+from headstart.inference.plan import Graphs, Plan, Setup, suits
 from headstart.inference.replay import WARM_UPS, Replay
 from headstart.inference.rows import Stop, rows_of
 from headstart.inference.sampling import Sampler
 from headstart.inference.stats import Stats
+from headstart.inference.trees import fitting
 from headstart.model.cache import KVCache
 from headstart.model.head import DraftHead, kinds, make_head
 from headstart.model.recurrent import Pairs
@@ -150,7 +152,7 @@ def test_every_head_kind(family: str, kind: str) -> None:
     for rows in LENGTHS:
         truth = [answer[:10] for answer in reference(family, rows)]
         for shape in SHAPES.values():
-            shape, prompts = _fitting(shape, head), batch(family, rows)
+            shape, prompts = fitting(shape, head), batch(family, rows)
             told, stats = replayed(target, head, prompts, shape, Stop(10))
             assert told == truth, (shape, rows)
             assert stats.tried[0] > 0, "nothing was drafted"
@@ -344,12 +346,12 @@ def test_no_part_of_a_round_waits_for_the_device(family: str, kind: str) -> None
     values = torch.empty(3, 1, target.hidden_size, device="meta", dtype=target.dtype)
     seen = Seen(None, values, dict.fromkeys(head.layers, values))
     hot = Sampler.of(0.8, top_k=5, top_p=0.9)
-    for shape in (SHAPES["chain"], _fitting(SHAPES["static"], head), LARGE.limited(4)):
+    for shape in (SHAPES["chain"], fitting(SHAPES["static"], head), LARGE.limited(4)):
         plan = Plan(Setup(target, head, shape, hot), seen, 64, None)
-        torch.no_grad()(plan.draft)()  # sends the numbers of a static tree, once
+        torch.no_grad()(plan.draft)(shape.depth)  # sends the numbers of a static tree, once
         with torch.no_grad(), on_no_device():
-            plan.advance()
-            plan.draft()
+            for depth in range(shape.depth + 1):
+                plan.draft(depth)
             for nodes in plan.buckets:
                 plan.verify(nodes)
 
@@ -389,12 +391,12 @@ def test_a_whole_decode_on_cuda(family: str, rows: int, sampled: bool) -> None:
     for head in (None, *heads):
         kept = Graphs()
         for shape in (SHAPES["chain"], SHAPES["dynamic"]):
-            shape = shape if head is None else _fitting(shape, head)
+            shape = shape if head is None else fitting(shape, head)
             for costs in (None, USUAL, None):  # the last one on graphs of the first
                 told, _ = replayed(target, head, prompts, shape, stop, sampler, costs, kept)
                 assert told == truth, head
         for plan in kept.kept.values():
-            verifies = [*plan._verifies.values()]
+            verifies = [*plan.verifies.values()]
             # In float32 the experts of mixtral may ask the host how many tokens each of them got.
             assert family == "mixtral" or all(one.graph is not None for one in verifies)
-            assert head is None or plan.draft.graph is not None
+            assert head is None or all(one.graph is not None for one in plan.drafts.values())

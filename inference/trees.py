@@ -1,0 +1,33 @@
+"""Which trees are used unless somebody says otherwise."""
+
+from __future__ import annotations
+
+from headstart.model.head import DraftHead
+from headstart.model.target import Target
+from headstart.model.tree import TreeShape
+
+# Small enough to pay on a CPU, where every node costs a quarter of a step.
+DEFAULT_TREE = TreeShape.dynamic(nodes=8, depth=4, width=3)
+# With a budget: as much as can pay on any machine; the budget takes the part that does.
+WIDEST_TREE = TreeShape.dynamic(nodes=64, depth=8, width=4)
+
+
+def looks_up(target: Target) -> bool:
+    """Whether guesses from the text are used unless somebody says otherwise. On a GPU rounds with
+    them cannot be played back as a whole."""
+    return target.device.type != "cuda"
+
+
+def fitting(shape: TreeShape, head: DraftHead) -> TreeShape:
+    """The shape as deep as the head can draft. ValueError if it asks for more than it knows."""
+    if not isinstance(shape, TreeShape):
+        raise ValueError(
+            f"A tree is given as a TreeShape, got {shape!r}. For example TreeShape.chain(4)."
+        )
+    known = head.config.draft_vocab or head.config.vocab_size
+    if shape.width > known:
+        raise ValueError(
+            f"The tree asks for {shape.width} guesses at one place, but the head knows only "
+            f"{known} tokens. Make the tree narrower."
+        )
+    return shape if head.max_depth is None else shape.limited(head.max_depth)
