@@ -1,7 +1,7 @@
 """What a read of N nodes costs behind a text: the curve that every choice of a tree depends on.
 
     python -m headstart.scripts.curve TARGET --context 1k,8k --nodes 1,4,16,64
-    python -m headstart.scripts.curve config.json ...      a model of that shape, without its weights
+    python -m headstart.scripts.curve config.json ...      a model of that shape
 
 Three ways, one after the other for every count: the model's own modules, our shorter way, and on
 CUDA both played back as graphs. Prints a table, then machine, versions and figures in one line.
@@ -31,7 +31,7 @@ WAYS = ("modules", "ours", "modules replayed", "ours replayed")
 
 
 def curve(
-    target: Annotated[str, typer.Argument(help="A Hub id, a folder, a .gguf file or a config.json.")],
+    target: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file or config.json.")],
     context: Annotated[str, typer.Option(help="Tokens in front, e.g. 1k,8k.")] = "1k",
     nodes: Annotated[str, typer.Option(help="Counts of nodes.")] = "1,2,4,8,16,32,64,128,256",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
