@@ -30,15 +30,27 @@ class _Place:
     """Where the new rows of a read lie; all layers share it.
 
     first: the column of the first one where that is the same for all batch rows, else None, and
-    rows_B1 and columns_BN say it. end: the columns that a read sees. fixed: whether that never
-    changes.
+    `scattered` says it. end: the columns that a read sees. fixed: whether that never changes.
     """
 
     first: int | None = 0
-    rows_B1: Tensor | None = None
-    columns_BN: Tensor | None = None
     end: int = 0
     fixed: bool = False
+    lengths_B: Tensor | None = None
+    steps: tuple[int, int] = (0, 0)
+    _scattered: tuple[Tensor, Tensor] | None = None
+
+    def expect(self, lengths_B: Tensor, after: int, new: int) -> None:
+        self.lengths_B, self.steps, self._scattered = lengths_B, (after, after + new), None
+
+    def scattered(self) -> tuple[Tensor, Tensor]:
+        """Rows B x 1 and columns B x N. Worked out for those who ask."""
+        if self._scattered is None:
+            assert self.lengths_B is not None
+            rows_B1 = torch.arange(len(self.lengths_B), device=self.lengths_B.device)[:, None]
+            steps_N = torch.arange(*self.steps, device=self.lengths_B.device)
+            self._scattered = rows_B1, self.lengths_B[:, None] + steps_N
+        return self._scattered
 
 
 class KVLayer(CacheLayerMixin):
@@ -138,11 +150,7 @@ class KVCache(Cache):
         """The next read writes `new` rows; of those pending before, the first `after` stay."""
         place, self._pending, self._after = self._place, after + new, after
         place.first = self.width + after if self.even else None
-        place.rows_B1 = place.columns_BN = None
-        if place.first is None:
-            place.rows_B1 = torch.arange(self.rows, device=self.lengths_B.device)[:, None]
-            steps_N = torch.arange(after, after + new, device=self.lengths_B.device)
-            place.columns_BN = self.lengths_B[:, None] + steps_N
+        place.expect(self.lengths_B, after, new)
         if not self.fixed:
             place.end = self.width + self._pending
 
@@ -150,8 +158,7 @@ class KVCache(Cache):
         """B x N: where the new rows of a read lie."""
         place = self._place
         if place.first is None:
-            assert place.columns_BN is not None
-            return place.columns_BN
+            return place.scattered()[1]
         first = torch.arange(place.first, place.first + new, device=self.lengths_B.device)
         return first.expand(self.rows, -1).contiguous()
 
@@ -289,7 +296,8 @@ def _written(columns: Tensor, new_BHND: Tensor, place: _Place) -> Tensor:
     if place.first is not None:
         columns[:, :, place.first : place.first + new_BHND.shape[2]] = new_BHND
     else:
-        columns[place.rows_B1, :, place.columns_BN] = new_BHND.transpose(1, 2)
+        rows_B1, columns_BN = place.scattered()
+        columns[rows_B1, :, columns_BN] = new_BHND.transpose(1, 2)
     return columns[:, :, : place.end]
 
 

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from . import accelerated
 from .cache import KVCache
 from .head import DraftHead
 from .layers import Attend, grouped_attention
 from .seen import Seen
-from .swift import cached_attention
+from .swift import CachedAttend, cached_attention
 from .tree import Children, Frontier, GoesOn, Tree, TreeShape, grow
 
 AttentionLayout = Literal["append", "kvshare"]
@@ -89,7 +90,7 @@ class RecurrentHead(DraftHead):
             self.target.embed(next_tokens_BP).to(feature_BPD.dtype),
             feature_BPD,
             positions_BP,
-            _writing(state.cache, causal_BPP),
+            CachedAttend(state.cache, causal_BPP),
         )
         state.cache.commit(None, counts_B)
         last_B1 = (counts_B - 1)[:, None]
@@ -195,17 +196,6 @@ class Pairs:
         return Pairs(self.cache, self.output_B1D[rows], self.root_B[rows])
 
 
-def _writing(cache: KVCache, pending_BNM: Tensor) -> Attend:
-    """Attention that puts the new keys into the cache; `pending_BNM` says which of the pending
-    ones a query sees."""
-
-    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        keys, values = cache.update(keys, values, 0)
-        return cached_attention(queries, keys, values, cache, pending_BNM)
-
-    return attend
-
-
 class _DraftedNodes:
     """Keys of drafted nodes: pending in the cache, behind the committed pairs of every row."""
 
@@ -223,16 +213,19 @@ class _DraftedNodes:
         return cached_attention(queries, keys_BGSC, values_BGSC, self.cache, nothing_BF0)
 
     def _appended(self, frontier: Frontier) -> Attend:
-        batch, new = frontier.tokens_BF.shape
-        own_FF = torch.eye(new, dtype=torch.bool, device=frontier.tokens_BF.device)
-        own_BFF = own_FF.expand(batch, -1, -1)
-        drafted = 0
-        if self.ancestors_BFM is None:
-            self.ancestors_BFM = own_BFF
-        else:
-            drafted = self.ancestors_BFM.shape[-1]
-            parents_BFM = frontier.parents_BF[..., None].expand(-1, -1, drafted)
-            inherited_BFM = self.ancestors_BFM.gather(1, parents_BFM)
-            self.ancestors_BFM = torch.cat([inherited_BFM, own_BFF], -1)
-        self.cache.expect(new, after=drafted)
-        return _writing(self.cache, self.ancestors_BFM)
+        on_a_gpu = accelerated.functions(frontier.tokens_BF.device)
+        inherit = _inherit if on_a_gpu is None else on_a_gpu.inherit
+        drafted = 0 if self.ancestors_BFM is None else self.ancestors_BFM.shape[-1]
+        self.ancestors_BFM = inherit(self.ancestors_BFM, frontier.parents_BF)
+        self.cache.expect(frontier.tokens_BF.shape[1], after=drafted)
+        return CachedAttend(self.cache, self.ancestors_BFM)
+
+
+def _inherit(before_BGM: Tensor | None, parents_BF: Tensor) -> Tensor:
+    """Which drafted nodes those of the next depth see: what their parents saw, and themselves."""
+    batch, new = parents_BF.shape
+    own_BFF = torch.eye(new, dtype=torch.bool, device=parents_BF.device).expand(batch, -1, -1)
+    if before_BGM is None:
+        return own_BFF
+    parents_BFM = parents_BF[..., None].expand(-1, -1, before_BGM.shape[-1])
+    return torch.cat([before_BGM.gather(1, parents_BFM), own_BFF], -1)

@@ -114,20 +114,30 @@ class SwiftMLP(_Swift, MLP):
 
 
 class SwiftAttentionOnAGPU(_Swift, Attention):
+    _frequencies: Tensor | None = None
+
     def forward(self, hidden_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
         config, (batch, new) = self.config, hidden_BTD.shape[:2]
         groups, channels = config.num_key_value_heads, config.head_dim
         (qkv,) = self.products((self.q_proj, self.k_proj, self.v_proj))
-        angles_BNC = angles(
-            positions_BT.expand(batch, new), channels, config.rope_theta, torch.float32
-        ).repeat(1, 1, 2)
-        keys, values = hidden_BTD.new_empty(2, batch, groups, new, channels)
+        if self._frequencies is None:
+            one_1 = torch.ones(1, device=hidden_BTD.device)
+            self._frequencies = angles(one_1, channels, config.rope_theta, torch.float32)[0]
+        turn = self._frequencies, positions_BT.expand(batch, new)
         norms = (self.q_norm.weight, self.k_norm.weight) if config.qk_norm else None
-        queries_BNHC = _on_a_gpu(hidden_BTD).rotate_store(
-            qkv(hidden_BTD), (angles_BNC.cos(), angles_BNC.sin()), norms, config.rms_norm_eps,
-            (keys, values), positions_BT.new_zeros(batch), 0,
-        )  # fmt: skip
-        attended_BHNC = attend(queries_BNHC.transpose(1, 2), keys, values)
+        rotated = qkv(hidden_BTD), turn, norms, config.rms_norm_eps
+        built = _on_a_gpu(hidden_BTD)
+        if isinstance(attend, CachedAttend):  # keys and values go to their place at once
+            cache = attend.cache
+            empty = hidden_BTD.new_empty(batch, groups, 0, channels)
+            columns = cache.kv_layers[0].room(empty, empty)
+            queries_BNHC = built.rotate_store(*rotated, columns, cache.lengths_B, cache.after)
+            attended_BHNC = attend.over(queries_BNHC.transpose(1, 2), *columns)
+        else:
+            keys, values = hidden_BTD.new_empty(2, batch, groups, new, channels)
+            nothing_B = positions_BT.new_zeros(batch)
+            queries_BNHC = built.rotate_store(*rotated, (keys, values), nothing_B, 0)
+            attended_BHNC = attend(queries_BNHC.transpose(1, 2), keys, values)
         return self.o_proj(attended_BHNC.transpose(1, 2).flatten(2))
 
 
@@ -140,6 +150,21 @@ class SwiftMLPOnAGPU(_Swift, MLP):
 
 SWIFT: dict[type, type] = {RMSNorm: SwiftNorm, Attention: SwiftAttention, MLP: SwiftMLP}
 SWIFT_ON_A_GPU: dict[type, type] = {Attention: SwiftAttentionOnAGPU, MLP: SwiftMLPOnAGPU}
+
+
+class CachedAttend:
+    """Attention that puts the new keys into a cache; `pending_BNM` says which of the pending ones a
+    query sees."""
+
+    def __init__(self, cache: KVCache, pending_BNM: Tensor):
+        self.cache, self.pending_BNM = cache, pending_BNM
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return self.over(queries, *self.cache.update(keys, values, 0))
+
+    def over(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """With the new keys and values in their place."""
+        return cached_attention(queries, keys, values, self.cache, self.pending_BNM)
 
 
 def cached_attention(

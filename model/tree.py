@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import accelerated
 
@@ -221,7 +223,8 @@ def grow(
     further depth for the children of a frontier. Each W must be at least `shape.width`, best first.
     goes_on: may end a dynamic tree before `shape.depth`.
     """
-    pool = _Pool(root_B)
+    on_a_gpu = accelerated.functions(root_B.device) if shape.ranks is None else None
+    pool = _Pool(root_B) if on_a_gpu is None else _PoolOnAGPU(root_B, shape, on_a_gpu)
     parents_BF = torch.zeros_like(root_B)[:, None]
     logp_BFW, tokens_BFW = first
     chosen = _chosen(shape, 1)
@@ -232,12 +235,8 @@ def grow(
             pool.add_ranks(parents_BF, logp_BFW, tokens_BFW, chosen)
         if depth == shape.depth or (goes_on and not goes_on(pool.scores_BN, pool.deepest_BM)):
             break
-        picked_BF = pool.frontier(shape, depth)
-        frontier = Frontier(
-            pool.tokens_BN.gather(1, picked_BF), pool.frontier_parents(picked_BF), depth
-        )
+        parents_BF, frontier = pool.frontier(shape, depth)
         logp_BFW, tokens_BFW = step(frontier)
-        parents_BF = picked_BF
         chosen = _chosen(shape, depth + 1)
     tree = Tree(pool.tokens_BN, pool.parents_BN, pool.scores_BN)
     return tree.cut(shape.nodes)
@@ -302,8 +301,17 @@ class _Pool:
         self.parents_BN = torch.cat([self.parents_BN, parents_BM], 1)
         self.scores_BN = torch.cat([self.scores_BN, scores_BM], 1)
 
-    def frontier(self, shape: TreeShape, depth: int) -> Tensor:
-        """Indices of the nodes to expand: a static tree's inner nodes, or the likeliest."""
+    def frontier(self, shape: TreeShape, depth: int) -> tuple[Tensor, Frontier]:
+        """The nodes to expand, and where they are in the pool."""
+        picked_BF = self._picked(shape, depth)
+        parents_BF = self.parents_BN.gather(1, picked_BF)
+        same_BFG = parents_BF[..., None] == self._frontier_BF[:, None, :]
+        self._frontier_BF = picked_BF
+        tokens_BF = self.tokens_BN.gather(1, picked_BF)
+        return picked_BF, Frontier(tokens_BF, same_BFG.int().argmax(-1), depth)
+
+    def _picked(self, shape: TreeShape, depth: int) -> Tensor:
+        """A static tree's inner nodes, or the likeliest."""
         if shape.ranks is None:
             width = min(shape.width, self.deepest_BM.shape[1])
             return self._last + self.deepest_BM.topk(width, dim=1).indices
@@ -311,9 +319,27 @@ class _Pool:
         inner = [self._last + at_depth.index(path) for path in _expanded(shape, depth)]
         return _constant(tuple(inner), self.tokens_BN.device).expand(len(self.tokens_BN), -1)
 
-    def frontier_parents(self, picked_BF: Tensor) -> Tensor:
-        """Each picked node's parent as an index into the previous frontier."""
-        parents_BF = self.parents_BN.gather(1, picked_BF)
-        same_BFG = parents_BF[..., None] == self._frontier_BF[:, None, :]
-        self._frontier_BF = picked_BF
-        return same_BFG.int().argmax(-1)
+
+class _PoolOnAGPU(_Pool):
+    """Of a dynamic tree, each depth in one kernel."""
+
+    def __init__(self, root_B: Tensor, shape: TreeShape, built: ModuleType):
+        super().__init__(root_B)
+        self._built, self._width = built, shape.width
+        more = (0, shape.width + (shape.depth - 1) * shape.width * shape.width)
+        self._room = tuple(
+            pad(one, more) for one in (self.tokens_BN, self.parents_BN, self.scores_BN)
+        )
+        self._next: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def add(self, parents_BF: Tensor, logp_BFW: Tensor, tokens_BFW: Tensor) -> None:
+        self._last = used = self.tokens_BN.shape[1]
+        children = logp_BFW, tokens_BFW
+        self._next = self._built.expand(self._room, used, parents_BF, children, self._width)
+        end = used + tokens_BFW.shape[1] * tokens_BFW.shape[2]
+        self.tokens_BN, self.parents_BN, self.scores_BN = (one[:, :end] for one in self._room)
+
+    def frontier(self, shape: TreeShape, depth: int) -> tuple[Tensor, Frontier]:
+        assert self._next is not None
+        picked_BF, tokens_BF, parents_BF = self._next
+        return picked_BF, Frontier(tokens_BF, parents_BF, depth)

@@ -66,9 +66,9 @@ def residual_norm(
 
 @triton.jit
 def _rotate_store(
-    mixed, query_norm, key_norm, eps, cosines, sines, lengths, queries, keys, values,
+    mixed, query_norm, key_norm, eps, cosines, sines, positions, lengths, queries, keys, values,
     new, heads, groups, channels, after, key_row, key_group, value_row, value_group,
-    HAS_NORM: tl.constexpr, SIZE: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_TURN: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, SIZE)
@@ -90,8 +90,13 @@ def _rotate_store(
             scale = 1.0 / tl.sqrt_rn(tl.sum(own * own, 0) / channels + eps)
             own *= scale * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
             pair *= scale * tl.load(weight + other, mask=inside, other=0.0).to(tl.float32)
-        cosine = tl.load(cosines + row * channels + at, mask=inside, other=0.0).to(tl.float32)
-        sine = tl.load(sines + row * channels + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_TURN:
+            cosine = tl.load(cosines + row * channels + at, mask=inside, other=0.0).to(tl.float32)
+            sine = tl.load(sines + row * channels + at, mask=inside, other=0.0).to(tl.float32)
+        else:
+            position = tl.load(positions + row).to(tl.float32)
+            angle = position * tl.load(cosines + at % half, mask=inside, other=0.0)
+            cosine, sine = tl.cos(angle), tl.sin(angle)
         turned = own * cosine + tl.where(at < half, -pair, pair) * sine
         if head < heads:
             place = queries + (row * heads + head) * channels
@@ -113,7 +118,8 @@ def rotate_store(
     """Split a joined product into queries, keys and values, norm and rotate, and put the new keys
     and values behind the text: queries B x N x H x C.
 
-    turn: cosines and sines, B x N x C. norms: weights of the norms of queries and keys. columns:
+    turn: cosines and sines, both B x N x C; or frequencies (C / 2, float32) and positions (B x N).
+    norms: weights of the norms of queries and keys. columns:
     keys and values of a cache, B x G x S x C. after: pending columns in front of the new ones.
     """
     keys, values = columns
@@ -123,11 +129,14 @@ def rotate_store(
     heads = width // channels - 2 * groups
     queries_BNHC = mixed_BNE.new_empty(batch, new, heads, channels)
     weights = (mixed_BNE, mixed_BNE) if norms is None else norms
+    first, second = turn[0].contiguous(), turn[1].contiguous()
+    known = first.dim() > 1
+    angles = (first, second, lengths_B) if known else (first, first, second)
     _rotate_store[(batch * new, heads + 2 * groups)](
-        mixed_BNE.contiguous(), *weights, eps, turn[0].contiguous(), turn[1].contiguous(),
-        lengths_B, queries_BNHC, keys, values, new, heads, groups, channels, after,
-        *keys.stride()[:2], *values.stride()[:2],
-        HAS_NORM=norms is not None, SIZE=triton.next_power_of_2(channels), num_warps=1,
+        mixed_BNE.contiguous(), *weights, eps, *angles, lengths_B, queries_BNHC, keys, values,
+        new, heads, groups, channels, after, *keys.stride()[:2], *values.stride()[:2],
+        HAS_NORM=norms is not None, HAS_TURN=known, SIZE=triton.next_power_of_2(channels),
+        num_warps=1,
     )  # fmt: skip
     return queries_BNHC
 
@@ -235,7 +244,7 @@ def attend(
     tops, weights = sums.new_empty(2, batch, new, heads, parts)
     size, exact = triton.next_power_of_2(channels), queries_BNHC.dtype == torch.float32
     _attend_part[(triton.cdiv(rows, block), batch * groups, parts)](
-        queries_BNHC, keys, values, lengths_B, pending_BNM.to(torch.uint8).contiguous(), sums,
+        queries_BNHC, keys, values, lengths_B, pending_BNM.contiguous().view(torch.uint8), sums,
         tops, weights, scale * LOG2_E, new, pending, heads, groups, channels,
         *keys.stride()[:2], *values.stride()[:2],
         ROWS=block, COLUMNS=at_once, SIZE=max(size, 16), EXACT=exact, num_warps=4,
@@ -353,3 +362,89 @@ def best_words(logits_RV: Tensor, width: int, temperature: float) -> tuple[Tenso
         SIZE=triton.next_power_of_2(chunks * width), num_warps=4,
     )  # fmt: skip
     return out_RW, ids_RW
+
+
+@triton.jit
+def _inherit(held, parents, made, above, old, new, SIZE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, SIZE)
+    parent = row // new * above + tl.load(parents + row)
+    seen = tl.load(held + parent * old + at, mask=at < old, other=0)
+    seen = tl.where(at == old + row % new, 1, seen)
+    tl.store(made + row * (old + new) + at, seen.to(tl.uint8), mask=at < old + new)
+
+
+def inherit(before_BGM: Tensor | None, parents_BF: Tensor) -> Tensor:
+    """Which drafted nodes those of the next depth see: what their parents saw, and themselves.
+
+    before_BGM: of the depth before, the columns of all nodes drafted until then; None for the first
+    depth. parents_BF: among those of the depth before. B x F x (M + F).
+    """
+    batch, new = parents_BF.shape
+    above, old = (0, 0) if before_BGM is None else before_BGM.shape[1:]
+    after_BFM = torch.empty(batch, new, old + new, dtype=torch.bool, device=parents_BF.device)
+    before = after_BFM if before_BGM is None else before_BGM
+    _inherit[(batch * new,)](
+        before.view(torch.uint8), parents_BF.contiguous(), after_BFM.view(torch.uint8), above, old,
+        new, SIZE=triton.next_power_of_2(old + new), num_warps=1,
+    )  # fmt: skip
+    return after_BFM
+
+
+@triton.jit
+def _expand(
+    tokens, parents, scores, room, used, frontier, logp, words, logp_row, logp_node, words_row,
+    words_node, picked, next_tokens, next_parents, above, width, chosen, SIZE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, SIZE)
+    inside = at < above * width
+    parent = tl.load(frontier + row * above + at // width, mask=inside, other=0)
+    score = tl.load(scores + row * room + parent, mask=inside, other=0.0)
+    place = row * logp_row + at // width * logp_node + at % width
+    score += tl.load(logp + place, mask=inside, other=0.0).to(tl.float32)
+    place = row * words_row + at // width * words_node + at % width
+    word = tl.load(words + place, mask=inside, other=0)
+    new = row * room + used + at
+    tl.store(tokens + new, word, mask=inside)
+    tl.store(parents + new, parent, mask=inside)
+    tl.store(scores + new, score, mask=inside)
+    score = tl.where(inside, score, -float("inf"))
+    left = inside
+    for rank in range(0, chosen):
+        high = tl.max(tl.where(left, score, -float("inf")), 0)
+        best = tl.min(tl.where(left & (score == high), at, SIZE), 0)
+        best = tl.minimum(best, above * width - 1)
+        tl.store(picked + row * chosen + rank, (used + best).to(tl.int64))
+        tl.store(next_tokens + row * chosen + rank, tl.sum(tl.where(at == best, word, 0), 0))
+        tl.store(next_parents + row * chosen + rank, (best // width).to(tl.int64))
+        left = left & (at != best)
+
+
+def expand(
+    pool: tuple[Tensor, Tensor, Tensor],
+    used: int,
+    frontier_BF: Tensor,
+    children: tuple[Tensor, Tensor],
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the children of a frontier into a pool of nodes, and pick the likeliest as the next.
+
+    pool: tokens, parents and scores, with room behind the `used` ones. frontier_BF: its nodes, as
+    places in the pool. children: log-probabilities and tokens, B x F x W. Of the next frontier
+    (`width` nodes or all, the first of equals): the places in the pool, the tokens, and each one's
+    parent as an index into this frontier.
+    """
+    tokens_BM, parents_BM, scores_BM = pool
+    logp_BFW, words_BFW = children
+    batch, above, children_each = logp_BFW.shape
+    chosen = min(width, above * children_each)
+    assert logp_BFW.stride(2) == words_BFW.stride(2) == 1 and tokens_BM.is_contiguous()
+    picked_BW, next_BW, up_BW = frontier_BF.new_empty(3, batch, chosen)
+    _expand[(batch,)](
+        tokens_BM, parents_BM, scores_BM, tokens_BM.shape[1], used, frontier_BF.contiguous(),
+        logp_BFW, words_BFW, *logp_BFW.stride()[:2], *words_BFW.stride()[:2], picked_BW, next_BW,
+        up_BW, above, children_each, chosen,
+        SIZE=triton.next_power_of_2(above * children_each), num_warps=1,
+    )  # fmt: skip
+    return picked_BW, next_BW, up_BW

@@ -10,7 +10,10 @@ from triton.compiler import ASTSource
 from headstart.model import triton_kernels as built
 
 POINTERS = {"lengths": "*i64", "pending": "*u8", "sums": "*fp32", "tops": "*fp32"}
+POINTERS |= {"held": "*u8", "made": "*u8", "logp": "*fp32"}
 POINTERS |= {"parents": "*i64", "seen": "*u8", "best": "*fp32", "places": "*i32", "ids": "*i64"}
+LONGS = "tokens frontier words picked next_tokens next_parents positions"
+POINTERS |= dict.fromkeys(LONGS.split(), "*i64")
 NUMBERS = {"eps": "fp32", "scale": "fp32", "factor": "fp32"}
 FLAGS = {"ROWS": 16, "COLUMNS": 32, "SIZE": 128, "PARTS": 64, "EXACT": False}
 FLAGS |= {"HAS_ADDED": True, "HAS_NORM": True, "WIDTH": 4, "CHUNKS": 8}
@@ -26,6 +29,8 @@ KERNELS = (
     built._ancestors,
     built._best_of_chunk,
     built._best_of_all,
+    built._inherit,
+    built._expand,
 )
 
 for kernel in KERNELS:

@@ -30,9 +30,10 @@ from headstart.model.cache import KVCache
 from headstart.model.head import kinds, make_head
 from headstart.model.layers import MLP, Attention, LayerConfig
 from headstart.model.packed import Product
+from headstart.model.recurrent import _inherit
 from headstart.model.swift import SWIFT_ON_A_GPU, cached_attention, speed_up_blocks
 from headstart.model.target import Target
-from headstart.model.tree import Tree
+from headstart.model.tree import Frontier, Tree, TreeShape, grow
 
 pytest.importorskip("triton", reason="Triton is not installed: it comes with PyTorch for GPUs")
 from headstart.model import triton_kernels as built
@@ -198,7 +199,7 @@ def test_they_compile_for_a_gpu(tmp_path: Path) -> None:
         [sys.executable, str(script)], env=os.environ | fresh, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 24
+    assert len(done.stdout.splitlines()) == 30
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -214,11 +215,51 @@ def test_the_best_words(words: int, width: int, dtype: torch.dtype) -> None:
 
 
 def test_ancestors(monkeypatch: pytest.MonkeyPatch) -> None:
-    parents_BN = torch.full((4, 33), -1)
+    parents_BN = torch.full((4, 33), -1, device=DEVICE)
     for node in range(1, 30):  # three of padding
-        parents_BN[:, node] = torch.randint(0, node, (4,))
-    parents_BN[0] = torch.arange(33) - 1  # a chain
+        parents_BN[:, node] = torch.randint(0, node, (4,), device=DEVICE)
+    parents_BN[0] = torch.arange(33, device=DEVICE) - 1  # a chain
     tree = Tree(parents_BN, parents_BN, parents_BN.float())
     ours = tree.ancestors_BNN
     monkeypatch.setattr(accelerated, "functions", lambda device: None)
     assert torch.equal(ours, Tree(parents_BN, parents_BN, parents_BN.float()).ancestors_BNN)
+
+
+@pytest.mark.parametrize("above", [0, 1, 4])
+def test_what_drafted_nodes_inherit(above: int) -> None:
+    before = torch.rand(3, above, 7, device=DEVICE) < 0.5 if above else None
+    parents_BF = torch.randint(0, max(above, 1), (3, 4), device=DEVICE)
+    assert torch.equal(built.inherit(before, parents_BF), _inherit(before, parents_BF))
+
+
+@pytest.mark.parametrize("shape", [(20, 5, 3), (9, 4, 1), (64, 3, 8)])
+def test_a_tree_grows_as_without_a_gpu(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, seen = TreeShape.dynamic(*shape), []
+
+    def children(of_BF: Tensor) -> tuple[Tensor, Tensor]:
+        ranks_W = torch.arange(wanted.width + 1, device=DEVICE)
+        logp_BFW = -torch.sin(1.0 + of_BF[..., None] * 7.1 + ranks_W * 3.3).abs() - 0.01
+        return logp_BFW.sort(dim=-1, descending=True).values, of_BF[..., None] * 5 % 97 + ranks_W
+
+    def step(frontier: Frontier) -> tuple[Tensor, Tensor]:
+        seen.append(frontier)
+        return children(frontier.tokens_BF)
+
+    def grown() -> Tree:
+        root_B = torch.tensor([3, 8, 50], device=DEVICE)
+        return grow(root_B, children(root_B[:, None]), step, wanted)
+
+    ours, mine = grown(), list(seen)
+    seen.clear()
+    monkeypatch.setattr(accelerated, "functions", lambda device: None)
+    theirs = grown()
+    assert len(mine) == len(seen) == wanted.depth - 1
+    for one, other in zip(mine, seen, strict=True):
+        assert one.depth == other.depth
+        assert torch.equal(one.tokens_BF, other.tokens_BF)
+        assert torch.equal(one.parents_BF, other.parents_BF)
+    assert torch.equal(ours.tokens_BN, theirs.tokens_BN)
+    assert torch.equal(ours.parents_BN, theirs.parents_BN)
+    assert torch.equal(ours.scores_BN, theirs.scores_BN)

@@ -24,19 +24,21 @@ OTHERS = ["gemma", "granite", "smollm3", "olmo2", "phi3", "cohere", "gpt2", "qwe
 
 
 def a_tree(roots_B: Tensor) -> Tree:
-    parents_BN = torch.tensor([-1, 0, 0, 1, 1, 2, 5]).expand(len(roots_B), -1)
-    tokens_BN = (roots_B[:, None] + 7 * torch.arange(7)) % 50
-    return Tree(tokens_BN, parents_BN, torch.zeros(len(roots_B), 7))
+    parents_N = torch.tensor([-1, 0, 0, 1, 1, 2, 5], device=roots_B.device)
+    tokens_BN = (roots_B[:, None] + 7 * torch.arange(7, device=roots_B.device)) % 50
+    return Tree(tokens_BN, parents_N.expand(len(roots_B), -1), torch.zeros_like(tokens_BN).float())
 
 
 def reads(target: Target, batch: int) -> list[Tensor]:
     """What is seen of a few texts, a tree behind them, and one more token each."""
-    ids_BT = torch.stack(prompts([9] * batch))
+    device = target.device
+    ids_BT = torch.stack(prompts([9] * batch)).to(device)
     cache = target.new_cache(batch)
     seen = [target.read(ids_BT, cache, layers=(0,))]
-    cache.commit(None, torch.tensor([9, 4, 7][:batch]))
+    cache.commit(None, torch.tensor([9, 4, 7][:batch], device=device))
     seen.append(target.read(a_tree(ids_BT[:, 0]), cache, layers=(0,)))
-    cache.commit(torch.zeros(batch, 1, dtype=torch.int64), torch.ones(batch, dtype=torch.int64))
+    one_B = torch.ones(batch, dtype=torch.int64, device=device)
+    cache.commit(0 * one_B[:, None], one_B)
     seen.append(target.read(ids_BT[:, :1], cache, layers=(0,)))
     return [part for one in seen for part in (one.logits_BTV, one.hidden[0]) if part is not None]
 
