@@ -222,11 +222,12 @@ class Plan:
 class Graphs:
     """Plans that are kept from one run to the next, so that nothing is captured twice.
 
-    plans: how many at most; each has a cache of its own, and the one used longest ago goes first.
+    plans, memory: how many at most, and how many bytes their caches may take; the one used longest
+    ago goes first.
     """
 
-    def __init__(self, plans: int = 4):
-        self.plans = plans
+    def __init__(self, plans: int = 16, memory: int = 4 << 30):
+        self.plans, self.memory = plans, memory
         self.kept: dict[tuple[Any, ...], Plan] = {}
 
     @staticmethod
@@ -246,8 +247,11 @@ class Graphs:
 
     def give_back(self, plan: Plan) -> None:
         self.kept[plan.key] = plan
-        while len(self.kept) > self.plans:
+        while len(self.kept) > self.plans or (len(self.kept) > 1 and self._size() > self.memory):
             del self.kept[next(iter(self.kept))]
+
+    def _size(self) -> int:
+        return sum(cache.size for plan in self.kept.values() for cache in plan.caches)
 
 
 def _caches(state: object) -> list[KVCache]:

@@ -1,9 +1,10 @@
 """The shortest way of reads on a GPU: matrix products, and what lies between them in Triton.
 
 A step over one token is so short there that starting kernels and going over the same few rows
-again and again takes longer than reading the weights. `Accelerated` needs ten kernels per layer
-where the modules need some thirty-five, and its attention reads the text once for all nodes of a
-tree (see triton_kernels.py). The same blocks serve the heads (`speed_up_blocks` in swift.py).
+again and again takes longer than reading the weights. `Accelerated` needs ten kernels per layer,
+and seven for one row, where the modules need some thirty-five, and its attention reads the text
+once for all nodes of a tree (see triton_kernels.py). The same blocks serve the heads
+(`speed_up_blocks` in swift.py).
 
 Legend: B batch rows, N new rows, R rows of all texts together, D hidden size, M pending columns.
 """
@@ -56,6 +57,10 @@ class Accelerated:
         turn = lean.rotary(hidden_BND, position_ids=positions_BN)
         hidden_RD = hidden_BND.flatten(0, 1).clone()  # of which layers change the numbers in place
         kept: dict[int, Tensor] = {}
+        if len(hidden_RD) == 1:
+            self._one_row(hidden_RD, turn, cache, masks, kept, taps)
+            last_RD = built.residual_norm(hidden_RD, None, lean.norm.weight, lean.norm.eps)
+            return last_RD.view(*shape, -1), kept
         norms = [*(one.first for one in lean.layers), lean.norm]  # what follows each layer
         normed_RD = built.residual_norm(hidden_RD, None, norms[0].weight, norms[0].eps)
         for index, layer in enumerate(lean.layers):
@@ -71,6 +76,27 @@ class Accelerated:
             if index in taps:
                 kept[index] = hidden_RD.clone().view(*shape, -1)
         return normed_RD.view(*shape, -1), kept
+
+    def _one_row(
+        self,
+        hidden_1D: Tensor,
+        turn: tuple[Tensor, Tensor],
+        cache: KVCache,
+        pending_BNM: Tensor,
+        kept: dict[int, Tensor],
+        taps: Sequence[int],
+    ) -> None:
+        """All layers for one row, whose norms, gates and sums are parts of the products."""
+        product = self._built.row_product
+        for index, layer in enumerate(self._lean.layers):
+            first, second = layer.first, layer.second
+            mixed_1E = product(hidden_1D, layer.qkv.joined, norm=(first.weight, first.eps))
+            attended_1E = self._attend(layer, mixed_1E[None], turn, cache, index, pending_BNM)
+            product(attended_1E, layer.out.joined, into=hidden_1D)
+            both_1F = product(hidden_1D, layer.gate_up.joined, norm=(second.weight, second.eps))
+            product(both_1F, layer.down.joined, gated=True, into=hidden_1D)
+            if index in taps:
+                kept[index] = hidden_1D.clone()[None]
 
     def _attend(
         self,

@@ -133,6 +133,12 @@ class KVCache(Cache):
         return self._place.end
 
     @property
+    def size(self) -> int:
+        """Bytes of all columns."""
+        known = [layer for layer in self.kv_layers if layer.is_initialized]
+        return sum(one.nbytes for layer in known for one in (layer.keys, layer.values))
+
+    @property
     def after(self) -> int:
         """Pending rows in front of those of the current read."""
         return self._after

@@ -157,6 +157,8 @@ class Product:
         self._bias: Tensor | None = None
         self._int8: Int8 | None = None
         self._half: Halves | None = None
+        self._whole: tuple[Tensor, Tensor | None] | None = None
+        self._whole_from: list[tuple[int, int]] = []
 
     @property
     def kind(self) -> Kind:
@@ -165,7 +167,7 @@ class Product:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if not hidden.is_cpu:
-            return F.linear(hidden, *self._as_one())
+            return F.linear(hidden, *self.joined)
         return self.wide(hidden).to(hidden.dtype)
 
     def wide(self, hidden: Tensor) -> Tensor:
@@ -187,19 +189,20 @@ class Product:
         )
         return result
 
-    def _as_one(self) -> tuple[Tensor, Tensor | None]:
-        """The joined weight, of which the layers' own become parts: nothing is held twice."""
+    @property
+    def joined(self) -> tuple[Tensor, Tensor | None]:
+        """The joined weight and bias. The layers' own weights become parts of it, so that nothing
+        is held twice."""
         if len(self._linears) == 1:
             return self._linears[0].weight, self._linears[0].bias
-        if self._weight is None or self._made_from != [
-            identity(one.weight) for one in self._linears
-        ]:
-            self._weight, self._bias = self._side_by_side()
-            parts = self._weight.split([len(one.weight) for one in self._linears])
+        whole, made_from = self._whole, [identity(one.weight) for one in self._linears]
+        if whole is None or made_from != self._whole_from:
+            self._whole = whole = self._side_by_side()
+            parts = whole[0].split([len(one.weight) for one in self._linears])
             for one, part in zip(self._linears, parts, strict=True):
                 one.weight.data = part
-            self._made_from = [identity(one.weight) for one in self._linears]
-        return self._weight, self._bias
+            self._whole_from = [identity(one.weight) for one in self._linears]
+        return whole
 
     def _halves(self) -> Halves:
         made_from = [identity(one.weight) for one in self._linears]

@@ -28,6 +28,7 @@ PART = 128  # columns that are worth a program of their own
 MOST_PARTS = 64
 ROWS = 16  # queries of a program, which is a matrix unit's least
 GATED = 1024  # numbers of a program of `gate`
+LONG_ROW = 4096  # numbers of a row that `row_product` goes over in larger steps
 WORDS = 4096  # logits of a program of `best_words`
 LOG2_E = 1.4426950408889634
 
@@ -276,6 +277,62 @@ def gate(both_RF: Tensor) -> Tensor:
 
 
 @triton.jit
+def _row_product(
+    row, weight, bias, norm, out, outputs, inputs, eps,
+    FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    v = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    total = tl.zeros([OUTPUTS, INPUTS], tl.float32)
+    squares = tl.zeros([INPUTS], tl.float32)
+    for begin in tl.range(0, inputs, INPUTS, num_stages=STAGES):
+        k = begin + tl.arange(0, INPUTS)
+        values = tl.load(row + k, mask=k < inputs, other=0.0).to(tl.float32)
+        if FIRST == "norm":
+            squares += values * values
+            values *= tl.load(norm + k, mask=k < inputs, other=0.0).to(tl.float32)
+        if FIRST == "gate":
+            up = tl.load(row + inputs + k, mask=k < inputs, other=0.0).to(tl.float32)
+            values = values / (1.0 + tl.exp(-values)) * up
+        both = (v < outputs)[:, None] & (k < inputs)[None, :]
+        place = v[:, None].to(tl.int64) * inputs + k[None, :]
+        total += tl.load(weight + place, mask=both, other=0.0).to(tl.float32) * values[None, :]
+    result = tl.sum(total, 1)
+    if FIRST == "norm":
+        result *= 1.0 / tl.sqrt_rn(tl.sum(squares, 0) / inputs + eps)
+    if HAS_BIAS:
+        result += tl.load(bias + v, mask=v < outputs, other=0.0).to(tl.float32)
+    if ADDS:
+        result += tl.load(out + v, mask=v < outputs, other=0.0).to(tl.float32)
+    tl.store(out + v, result.to(out.dtype.element_ty), mask=v < outputs)
+
+
+def row_product(
+    row_1K: Tensor,
+    joined: tuple[Tensor, Tensor | None],
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+    into: Tensor | None = None,
+) -> Tensor:
+    """A product of one row 1 x V, which takes as long as reading its weights, and what comes before
+    and after it. norm: weight and eps of a root mean square norm of the row. gated: the row is 1 x
+    2K, as `gate` takes it. into: 1 x V that the result is added to, in place."""
+    weight_VK, bias_V = joined
+    outputs, inputs = weight_VK.shape
+    assert row_1K.shape == (1, 2 * inputs if gated else inputs) and weight_VK.is_contiguous()
+    out_1V = row_1K.new_empty(1, outputs) if into is None else into
+    norm_K, eps = (row_1K, 0.0) if norm is None else norm
+    each, at_once = (4, 512) if inputs < LONG_ROW else (2, 1024)
+    _row_product[(triton.cdiv(outputs, each),)](
+        row_1K.contiguous(), weight_VK, weight_VK if bias_V is None else bias_V, norm_K, out_1V,
+        outputs, inputs, eps, FIRST="norm" if norm else "gate" if gated else "",
+        HAS_BIAS=bias_V is not None, ADDS=into is not None, OUTPUTS=each, INPUTS=at_once, STAGES=3,
+        num_warps=4,
+    )  # fmt: skip
+    return out_1V
+
+
+@triton.jit
 def _ancestors(parents, seen, nodes, SIZE: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * nodes
     node, at = tl.program_id(1), tl.arange(0, SIZE)
@@ -393,8 +450,8 @@ def inherit(before_BGM: Tensor | None, parents_BF: Tensor) -> Tensor:
 
 @triton.jit
 def _expand(
-    tokens, parents, scores, room, used, frontier, logp, words, logp_row, logp_node, words_row,
-    words_node, picked, next_tokens, next_parents, above, width, chosen, SIZE: tl.constexpr,
+    tokens, parents, scores, room, used, frontier, logp, guesses, logp_row, logp_node, guess_row,
+    guess_node, picked, next_tokens, next_parents, above, width, chosen, SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE)
@@ -403,8 +460,8 @@ def _expand(
     score = tl.load(scores + row * room + parent, mask=inside, other=0.0)
     place = row * logp_row + at // width * logp_node + at % width
     score += tl.load(logp + place, mask=inside, other=0.0).to(tl.float32)
-    place = row * words_row + at // width * words_node + at % width
-    word = tl.load(words + place, mask=inside, other=0)
+    place = row * guess_row + at // width * guess_node + at % width
+    word = tl.load(guesses + place, mask=inside, other=0)
     new = row * room + used + at
     tl.store(tokens + new, word, mask=inside)
     tl.store(parents + new, parent, mask=inside)

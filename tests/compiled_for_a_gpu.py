@@ -10,15 +10,17 @@ from triton.compiler import ASTSource
 from headstart.model import triton_kernels as built
 
 POINTERS = {"lengths": "*i64", "pending": "*u8", "sums": "*fp32", "tops": "*fp32"}
-POINTERS |= {"held": "*u8", "made": "*u8", "logp": "*fp32"}
+POINTERS |= {"held": "*u8", "scores": "*fp32", "made": "*u8", "logp": "*fp32"}
 POINTERS |= {"parents": "*i64", "seen": "*u8", "best": "*fp32", "places": "*i32", "ids": "*i64"}
-LONGS = "tokens frontier words picked next_tokens next_parents positions"
+LONGS = "tokens frontier guesses picked next_tokens next_parents positions"
 POINTERS |= dict.fromkeys(LONGS.split(), "*i64")
 NUMBERS = {"eps": "fp32", "scale": "fp32", "factor": "fp32"}
 FLAGS = {"ROWS": 16, "COLUMNS": 32, "SIZE": 128, "PARTS": 64, "EXACT": False}
 FLAGS |= {"HAS_ADDED": True, "HAS_NORM": True, "WIDTH": 4, "CHUNKS": 8}
+FLAGS |= {"FIRST": "norm", "HAS_BIAS": True, "ADDS": True, "OUTPUTS": 4, "INPUTS": 512}
+FLAGS |= {"STAGES": 3, "HAS_TURN": False}
 TENSORS = "hidden added weight out mixed query_norm key_norm cosines sines queries keys values"
-TENSORS += " both logits"
+TENSORS += " both logits bias norm"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = (
     built._residual_norm,
@@ -29,6 +31,7 @@ KERNELS = (
     built._ancestors,
     built._best_of_chunk,
     built._best_of_all,
+    built._row_product,
     built._inherit,
     built._expand,
 )
@@ -46,6 +49,8 @@ for kernel in KERNELS:
             flags |= {"ROWS": rows, "COLUMNS": columns, "EXACT": kind == "fp32"}
         types |= dict.fromkeys(flags, "constexpr")
         places = {(kernel.arg_names.index(name),): value for name, value in flags.items()}
+        if kernel is built._row_product:
+            types |= {"row": f"*{kind}"}
         source = ASTSource(kernel, types, places)
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
         print(kernel.fn.__name__, kind, len(made.asm["cubin"]))

@@ -162,15 +162,15 @@ def test_layers_are_joined_and_nothing_is_held_twice() -> None:
     before = [one.weight.detach().clone() for one in layers]
     product, hidden = Product(*layers), torch.randn(5, 6, device=DEVICE)
     expected = torch.cat([one(hidden) for one in layers], -1)
-    close(F.linear(hidden, *product._as_one()), expected)
+    close(F.linear(hidden, *product.joined), expected)
     for one, weight in zip(layers, before, strict=True):
         assert torch.equal(one.weight, weight)
-        assert one.weight.untyped_storage().data_ptr() == product._as_one()[0].data_ptr()
+        assert one.weight.untyped_storage().data_ptr() == product.joined[0].data_ptr()
     with torch.no_grad():
         layers[1].weight += 1  # written to: it is the same memory
-    close(F.linear(hidden, *product._as_one()), torch.cat([one(hidden) for one in layers], -1))
+    close(F.linear(hidden, *product.joined), torch.cat([one(hidden) for one in layers], -1))
     layers[2].weight.data = torch.ones(3, 6, device=DEVICE)  # replaced
-    close(F.linear(hidden, *product._as_one()), torch.cat([one(hidden) for one in layers], -1))
+    close(F.linear(hidden, *product.joined), torch.cat([one(hidden) for one in layers], -1))
 
 
 @pytest.mark.parametrize("shape", ["chain", "dynamic"])
@@ -199,7 +199,7 @@ def test_they_compile_for_a_gpu(tmp_path: Path) -> None:
         [sys.executable, str(script)], env=os.environ | fresh, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 30
+    assert len(done.stdout.splitlines()) == 33
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -263,3 +263,24 @@ def test_a_tree_grows_as_without_a_gpu(
     assert torch.equal(ours.tokens_BN, theirs.tokens_BN)
     assert torch.equal(ours.parents_BN, theirs.parents_BN)
     assert torch.equal(ours.scores_BN, theirs.scores_BN)
+
+
+@pytest.mark.parametrize("inputs", [40, 5000])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("first", ["", "norm", "gate"])
+def test_a_product_of_one_row(first: str, bias: bool, inputs: int) -> None:
+    layer = nn.Linear(inputs, 11, bias=bias, device=DEVICE).requires_grad_(False)
+    row_1K = torch.randn(1, inputs * (2 if first == "gate" else 1), device=DEVICE)
+    norm = torch.rand(inputs, device=DEVICE), 1e-5
+    into = torch.randn(1, 11, device=DEVICE)
+    options = {"norm": {"norm": norm}, "gate": {"gated": True}, "": {}}[first]
+    values = row_1K
+    if first == "norm":
+        values = F.rms_norm(row_1K, (inputs,), *norm)
+    elif first == "gate":
+        values = F.silu(row_1K[:, :inputs]) * row_1K[:, inputs:]
+    close(built.row_product(row_1K, (layer.weight, layer.bias), **options), layer(values))
+    expected = into + layer(values)
+    told = built.row_product(row_1K, (layer.weight, layer.bias), into=into, **options)
+    close(told, expected)
+    assert told is into

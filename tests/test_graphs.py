@@ -250,6 +250,20 @@ def test_a_plan_in_use_is_not_lent_again() -> None:
     assert len(kept.kept) == 2 and borrow() is not one  # the oldest went
 
 
+def test_plans_that_are_kept_take_no_more_memory_than_they_may() -> None:
+    target, kept = target_of("llama"), Graphs(memory=0)
+    head, (stop, truth) = random_head(target, "mtp"), ragged(reference("llama", 3))
+    for shape in (LARGE, SHAPES["chain"]):
+        assert replayed(target, head, batch("llama", 3), shape, stop, kept=kept)[0] == truth
+        (plan,) = kept.kept.values()  # the latest stays, however large
+    sizes = [cache.size for cache in plan.caches]
+    assert plan.setup.shape == SHAPES["chain"] and min(sizes) > 0
+    roomy = Graphs(memory=3 * sum(sizes))
+    for shape in (LARGE, SHAPES["chain"]):
+        replayed(target, head, batch("llama", 3), shape, stop, kept=roomy)
+    assert len(roomy.kept) == 2
+
+
 class Tape(TorchDispatchMode):
     """What a graph is, without a device for it: the operations of one call, done again with the
     same numbers from the host, on the same tensors."""
