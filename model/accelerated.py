@@ -56,38 +56,50 @@ class Accelerated:
         hidden_BND = lean.embed(ids_BN)
         turn = lean.rotary(hidden_BND, position_ids=positions_BN)
         hidden_RD = hidden_BND.flatten(0, 1).clone()  # of which layers change the numbers in place
-        kept: dict[int, Tensor] = {}
-        if len(hidden_RD) == 1:
-            self._one_row(hidden_RD, turn, cache, masks, kept, taps)
-            last_RD = built.residual_norm(hidden_RD, None, lean.norm.weight, lean.norm.eps)
-            return last_RD.view(*shape, -1), kept
-        norms = [*(one.first for one in lean.layers), lean.norm]  # what follows each layer
-        normed_RD = built.residual_norm(hidden_RD, None, norms[0].weight, norms[0].eps)
-        for index, layer in enumerate(lean.layers):
-            mixed_BNE = layer.qkv(normed_RD).view(*shape, -1)
-            attended_RD = self._attend(layer, mixed_BNE, turn, cache, index, masks)
-            after = layer.second
-            normed_RD = built.residual_norm(
-                hidden_RD, layer.out(attended_RD), after.weight, after.eps
-            )
-            added_RD = layer.down(built.gate(layer.gate_up(normed_RD)))
-            after = norms[index + 1]
-            normed_RD = built.residual_norm(hidden_RD, added_RD, after.weight, after.eps)
-            if index in taps:
-                kept[index] = hidden_RD.clone().view(*shape, -1)
+        layers = self._row if len(hidden_RD) == 1 else self._rows
+        kept = layers(hidden_RD, shape, turn, cache, masks, taps)
+        normed_RD = built.residual_norm(hidden_RD, None, lean.norm.weight, lean.norm.eps)
         return normed_RD.view(*shape, -1), kept
 
-    def _one_row(
+    def _rows(
         self,
-        hidden_1D: Tensor,
+        hidden_RD: Tensor,
+        shape: torch.Size,
         turn: tuple[Tensor, Tensor],
         cache: KVCache,
         pending_BNM: Tensor,
-        kept: dict[int, Tensor],
         taps: Sequence[int],
-    ) -> None:
-        """All layers for one row, whose norms, gates and sums are parts of the products."""
-        product = self._built.row_product
+    ) -> dict[int, Tensor]:
+        """All layers, in place; what `read` taps."""
+        built, kept = self._built, dict[int, Tensor]()
+        added_RD: Tensor | None = None  # by the layer before
+        for index, layer in enumerate(self._lean.layers):
+            first, second = layer.first, layer.second
+            normed_RD = built.residual_norm(hidden_RD, added_RD, first.weight, first.eps)
+            if index - 1 in taps:
+                kept[index - 1] = hidden_RD.clone().view(*shape, -1)
+            mixed_BNE = layer.qkv(normed_RD).view(*shape, -1)
+            attended_RD = self._attend(layer, mixed_BNE, turn, cache, index, pending_BNM)
+            added_RD = layer.out(attended_RD)
+            normed_RD = built.residual_norm(hidden_RD, added_RD, second.weight, second.eps)
+            added_RD = layer.down(built.gate(layer.gate_up(normed_RD)))
+        assert added_RD is not None, "no layers"
+        hidden_RD += added_RD
+        if index in taps:
+            kept[index] = hidden_RD.clone().view(*shape, -1)
+        return kept
+
+    def _row(
+        self,
+        hidden_1D: Tensor,
+        shape: torch.Size,
+        turn: tuple[Tensor, Tensor],
+        cache: KVCache,
+        pending_BNM: Tensor,
+        taps: Sequence[int],
+    ) -> dict[int, Tensor]:
+        """As `_rows`. Norms, gates and sums are parts of the products."""
+        product, kept = self._built.row_product, dict[int, Tensor]()
         for index, layer in enumerate(self._lean.layers):
             first, second = layer.first, layer.second
             mixed_1E = product(hidden_1D, layer.qkv.joined, norm=(first.weight, first.eps))
@@ -96,7 +108,8 @@ class Accelerated:
             both_1F = product(hidden_1D, layer.gate_up.joined, norm=(second.weight, second.eps))
             product(both_1F, layer.down.joined, gated=True, into=hidden_1D)
             if index in taps:
-                kept[index] = hidden_1D.clone()[None]
+                kept[index] = hidden_1D.clone().view(*shape, -1)
+        return kept
 
     def _attend(
         self,

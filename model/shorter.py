@@ -28,10 +28,10 @@ from .native import Native
 from .quantized import QuantizedLinear, full_precision
 
 TEXT = (5, 3, 7, 2, 6, 4, 1)
-# Largest error of a probe's outputs, by their norm. Lean is tried in float32; the others only add
-# their functions, and round as they will.
-CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
-ON_A_CPU = (torch.float32, torch.bfloat16)
+# Largest error of a probe's outputs, by their norm. Lean and Accelerated are tried in float32;
+# Native only adds its functions to Lean, and rounds as it will.
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+ON_A_GPU = (torch.float32, torch.bfloat16, torch.float16)
 OTHER_PARTS = (LookupError, RuntimeError, TypeError, AttributeError, ValueError)
 
 
@@ -45,7 +45,7 @@ def shorter_way(
         built = accelerated.functions(weight.device)
         if built is not None:
             return _on_a_gpu(decoder, layers, kinds, config, built)
-        if not weight.is_cpu or weight.dtype not in ON_A_CPU:
+        if not weight.is_cpu or weight.dtype not in CLOSE:
             return None
         with full_precision(decoder):  # integers would make a step of a last bit
             probe = _Probe(decoder, config)
@@ -69,14 +69,16 @@ def _on_a_gpu(
 ) -> Accelerated | None:
     alike = {(one.device, one.dtype) for one in decoder.parameters()}
     dtype = next(decoder.parameters()).dtype
-    if len(alike) > 1 or dtype not in CLOSE or Windows.of(config).kinds != (FULL,):
+    if len(alike) > 1 or dtype not in ON_A_GPU or Windows.of(config).kinds != (FULL,):
         return None
     probe, lean = _Probe(decoder, config), Lean(decoder, layers, kinds)
     if not all(one.usual for one in lean.layers):
         return None
-    way = Accelerated(lean, built)
-    wide = probe.agrees(_in_float32(decoder, layers, kinds), CLOSE[torch.float32])
-    return way if wide and probe.agrees(way, CLOSE[dtype]) else None
+    wide = _in_float32(decoder, layers, kinds)
+    wide.layers = cast(list[Layer], _Widened(layers, kinds))
+    wide.norm = Norm(lean.norm.weight.float(), lean.norm.eps)
+    agrees = probe.agrees(Accelerated(wide, built), CLOSE[torch.float32])
+    return Accelerated(lean, built) if agrees else None
 
 
 class _Probe:
@@ -106,12 +108,29 @@ class _Probe:
         for positions_1N, theirs_1ND in self.seen:
             cache = KVCache(1, self.layers, device)
             cache.expect(new)
-            known: Any = seen_1NN if isinstance(way, Accelerated) else masks
             with torch.no_grad():
-                ours_1ND, _ = way.read(self.ids_1N, positions_1N, cache, known)
+                if isinstance(way, Accelerated):  # which has another way for one row
+                    ours_1ND = _in_two_reads(way, self.ids_1N, positions_1N, cache, seen_1NN)
+                else:
+                    ours_1ND, _ = way.read(self.ids_1N, positions_1N, cache, masks)
             if not (ours_1ND - theirs_1ND).norm() <= tolerance * theirs_1ND.norm():
                 return False
         return True
+
+
+def _in_two_reads(
+    way: Accelerated, ids_1N: Tensor, positions_1N: Tensor, cache: KVCache, seen_1NN: Tensor
+) -> Tensor:
+    """All but the last row, and then that one."""
+    most = ids_1N.shape[1] - 1
+    cache.expect(most)
+    first_1ND, _ = way.read(
+        ids_1N[:, :most], positions_1N[:, :most], cache, seen_1NN[:, :most, :most]
+    )
+    cache.commit(None, torch.full_like(cache.lengths_B, most))
+    cache.expect(1)
+    last_11D, _ = way.read(ids_1N[:, most:], positions_1N[:, most:], cache, seen_1NN[:, :1, :1])
+    return torch.cat([first_1ND, last_11D], 1)
 
 
 def _in_float32(decoder: Any, layers: nn.ModuleList, kinds: Sequence[str]) -> Lean:
@@ -139,6 +158,18 @@ class _Wide:
     ) -> Tensor:
         with _wide(self.module):
             return Layer(self.module, self.kind)(hidden, turn, index, cache, mask)
+
+
+class _Widened:
+    """Layers with wide weights, one at a time."""
+
+    def __init__(self, layers: nn.ModuleList, kinds: Sequence[str]):
+        self.layers, self.kinds = layers, kinds
+
+    def __iter__(self) -> Iterator[Layer]:
+        for module, kind in zip(self.layers, self.kinds, strict=True):
+            with _wide(module):
+                yield Layer(module, kind)
 
 
 @contextmanager
