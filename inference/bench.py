@@ -236,13 +236,10 @@ def bench(
     """
     results = Results({name: Score() for name in runners}, [], {name: [] for name in runners})
     stop = Stop(setting.max_new_tokens, frozenset(target.eos_ids))
-    short = Stop(min(WARM_UP, setting.max_new_tokens), stop.eos)
     batches = [cases[at : at + setting.batch] for at in range(0, len(cases), setting.batch)]
     names = list(runners)
     for name in names:
-        warm_up = Score()
-        _answers(runners[name], batches[0], short, setting, warm_up, target.pad_id)
-        results.scores[name].error = warm_up.error
+        results.scores[name].error = _warmed_up(target, runners[name], batches, setting, stop)
     for number, batch in enumerate(batches):
         own = replace(setting, seed=setting.seed + number)
         took: dict[str, tuple[int, float, int]] = {}
@@ -260,6 +257,26 @@ def bench(
         _compare(target, runners, batch, own, results)
         report(number + 1)
     return results
+
+
+def _warmed_up(
+    target: Target,
+    runner: Runner,
+    batches: Sequence[Sequence[Case]],
+    setting: Setting,
+    stop: Stop,
+) -> str | None:
+    """Answer the first batch unmeasured; the error if there is one. On CUDA the batch of the
+    longest prompt too, and both to the end: graphs are recorded once for each size of a cache."""
+    warm_up, pad = Score(), target.pad_id
+    if target.device.type != "cuda" or isinstance(runner, Stock):
+        stop = Stop(min(WARM_UP, stop.max_new_tokens), stop.eos)
+        _answers(runner, batches[0], stop, setting, warm_up, pad)
+        return warm_up.error
+    longest = max(batches, key=lambda batch: max(len(case.tokens) for case in batch))
+    for batch in (batches[0], longest):
+        _answers(runner, batch, stop, setting, warm_up, pad)
+    return warm_up.error
 
 
 def _answers(

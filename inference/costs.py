@@ -136,14 +136,15 @@ def measure_replayed(target: Target, head: DraftHead) -> Costs:
         return best
 
     counts = plan.buckets
+    deepest = plan.depths[-1]
     plan.begin(begun)
-    plan.draft(plan.depth)
+    plan.draft(deepest)
     read = [seconds(partial(plan.verify, nodes)) for nodes in counts]
     verify = [min(read[place:]) for place in range(len(counts))]
     nothing = seconds(lambda: None)
-    first, last = (seconds(partial(plan.draft, depth)) - nothing for depth in (1, plan.depth))
+    first, last = (seconds(partial(plan.draft, depth)) - nothing for depth in (1, deepest))
     Graphs.of(target).give_back(plan)
-    deepen = max(last - first, 0.0) / max(plan.depth - 1, 1)
+    deepen = max(last - first, 0.0) / max(deepest - 1, 1)
     return Costs(counts, tuple(verify), first, deepen, rest=0.0)
 
 

@@ -161,7 +161,7 @@ class GraphLoop:
         if self.head is None or not fits or max(row.room for row in alive) == 1:
             return 0, 1
         if self.spending is None:
-            return plan.depth, plan.buckets[-1]
+            return plan.depths[-1], plan.buckets[-1]
         if not self.spending.asks_head(0.0, len(alive)):
             return 0, 1
         nodes = plan.buckets[-1]
@@ -169,7 +169,8 @@ class GraphLoop:
             scores_BN = torch.tensor([self.scores[row.number] for row in alive])
             pays = self.spending.nodes(scores_BN)
             nodes = next(count for count in plan.buckets if count >= pays)
-        return self.spending.depth(plan.depth, len(alive)), nodes
+        pays = self.spending.depth(plan.depths[-1], len(alive))
+        return next(depth for depth in plan.depths if depth >= pays), nodes
 
 
 def _spare(shape: TreeShape) -> int:

@@ -27,6 +27,7 @@ from .sampling import Sampler
 from .verify import accept_on_device
 
 BUCKETS = (1, 4, 8, 16, 32, 48, 64, 96, 128)  # node counts; the whole tree is one more
+DEPTHS = (1, 2, 4, 6, 8)  # that are drafted; the full depth is one more
 CAPACITY = 512  # columns of the smallest cache; each larger one has twice as many
 
 
@@ -148,12 +149,16 @@ class Plan:
         return self.setup.key(self.batch, self.capacity)
 
     @property
-    def depth(self) -> int:
-        """Of the deepest tree."""
-        return 0 if self.head is None else self.setup.shape.depth
+    def depths(self) -> tuple[int, ...]:
+        """That trees can have, the greatest last. Each is a graph of its own, so only a few."""
+        if self.head is None:
+            return (0,)
+        deepest = self.setup.shape.depth
+        return (*(depth for depth in DEPTHS if depth < deepest), deepest)
 
     def draft(self, depth: int) -> None:
-        """Guess a tree of some depth. 0: the head takes in what was accepted, and guesses none."""
+        """Guess a tree of one of `depths`. 0: the head takes in what was accepted, and guesses
+        none."""
         if depth == 0:
             self.advance()
             return

@@ -18,7 +18,7 @@ from headstart.model.tree import Tree
 
 from .sampling import NOT_DRAWN, Sampler
 
-WARM_UPS = 3  # calls before a capture, as torch asks for
+WARM_UPS = 2  # calls before a capture: one makes what is kept, one shows that nothing waits
 # Processors that read nothing but logits and never wait for the device.
 CAPTURED: tuple[type, ...] = (
     hf.TemperatureLogitsWarper,

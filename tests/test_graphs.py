@@ -41,7 +41,6 @@ from headstart.model.tree import Children, Frontier, GoesOn, Tree, TreeShape, gr
 
 USED = ["llama", "qwen2", "gemma3_text", "mixtral"]
 LARGE = TreeShape.dynamic(nodes=20, depth=5, width=3)
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 class Prophet(Oracle):
@@ -378,39 +377,3 @@ def test_what_suits() -> None:
     assert not suits(target, None, Sampler.of(0.7, repetition_penalty=1.2))
     assert not suits(target, None, cold, lookup=True)
     assert not suits(target, Oracle(target, [[1]]), cold)  # counts on the host
-
-
-@gpu
-def test_a_function_that_waits_is_called_and_a_warning_says_so() -> None:
-    total = torch.zeros(4, device="cuda")
-    pool = torch.cuda.graph_pool_handle()
-    replay = Replay(lambda: total.add_(1).sum().item(), total.device, pool, [total])
-    with pytest.warns(UserWarning, match="waits for the device"):
-        replay()
-    replay()
-    assert replay.graph is None and total.tolist() == [2.0] * 4
-
-
-@gpu
-@pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.parametrize("rows", LENGTHS)
-@pytest.mark.parametrize("family", USED)
-def test_a_whole_decode_on_cuda(family: str, rows: int, sampled: bool) -> None:
-    target, prompts = Target.wrap(FAMILIES[family]().to("cuda")), batch(family, rows)
-    sampler, stop = "top-p" if sampled else "", Stop(NEW_TOKENS)
-    drawn_by = SAMPLERS[sampler]() if sampler else Sampler()
-    truth = answers(plain(target, *prompts, sampler=drawn_by, stop=stop), rows)
-    heads = [Prophet(target, LENGTHS[rows], truth)]
-    heads += [random_head(target, kind) for kind in kinds()]
-    for head in (None, *heads):
-        kept = Graphs()
-        for shape in (SHAPES["chain"], SHAPES["dynamic"]):
-            shape = shape if head is None else fitting(shape, head)
-            for costs in (None, USUAL, None):  # the last one on graphs of the first
-                told, _ = replayed(target, head, prompts, shape, stop, sampler, costs, kept)
-                assert told == truth, head
-        for plan in kept.kept.values():
-            verifies = [*plan.verifies.values()]
-            # In float32 the experts of mixtral may ask the host how many tokens each of them got.
-            assert family == "mixtral" or all(one.graph is not None for one in verifies)
-            assert head is None or all(one.graph is not None for one in plan.drafts.values())
