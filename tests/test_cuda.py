@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from families import FAMILIES
 from test_budget import USUAL
 from test_exact import LENGTHS, NEW_TOKENS, SAMPLERS, SHAPES, answers, batch
 from test_graphs import USED, Prophet, random_head, replayed
+from test_lean import reads
 
 from headstart.inference.decode import plain
 from headstart.inference.plan import Graphs
@@ -15,6 +18,7 @@ from headstart.inference.replay import Replay
 from headstart.inference.rows import Stop
 from headstart.inference.sampling import Sampler
 from headstart.inference.trees import fitting
+from headstart.model.accelerated import Accelerated
 from headstart.model.head import kinds
 from headstart.model.target import Target
 
@@ -53,3 +57,17 @@ def test_a_whole_decode_on_cuda(family: str, rows: int, sampled: bool) -> None:
             # In float32 the experts of mixtral may ask the host how many tokens each of them got.
             assert family == "mixtral" or all(one.graph is not None for one in verifies)
             assert head is None or all(one.graph is not None for one in plan.drafts.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_half_precision_is_read_as_well_as_by_the_modules(family: str) -> None:
+    model = FAMILIES[family]()
+    exact = reads(Target.wrap(copy.deepcopy(model).to("cuda")), 3)
+    target = Target.wrap(model.to("cuda", torch.bfloat16))
+    assert isinstance(target._lean, Accelerated)
+    errors, shorter = [], target._lean
+    for way in (shorter, None):
+        target._lean = way
+        pairs = zip(reads(target, 3), exact, strict=True)
+        errors.append(max(float((a - b).norm() / b.norm()) for a, b in pairs))
+    assert errors[0] < 1.5 * errors[1] < 0.1
