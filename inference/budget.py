@@ -31,6 +31,8 @@ GOOD = 0.8  # acceptance of a good head's first guess
 PAUSE = (4, 64)  # rounds without the head after a loss: at first, and at most
 DISTRUST = 0.3  # what a probability counts for at least, so that better times are noticed
 EVIDENCE = 4  # rounds with the head before it is judged
+HOPELESS = 256  # rounds without the head where not even a good one pays
+BARREN = (8, 4, 16)  # plain rounds before several texts are not searched; for how long, at most
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,10 @@ class Spending:
     _asked: int = 0
     _paused: int = 0
     _pause: int = PAUSE[0]
+    _searched: bool = True
+    _barren: int = 0
+    _unsearched: int = 0
+    _search_pause: int = BARREN[1]
 
     def asks_head(self, known: float, rows: int = 1) -> bool:
         """Whether the head drafts in this round. known: tokens expected of other guesses."""
@@ -80,11 +86,19 @@ class Spending:
             before, self._hopeless = self._hopeless, not self._good_head_pays(rows)
             self._rows = rows
             if self._hopeless != before:
-                self._paused = PAUSE[1] if self._hopeless else 0
+                self._paused = HOPELESS if self._hopeless else 0
         if self._paused:
             self._paused -= 1
             return False
         return True
+
+    def looks_up(self, rows: int) -> bool:
+        """Whether the texts are searched for guesses in this round: with many of them that takes
+        time, and is left out for a while where nothing that it finds is worth reading."""
+        self._searched = rows == 1 or not self._unsearched
+        if not self._searched:
+            self._unsearched -= 1
+        return self._searched
 
     def could_pay(self, hoped: float, rows: int) -> bool:
         """Whether guesses can pay that promise so many tokens in all rows together: even the first
@@ -132,6 +146,7 @@ class Spending:
         if nodes > 1 and hoped is not None:
             self.hoped = _mixed(self.hoped, hoped / rows)
             self.came = _mixed(self.came, emitted / rows - 1)
+        self._found(nodes > 1)
         seconds = self.costs.round(rows * nodes, depth, rows)
         steps = seconds / self.costs.read(rows)  # plain steps in the same time
         self.speedup = _mixed(self.speedup, emitted / rows / steps)
@@ -147,6 +162,16 @@ class Spending:
         wrong guess costs as much as a token."""
         extra = self.costs.round(2 * rows, 1, rows) - self.costs.read(rows)
         return GOOD * rows > self._rate(rows) * extra
+
+    def _found(self, something: bool) -> None:
+        """Search the texts less often while nothing comes of it."""
+        if something:
+            self._barren, self._search_pause = 0, BARREN[1]
+        elif self._searched:
+            self._barren += 1
+            if self._barren >= BARREN[0]:
+                self._unsearched = self._search_pause
+                self._search_pause = min(2 * self._search_pause, BARREN[2])
 
     def _judge(self, surplus: float) -> None:
         """Send the head away while it costs more than it gives."""

@@ -126,7 +126,9 @@ class Drafter:
 
     def tree(self, read: Read, rows: Sequence[Row], depth: int) -> Tree:
         """Guess on behind what was just read, at most `depth` tokens."""
-        guesses = [row.lookup.guesses(depth, CHAINS) for row in rows if row.lookup is not None]
+        guesses: list[list[Guess]] = []
+        if self.spending is None or self.spending.looks_up(len(rows)):
+            guesses = [row.lookup.guesses(depth, CHAINS) for row in rows if row.lookup is not None]
         tree = self._asked_head(read, guesses, depth)
         if tree is None and self.spending is not None:
             promised = sum(math.exp(logp) for row in guesses for one in row for logp in one.logp)

@@ -13,7 +13,7 @@ from oracle import Oracle
 from test_exact import answers, batch, target_of
 from torch import Tensor
 
-from headstart.inference.budget import PAUSE, Budget, Spending
+from headstart.inference.budget import BARREN, HOPELESS, PAUSE, Budget, Spending
 from headstart.inference.costs import NODES, Costs, measure_replayed
 from headstart.inference.decode import decode, plain
 from headstart.inference.plan import Graphs
@@ -120,10 +120,27 @@ def test_where_reading_is_arithmetic_the_head_is_not_even_tried_at_first() -> No
     """With many rows, each node costs as much as a row."""
     few, many = Spending(ARITHMETIC), Spending(ARITHMETIC)
     assert few.asks_head(0.0, 1)
-    assert not any(many.asks_head(0.0, 8) for _ in range(PAUSE[1]))
+    assert not any(many.asks_head(0.0, 8) for _ in range(HOPELESS))
     assert many.asks_head(0.0, 8)  # texts can be easier than that
     late = Spending(ARITHMETIC)
     assert not late.asks_head(0.0, 8) and late.asks_head(0.0, 1)  # the others are complete
+
+
+def test_texts_in_which_nothing_is_found_are_searched_less_often() -> None:
+    spending, searched = Spending(USUAL), []
+    for _ in range(100):
+        searched.append(spending.looks_up(8))
+        spending.learn(rows=8, emitted=8, nodes=1, depth=0)
+    assert all(searched[: BARREN[0]]) and not any(searched[BARREN[0] : BARREN[0] + BARREN[1]])
+    assert searched[BARREN[0] + BARREN[1]] and sum(searched[50:]) < 6
+    assert spending.looks_up(1)  # one text is searched at once
+    spending._unsearched = 0
+    spending.learn(rows=8, emitted=20, nodes=4, depth=0)  # something was found
+    found = []
+    for _ in range(BARREN[0]):
+        found.append(spending.looks_up(8))
+        spending.learn(rows=8, emitted=8, nodes=1, depth=0)
+    assert all(found)
 
 
 def test_guesses_that_promise_less_than_the_first_node_costs_are_dropped() -> None:
