@@ -3,7 +3,7 @@
 A step over one token is so short there that starting kernels and going over the same few rows
 again and again takes longer than reading the weights. `Accelerated` needs ten kernels per layer,
 and seven for one row, where the modules need some thirty-five, and its attention reads the text
-once for all nodes of a tree (see triton_kernels.py). The same blocks serve the heads
+once for all nodes of a tree (the folder gpu/). The same blocks serve the heads
 (`speed_up_blocks` in swift.py).
 
 Legend: B batch rows, N new rows, R rows of all texts together, D hidden size, M pending columns.
@@ -30,9 +30,9 @@ def functions(device: torch.device) -> ModuleType | None:
     """The Triton functions, where they run."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    from . import triton_kernels
+    from . import gpu
 
-    return triton_kernels
+    return gpu
 
 
 class Accelerated:

@@ -7,7 +7,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from headstart.model import triton_kernels as built
+from headstart.model.gpu import attention, layers, trees
 
 POINTERS = {"lengths": "*i64", "pending": "*u8", "sums": "*fp32", "tops": "*fp32"}
 POINTERS |= {"held": "*u8", "scores": "*fp32", "made": "*u8", "logp": "*fp32"}
@@ -23,17 +23,17 @@ TENSORS = "hidden added weight out mixed query_norm key_norm cosines sines queri
 TENSORS += " both logits bias norm"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KERNELS = (
-    built._residual_norm,
-    built._rotate_store,
-    built._attend_part,
-    built._merge,
-    built._gate,
-    built._ancestors,
-    built._best_of_chunk,
-    built._best_of_all,
-    built._row_product,
-    built._inherit,
-    built._expand,
+    layers._residual_norm,
+    layers._rotate_store,
+    attention._attend_part,
+    attention._merge,
+    layers._gate,
+    trees._ancestors,
+    trees._best_of_chunk,
+    trees._best_of_all,
+    layers._row_product,
+    trees._inherit,
+    trees._expand,
 )
 
 for kernel in KERNELS:
@@ -45,11 +45,11 @@ for kernel in KERNELS:
         types |= {"weights": "*fp32"} if "weights" in types else {}
         flags = {name: value for name, value in FLAGS.items() if name in types}
         if "EXACT" in flags:
-            rows, columns = built.most_at_once(flags["SIZE"], DTYPES[kind])
+            rows, columns = attention.most_at_once(flags["SIZE"], DTYPES[kind])
             flags |= {"ROWS": rows, "COLUMNS": columns, "EXACT": kind == "fp32"}
         types |= dict.fromkeys(flags, "constexpr")
         places = {(kernel.arg_names.index(name),): value for name, value in flags.items()}
-        if kernel is built._row_product:
+        if kernel is layers._row_product:
             types |= {"row": f"*{kind}"}
         source = ASTSource(kernel, types, places)
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32))

@@ -36,7 +36,7 @@ from headstart.model.target import Target
 from headstart.model.tree import Frontier, Tree, TreeShape, grow
 
 pytest.importorskip("triton", reason="Triton is not installed: it comes with PyTorch for GPUs")
-from headstart.model import triton_kernels as built
+from headstart.model import gpu as built
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
