@@ -62,6 +62,21 @@ def open_pretrained(
     return model.to(place), _tokenizer(source, where)
 
 
+def of_shape(config: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """A model with random weights, of the shape that a config.json says: for timing."""
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        shape = AutoConfig.from_pretrained(config)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ValueError(
+            f"{config} does not say the shape of a language model: {error} Give the config.json of "
+            "a model folder."
+        ) from error
+    with place:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, dtype=_dtype(dtype, place))
+    return model
+
+
 def _refuse_quantized(config: PretrainedConfig, name: str) -> None:
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:

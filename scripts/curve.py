@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -37,10 +38,11 @@ def curve(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
 ) -> None:
     """Time reads of trees behind a text."""
+    contexts, counts = numbers(context, "--context"), numbers(nodes, "--nodes")
     opened, figures = _opened(target, dtype), []
     facts = machine(opened)
-    for tokens in numbers(context, "--context"):
-        for count in numbers(nodes, "--nodes"):
+    for tokens in contexts:
+        for count in counts:
             took = timed(opened, tokens, count)
             figures.append({"context": tokens, "nodes": count, "ms": took})
             shown = "  ".join(f"{way} {value:.3f}" for way, value in took.items())
@@ -49,20 +51,12 @@ def curve(
 
 
 def _opened(name: str, dtype: str) -> Target:
+    from headstart.model.pretrained import of_shape
     from headstart.model.target import Target
 
-    if not name.endswith(".json"):
-        return Target.load(name, dtype=dtype)
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    usual = "bfloat16" if device.type == "cuda" else "float32"
-    with device:
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(name), dtype=usual if dtype == "auto" else dtype
-        )
-    return Target.wrap(model)
+    if name.endswith(".json"):
+        return Target.wrap(of_shape(Path(name), dtype))
+    return Target.load(name, dtype=dtype)
 
 
 def timed(target: Target, tokens: int, count: int) -> dict[str, float]:
