@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from headstart.model import kernels
+from headstart.model import accelerated, kernels
 from headstart.model.files import cache_folder, replace_text
 from headstart.model.head import DraftHead
 from headstart.model.target import Target
@@ -256,7 +256,7 @@ def _about(target: Target, head: DraftHead) -> dict[str, Any]:
         "head": head.config.model_dump(mode="json"),
         "versions": {name: version(name) for name in ("torch", "transformers", "headstart")},
         "nodes": NODES,
-        "kernels": kernels.digest() if in_c else None,
+        "kernels": kernels.digest() if in_c else accelerated.digest(target.device),
     }
 
 

@@ -11,8 +11,11 @@ Legend: B batch rows, N new rows, R rows of all texts together, D hidden size, M
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -33,6 +36,15 @@ def functions(device: torch.device) -> ModuleType | None:
     from . import gpu
 
     return gpu
+
+
+def digest(device: torch.device) -> str | None:
+    """Of the functions in Triton and the version that compiles them, where they run."""
+    if functions(device) is None:
+        return None
+    files = sorted((Path(__file__).parent / "gpu").glob("*.py"))
+    parts = [version("triton").encode(), *(file.read_bytes() for file in files)]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 class Accelerated:

@@ -20,6 +20,7 @@ from test_exact import SHAPES, answers
 from test_lean import LIKE_LLAMA, OTHERS, reads
 from torch import Tensor, nn
 
+from headstart.inference.costs import _about
 from headstart.inference.decode import decode, plain
 from headstart.inference.rows import Stop
 from headstart.inference.sampling import Sampler
@@ -189,6 +190,16 @@ def test_a_whole_decode(family: str, kind: str, shape: str) -> None:
     assert answers(decode(target, head, ids_BT, mask_BT, shape=tree, **options), 2) == told
     target._lean = None  # and what its modules say
     assert answers(plain(target, ids_BT, mask_BT, **options), 2) == told
+
+
+def test_costs_are_measured_again_when_the_functions_change(tmp_path: Path) -> None:
+    target = Target.wrap(FAMILIES["llama"]().to(DEVICE))
+    head = make_head(target, "medusa", {}).for_decoding(target)
+    now = _about(target, head)["kernels"]
+    assert now == accelerated.digest(target.device) is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerated, "version", lambda name: "another")
+        assert _about(target, head)["kernels"] != now
 
 
 def test_they_compile_for_a_gpu(tmp_path: Path) -> None:
