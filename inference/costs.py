@@ -256,7 +256,7 @@ def _about(target: Target, head: DraftHead) -> dict[str, Any]:
         "head": head.config.model_dump(mode="json"),
         "versions": {name: version(name) for name in ("torch", "transformers", "headstart")},
         "nodes": NODES,
-        "kernels": kernels.digest() if in_c else accelerated.digest(target.device),
+        "kernels": accelerated.digest(target.device) or (kernels.digest() if in_c else None),
     }
 
 
