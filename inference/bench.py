@@ -267,14 +267,15 @@ def _warmed_up(
     stop: Stop,
 ) -> str | None:
     """Answer the first batch unmeasured; the error if there is one. On CUDA the batch of the
-    longest prompt too, and both to the end: graphs are recorded once for each size of a cache."""
+    longest prompt and the last one too, and all to the end: each size of a cache has graphs of its
+    own."""
     warm_up, pad = Score(), target.pad_id
     if target.device.type != "cuda" or isinstance(runner, Stock):
         stop = Stop(min(WARM_UP, stop.max_new_tokens), stop.eos)
         _answers(runner, batches[0], stop, setting, warm_up, pad)
         return warm_up.error
     longest = max(batches, key=lambda batch: max(len(case.tokens) for case in batch))
-    for batch in (batches[0], longest):
+    for batch in (batches[0], longest, batches[-1]):
         _answers(runner, batch, stop, setting, warm_up, pad)
     return warm_up.error
 

@@ -138,11 +138,17 @@ class Spending:
         return best
 
     def learn(
-        self, rows: int, emitted: int, nodes: int, depth: int, hoped: float | None = None
+        self,
+        rows: int,
+        emitted: int,
+        nodes: int,
+        depth: int,
+        hoped: float | None = None,
+        read: int | None = None,
     ) -> None:
         """A round is over: tokens emitted in all rows, nodes read per row, the depths that the head
         drafted (0: it was not asked), and how many guesses were to come true in all rows, if
-        known."""
+        known; the depth of what was read, if it is less than what was drafted."""
         if nodes > 1 and hoped is not None:
             self.hoped = _mixed(self.hoped, hoped / rows)
             self.came = _mixed(self.came, emitted / rows - 1)
@@ -153,8 +159,9 @@ class Spending:
         if depth:
             accepted = emitted - rows
             self.given = _mixed(self.given, accepted / rows)
-            tried = accepted + rows * (accepted < rows * depth)
-            self.hits = _mixed(self.hits, accepted / tried)
+            levels = depth if read is None else read
+            tried = accepted + rows * (accepted < rows * levels)
+            self.hits = _mixed(self.hits, accepted / tried) if tried else self.hits
             self._judge(emitted / rows - steps)
 
     def _good_head_pays(self, rows: int) -> bool:

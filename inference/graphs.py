@@ -25,6 +25,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ from .sampling import Sampler
 from .stats import Stats
 
 AHEAD = 256  # tokens that a new cache has room for, unless the answers are shorter
+ROUNDS = RLock()  # one at a time: while one is recorded, nobody may wait for the device
 
 
 class GraphLoop:
@@ -70,7 +72,8 @@ class GraphLoop:
     @torch.no_grad()
     def run(self, tokens_BT: Tensor, lengths_B: Tensor) -> Iterator[list[list[int]]]:
         self.stats.begin(len(self.rows), self.target.device)
-        emitted = self._take(self._prompt(tokens_BT, lengths_B), None)
+        with ROUNDS:
+            emitted = self._take(self._prompt(tokens_BT, lengths_B), None)
         try:
             while True:
                 self.stats.lap("host")
@@ -79,7 +82,8 @@ class GraphLoop:
                 alive = [row for row in self.rows if row.room]
                 if not alive:
                     return
-                emitted = self._take(*self._round(alive))
+                with ROUNDS:
+                    emitted = self._take(*self._round(alive))
         finally:
             if self.plan is not None:
                 self.graphs.give_back(self.plan)
@@ -124,15 +128,15 @@ class GraphLoop:
         plan.verify(nodes)
         report = plan.report.tolist()
         self.stats.lap("verify")
-        drawn = {}
+        drawn, read = {}, max(int(report[row.number][1]) for row in alive)
         for row in alive:
             count, _, *numbers = report[row.number]
             drawn[row.number] = [int(token) for token in numbers[: int(count)]]
             self.scores[row.number] = numbers[plan.places :]
         if self.spending is not None:
             emitted = sum(map(len, drawn.values()))
-            self.spending.learn(len(alive), emitted, nodes, depth)
-        return drawn, max(int(report[row.number][1]) for row in alive)
+            self.spending.learn(len(alive), emitted, nodes, depth, read=read)
+        return drawn, read
 
     def _roomy(self, alive: Sequence[Row]) -> Plan:
         """A plan with room for one more round."""
@@ -170,7 +174,8 @@ class GraphLoop:
             pays = self.spending.nodes(scores_BN)
             nodes = next(count for count in plan.buckets if count >= pays)
         pays = self.spending.depth(plan.depths[-1], len(alive))
-        return next(depth for depth in plan.depths if depth >= pays), nodes
+        depth = next(depth for depth in plan.depths if depth >= pays)
+        return depth, min(nodes, plan.count(depth))
 
 
 def _spare(shape: TreeShape) -> int:

@@ -131,6 +131,11 @@ class Plan:
             ours.copy_(theirs)
         self.alive_B.copy_(other.alive_B)
 
+    def close(self) -> None:
+        """Let go of all that takes memory: graphs refer to their plan, which refers to them."""
+        self.caches, self.drafts, self.verifies = [], {}, {}
+        del self.cache, self.state, self.advance
+
     def retire(self, alive: Sequence[bool]) -> None:
         """Which rows are still wanted."""
         self.alive_B.copy_(torch.tensor(alive))
@@ -155,6 +160,11 @@ class Plan:
             return (0,)
         deepest = self.setup.shape.depth
         return (*(depth for depth in DEPTHS if depth < deepest), deepest)
+
+    def count(self, depth: int) -> int:
+        """How many nodes a tree of one of `depths` has, rounded up to one of `buckets`."""
+        nodes = _drafted(self.setup.shape.limited(depth)) if depth else 1
+        return next(count for count in self.buckets if count >= nodes)
 
     def draft(self, depth: int) -> None:
         """Guess a tree of one of `depths`. 0: the head takes in what was accepted, and guesses
@@ -244,16 +254,25 @@ class Graphs:
 
     def borrow(self, setup: Setup, like: Seen, capacity: int) -> Plan:
         """A plan that no other run uses until it is given back. Arguments as of `Plan`."""
-        key = setup.key(len(like.last_BTD), capacity)
-        if key in self.kept:
-            return self.kept.pop(key)
+        plan = self.kept.pop(setup.key(len(like.last_BTD), capacity), None)
+        if plan is not None:
+            return plan
+        self._make_room(self.plans - 1)
         pool = torch.cuda.graph_pool_handle() if setup.target.device.type == "cuda" else None
         return Plan(setup, like, capacity, pool)
 
     def give_back(self, plan: Plan) -> None:
-        self.kept[plan.key] = plan
-        while len(self.kept) > self.plans or (len(self.kept) > 1 and self._size() > self.memory):
-            del self.kept[next(iter(self.kept))]
+        self._make_room(self.plans - 1)
+        self.kept[plan.key] = plan  # however large it is
+
+    def forget(self, head: DraftHead) -> None:
+        """Plans of a head that is not used any more."""
+        for key in [key for key, plan in self.kept.items() if plan.head is head]:
+            self.kept.pop(key).close()
+
+    def _make_room(self, most: int) -> None:
+        while self.kept and (len(self.kept) > most or self._size() > self.memory):
+            self.kept.pop(next(iter(self.kept))).close()
 
     def _size(self) -> int:
         return sum(cache.size for plan in self.kept.values() for cache in plan.caches)

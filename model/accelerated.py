@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -31,10 +33,24 @@ MOST_ROWS = 512  # new rows of a text; longer ones are left to the model's own m
 
 def functions(device: torch.device) -> ModuleType | None:
     """The Triton functions, where they run."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return None
-    from . import gpu
+    return _tried(device) if device.type == "cuda" else None
 
+
+@cache
+def _tried(device: torch.device) -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        from . import gpu
+
+        gpu.ancestors(torch.full((1, 1), -1, device=device))
+    except Exception as error:  # of Triton, of the compiler that it calls, of the driver
+        warnings.warn(
+            f"Triton cannot be used here ({str(error).strip()[:200]}), so decoding is slower. It "
+            "needs a C compiler and a GPU that it knows.",
+            stacklevel=3,
+        )
+        return None
     return gpu
 
 

@@ -32,7 +32,14 @@ TEXT = (5, 3, 7, 2, 6, 4, 1)
 # Native only adds its functions to Lean, and rounds as it will.
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 ON_A_GPU = (torch.float32, torch.bfloat16, torch.float16)
-OTHER_PARTS = (LookupError, RuntimeError, TypeError, AttributeError, ValueError)
+OTHER_PARTS = (
+    LookupError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    AssertionError,
+)
 
 
 def shorter_way(
@@ -77,7 +84,12 @@ def _on_a_gpu(
     wide = _in_float32(decoder, layers, kinds)
     wide.layers = cast(list[Layer], _Widened(layers, kinds))
     wide.norm = Norm(lean.norm.weight.float(), lean.norm.eps)
-    agrees = probe.agrees(Accelerated(wide, built), CLOSE[torch.float32])
+    try:
+        agrees = probe.agrees(Accelerated(wide, built), CLOSE[torch.float32])
+    except OTHER_PARTS:
+        raise
+    except Exception as error:  # a GPU may be too small for a kernel: Triton's own errors
+        raise LookupError("the functions cannot be used for this model") from error
     return Accelerated(lean, built) if agrees else None
 
 
@@ -177,9 +189,9 @@ def _wide(*modules: nn.Module) -> Iterator[None]:
     """Within it, the weights of modules are float32."""
     weights = dict.fromkeys(weight for module in modules for weight in module.parameters())
     before = {weight: weight.data for weight in weights}
-    for weight in weights:
-        weight.data = weight.data.float()
     try:
+        for weight in weights:
+            weight.data = weight.data.float()
         yield
     finally:
         for weight, values in before.items():

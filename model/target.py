@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -265,7 +265,8 @@ class Target:
     def draft_logits(self, token_ids: Tensor | None) -> Callable[[Tensor], Tensor]:
         """`unembed` for guesses, which may be rounded: in 8-bit integers where those are faster."""
         if not self.rounds_guesses:
-            return partial(self.unembed, token_ids=token_ids)
+            rows = self._head if token_ids is None else self._subset(token_ids)  # kept with it
+            return lambda hidden_RD: self._finish(rows(hidden_RD))
         weight_VD: Tensor = self._head.weight
         bias_V: Tensor | None = self._head.bias
         if token_ids is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from families import FAMILIES, prompts
 from test_exact import SHAPES, answers
 from test_lean import LIKE_LLAMA, OTHERS, reads
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from headstart.inference.costs import _about
 from headstart.inference.decode import decode, plain
@@ -38,6 +40,7 @@ from headstart.model.tree import Frontier, Tree, TreeShape, grow
 
 pytest.importorskip("triton", reason="Triton is not installed: it comes with PyTorch for GPUs")
 from headstart.model import gpu as built
+from headstart.model.gpu import attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -222,6 +225,45 @@ def test_the_best_words(words: int, width: int, dtype: torch.dtype) -> None:
     order = logp_RV.sort(dim=-1, descending=True, stable=True)
     close(ours[0], order.values[:, :width])
     assert torch.equal(ours[1], order.indices[:, :width])
+
+
+def test_words_where_numbers_are_none() -> None:
+    """Guesses may be wrong, never impossible."""
+    logits_RV = torch.full((2, 9000), torch.nan, device=DEVICE)
+    logits_RV[1, :5000] = -torch.inf  # a whole chunk
+    logits_RV[1, 5000:] = torch.linspace(0, 1, 4000, device=DEVICE)
+    logp_RW, ids_RW = built.best_words(logits_RV, 3, 1.0)
+    assert 0 <= int(ids_RW.min()) and int(ids_RW.max()) < 9000
+    assert ids_RW[1].tolist() == [8999, 8998, 8997]
+    close(logp_RW[1], logits_RV[1].log_softmax(-1)[8997:].flip(0))
+
+
+def test_rows_of_a_long_prompt_take_no_memory_per_part() -> None:
+    """The sums of all parts would take 64 times the queries."""
+    made: list[int] = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            made.append(out.nbytes if isinstance(out, Tensor) else 0)
+            return out
+
+    queries = torch.randn(1, 2000, 64, 8, device=DEVICE)
+    keys = torch.randn(1, 1, 9000, 8, device=DEVICE)
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(attention, "_attend_part", _Nothing())
+    monkey.setattr(attention, "_merge", _Nothing())
+    seen = torch.ones(1, 2000, 1, dtype=torch.bool, device=DEVICE)
+    lengths_B = torch.tensor([8000], device=DEVICE)
+    with Watched():
+        built.attend(queries, (keys, keys), lengths_B, seen, 1.0, 9000)
+    monkey.undo()
+    assert max(made) <= 2 * queries.nbytes
+
+
+class _Nothing:
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 def test_ancestors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,6 +261,8 @@ def test_plans_that_are_kept_take_no_more_memory_than_they_may() -> None:
     for shape in (LARGE, SHAPES["chain"]):
         replayed(target, head, batch("llama", 3), shape, stop, kept=roomy)
     assert len(roomy.kept) == 2
+    roomy.forget(head)
+    assert not roomy.kept
 
 
 class Tape(TorchDispatchMode):

@@ -164,3 +164,19 @@ def test_an_activation_unknown_to_the_kernels_keeps_pytorchs_operations() -> Non
 @pytest.mark.parametrize("family", LIKE_LLAMA)
 def test_bfloat16_trees_give_the_bits_of_single_tokens(family: str, more: int) -> None:
     check_bits(Target.wrap(FAMILIES[family]().bfloat16()), 11, more)
+
+
+def test_layers_that_cannot_be_widened_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["llama"]().eval().bfloat16()
+    calls, whole = [], torch.Tensor.float
+
+    def narrow(weight: Tensor) -> Tensor:
+        calls.append(weight)
+        if len(calls) % 4 == 3:
+            raise torch.OutOfMemoryError("for a test")
+        return whole(weight)
+
+    monkeypatch.setattr(torch.Tensor, "float", narrow)
+    assert shorter_way(model.model, model.model.layers, model.config) is None
+    monkeypatch.undo()
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}

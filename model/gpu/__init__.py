@@ -5,9 +5,46 @@ With TRITON_INTERPRET=1 the same code runs on a CPU, which is how tests compare 
 operations.
 """
 
-from .attention import attend
-from .layers import gate, residual_norm, rotate_store, row_product
-from .trees import ancestors, best_words, expand, inherit
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import attention, layers, trees
+
+
+def _where_its_tensors_are(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton starts kernels on the current device, whatever their tensors are on."""
+
+    @wraps(function)
+    def start(*given: Any, **named: Any) -> Any:
+        with torch.cuda.device_of(_tensors(given)[0]):
+            return function(*given, **named)
+
+    return start
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    """Those of the arguments, also within tuples."""
+    found: list[Tensor] = []
+    for one in given:
+        found += [one] if isinstance(one, Tensor) else _tensors(one) if type(one) is tuple else []
+    return found
+
+
+ancestors = _where_its_tensors_are(trees.ancestors)
+attend = _where_its_tensors_are(attention.attend)
+best_words = _where_its_tensors_are(trees.best_words)
+expand = _where_its_tensors_are(trees.expand)
+gate = _where_its_tensors_are(layers.gate)
+inherit = _where_its_tensors_are(trees.inherit)
+residual_norm = _where_its_tensors_are(layers.residual_norm)
+rotate_store = _where_its_tensors_are(layers.rotate_store)
+row_product = _where_its_tensors_are(layers.row_product)
 
 __all__ = [
     "ancestors",

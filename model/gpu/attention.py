@@ -20,6 +20,7 @@ from torch import Tensor
 
 PART = 128  # columns that are worth a program of their own
 MOST_PARTS = 64
+ENOUGH = 2048  # programs that keep any GPU busy; each part takes memory for its sums
 ROWS = 16  # queries of a program, which is a matrix unit's least
 LOG2_E = 1.4426950408889634
 
@@ -47,8 +48,8 @@ def _attend_part(
     top = tl.full([ROWS], -float("inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, SIZE], tl.float32)
-    keys += text * key_row + group * key_group
-    values += text * value_row + group * value_group
+    keys += text * key_row + group.to(tl.int64) * key_group
+    values += text * value_row + group.to(tl.int64) * value_group
     bits = pending + (text * new + node)[:, None] * pending_count
     for first in range(begin, end, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
@@ -98,7 +99,7 @@ def _merge(sums, tops, weights, out, channels, parts, PARTS: tl.constexpr, SIZE:
 def most_at_once(channels: int, dtype: torch.dtype) -> tuple[int, int]:
     """Queries and columns of a step of `attend` that registers of an H100 hold."""
     if dtype == torch.float32:
-        return ROWS, 32
+        return ROWS, 32 if channels <= 128 else 16
     return (64, 64) if channels <= 64 else (32, 64) if channels <= 128 else (16, 32)
 
 
@@ -122,7 +123,8 @@ def attend(
     rows = new * heads // groups
     most, at_once = most_at_once(channels, queries_BNHC.dtype)
     block = min(max(triton.next_power_of_2(rows), ROWS), most)
-    parts = min(max(triton.cdiv(seen, PART), 1), MOST_PARTS)
+    programs = triton.cdiv(rows, block) * batch * groups  # of one part
+    parts = max(min(triton.cdiv(seen, PART), MOST_PARTS, ENOUGH // programs), 1)
     sums = queries_BNHC.new_empty(batch, new, heads, parts, channels, dtype=torch.float32)
     tops, weights = sums.new_empty(2, batch, new, heads, parts)
     size, exact = triton.next_power_of_2(channels), queries_BNHC.dtype == torch.float32

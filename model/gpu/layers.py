@@ -55,7 +55,7 @@ def _rotate_store(
     new, heads, groups, channels, after, key_row, key_group, value_row, value_group,
     HAS_NORM: tl.constexpr, HAS_TURN: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, SIZE)
     inside = at < channels
     half = channels // 2
@@ -116,6 +116,8 @@ def rotate_store(
     weights = (mixed_BNE, mixed_BNE) if norms is None else norms
     first, second = turn[0].contiguous(), turn[1].contiguous()
     known = first.dim() > 1
+    if first.shape[-1] != (channels if known else channels // 2):
+        raise ValueError("only a part of the channels is rotated, which is not known here")
     angles = (first, second, lengths_B) if known else (first, first, second)
     _rotate_store[(batch * new, heads + 2 * groups)](
         mixed_BNE.contiguous(), *weights, eps, *angles, lengths_B, queries_BNHC, keys, values,

@@ -51,7 +51,8 @@ def _best_of_chunk(
     top = tl.max(scores, 0)
     slot = row * chunks + chunk
     tl.store(tops + slot, top)
-    tl.store(weights + slot, tl.sum(tl.where(inside, tl.exp(scores - top), 0.0), 0))
+    base = tl.where(top == -float("inf"), 0.0, top)
+    tl.store(weights + slot, tl.sum(tl.where(inside, tl.exp(scores - base), 0.0), 0))
     for rank in tl.static_range(WIDTH):
         high = tl.max(scores, 0)
         place = tl.min(tl.where(scores == high, at, 2147483647), 0)
@@ -62,7 +63,7 @@ def _best_of_chunk(
 
 @triton.jit
 def _best_of_all(
-    tops, weights, best, places, out, ids, chunks,
+    tops, weights, best, places, out, ids, words, chunks,
     WIDTH: tl.constexpr, CHUNKS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -70,7 +71,7 @@ def _best_of_all(
     top = tl.load(tops + row * chunks + chunk, mask=chunk < chunks, other=-float("inf"))
     highest = tl.max(top, 0)
     weight = tl.load(weights + row * chunks + chunk, mask=chunk < chunks, other=0.0)
-    normal = highest + tl.log(tl.sum(weight * tl.exp(top - highest), 0))
+    normal = highest + tl.log(tl.sum(tl.where(weight > 0, weight * tl.exp(top - highest), 0.0), 0))
     inside, first = at < chunks * WIDTH, row * chunks * WIDTH
     scores = tl.load(best + first + at, mask=inside, other=-float("inf"))
     place = tl.load(places + first + at, mask=inside, other=2147483647)
@@ -78,6 +79,7 @@ def _best_of_all(
         high = tl.max(scores, 0)
         chosen = tl.min(tl.where(scores == high, place, 2147483647), 0)
         tl.store(out + row * WIDTH + rank, high - normal)
+        chosen = tl.minimum(chosen, words - 1)  # where numbers are none
         tl.store(ids + row * WIDTH + rank, chosen.to(tl.int64))
         scores = tl.where(place == chosen, -float("inf"), scores)
 
@@ -97,7 +99,7 @@ def best_words(logits_RV: Tensor, width: int, temperature: float) -> tuple[Tenso
     out_RW = tops.new_empty(rows, width)
     ids_RW = torch.empty_like(out_RW, dtype=torch.int64)
     _best_of_all[(rows,)](
-        tops, weights, best, places, out_RW, ids_RW, chunks,
+        tops, weights, best, places, out_RW, ids_RW, words, chunks,
         WIDTH=width, CHUNKS=triton.next_power_of_2(chunks),
         SIZE=triton.next_power_of_2(chunks * width), num_warps=4,
     )  # fmt: skip
