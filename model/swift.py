@@ -120,7 +120,7 @@ class SwiftAttentionOnAGPU(_Swift, Attention):
         config, (batch, new) = self.config, hidden_BTD.shape[:2]
         groups, channels = config.num_key_value_heads, config.head_dim
         (qkv,) = self.products((self.q_proj, self.k_proj, self.v_proj))
-        if self._frequencies is None:
+        if self._frequencies is None or self._frequencies.device != hidden_BTD.device:
             one_1 = torch.ones(1, device=hidden_BTD.device)
             self._frequencies = angles(one_1, channels, config.rope_theta, torch.float32)[0]
         turn = self._frequencies, positions_BT.expand(batch, new)
