@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -85,70 +86,46 @@ class Accelerated:
         turn = lean.rotary(hidden_BND, position_ids=positions_BN)
         hidden_RD = hidden_BND.flatten(0, 1).clone()  # of which layers change the numbers in place
         layers = self._row if len(hidden_RD) == 1 else self._rows
-        kept = layers(hidden_RD, shape, turn, cache, masks, taps)
+        kept = layers(hidden_RD, _Read(shape, turn, cache, masks, taps))
         normed_RD = built.residual_norm(hidden_RD, None, lean.norm.weight, lean.norm.eps)
         return normed_RD.view(*shape, -1), kept
 
-    def _rows(
-        self,
-        hidden_RD: Tensor,
-        shape: torch.Size,
-        turn: tuple[Tensor, Tensor],
-        cache: KVCache,
-        pending_BNM: Tensor,
-        taps: Sequence[int],
-    ) -> dict[int, Tensor]:
+    def _rows(self, hidden_RD: Tensor, read: _Read) -> dict[int, Tensor]:
         """All layers, in place; what `read` taps."""
         built, kept = self._built, dict[int, Tensor]()
         added_RD: Tensor | None = None  # by the layer before
         for index, layer in enumerate(self._lean.layers):
             first, second = layer.first, layer.second
             normed_RD = built.residual_norm(hidden_RD, added_RD, first.weight, first.eps)
-            if index - 1 in taps:
-                kept[index - 1] = hidden_RD.clone().view(*shape, -1)
-            mixed_BNE = layer.qkv(normed_RD).view(*shape, -1)
-            attended_RD = self._attend(layer, mixed_BNE, turn, cache, index, pending_BNM)
+            if index - 1 in read.taps:
+                kept[index - 1] = hidden_RD.clone().view(*read.shape, -1)
+            mixed_BNE = layer.qkv(normed_RD).view(*read.shape, -1)
+            attended_RD = self._attend(layer, index, mixed_BNE, read)
             added_RD = layer.out(attended_RD)
             normed_RD = built.residual_norm(hidden_RD, added_RD, second.weight, second.eps)
             added_RD = layer.down(built.gate(layer.gate_up(normed_RD)))
         assert added_RD is not None, "no layers"
         hidden_RD += added_RD
-        if index in taps:
-            kept[index] = hidden_RD.clone().view(*shape, -1)
+        if index in read.taps:
+            kept[index] = hidden_RD.clone().view(*read.shape, -1)
         return kept
 
-    def _row(
-        self,
-        hidden_1D: Tensor,
-        shape: torch.Size,
-        turn: tuple[Tensor, Tensor],
-        cache: KVCache,
-        pending_BNM: Tensor,
-        taps: Sequence[int],
-    ) -> dict[int, Tensor]:
+    def _row(self, hidden_1D: Tensor, read: _Read) -> dict[int, Tensor]:
         """As `_rows`. Norms, gates and sums are parts of the products."""
         product, kept = self._built.row_product, dict[int, Tensor]()
         for index, layer in enumerate(self._lean.layers):
             first, second = layer.first, layer.second
             mixed_1E = product(hidden_1D, layer.qkv.joined, norm=(first.weight, first.eps))
-            attended_1E = self._attend(layer, mixed_1E[None], turn, cache, index, pending_BNM)
+            attended_1E = self._attend(layer, index, mixed_1E[None], read)
             product(attended_1E, layer.out.joined, into=hidden_1D)
             both_1F = product(hidden_1D, layer.gate_up.joined, norm=(second.weight, second.eps))
             product(both_1F, layer.down.joined, gated=True, into=hidden_1D)
-            if index in taps:
-                kept[index] = hidden_1D.clone().view(*shape, -1)
+            if index in read.taps:
+                kept[index] = hidden_1D.clone().view(*read.shape, -1)
         return kept
 
-    def _attend(
-        self,
-        layer: Layer,
-        mixed_BNE: Tensor,
-        turn: tuple[Tensor, Tensor],
-        cache: KVCache,
-        index: int,
-        pending_BNM: Tensor,
-    ) -> Tensor:
-        batch = len(mixed_BNE)
+    def _attend(self, layer: Layer, index: int, mixed_BNE: Tensor, read: _Read) -> Tensor:
+        batch, cache = len(mixed_BNE), read.cache
         empty = mixed_BNE.new_empty(batch, layer.groups, 0, layer.channels)
         columns = cache.kv_layers[index].room(empty, empty)
         query_norm, key_norm = layer.query_norm, layer.key_norm
@@ -156,9 +133,20 @@ class Accelerated:
         if query_norm is not None and key_norm is not None:
             norms, eps = (query_norm.weight, key_norm.weight), query_norm.eps
         queries_BNHC = self._built.rotate_store(
-            mixed_BNE, turn, norms, eps, columns, cache.lengths_B, cache.after
+            mixed_BNE, read.turn, norms, eps, columns, cache.lengths_B, cache.after
         )
         attended_BNHC = self._built.attend(
-            queries_BNHC, columns, cache.lengths_B, pending_BNM, layer.scale, cache.columns
+            queries_BNHC, columns, cache.lengths_B, read.pending_BNM, layer.scale, cache.columns
         )
         return attended_BNHC.view(-1, layer.heads * layer.channels)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What all layers of a read share. shape: B x N. turn: cosines and sines."""
+
+    shape: torch.Size
+    turn: tuple[Tensor, Tensor]
+    cache: KVCache
+    pending_BNM: Tensor
+    taps: Sequence[int]
