@@ -1,25 +1,26 @@
 """Saving a run so that it can go on bit for bit, and so that no failure costs the last save.
 
 A checkpoint is a folder: `state.safetensors` with the head's weights and the optimizers' tensors,
-`state.json` with the rest. It is written beside the old one and then renamed.
+`state.json` with the rest. It is written beside the old one and then renamed. Nothing in it depends
+on the engine or on how many processes there were (training/engines.py).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from headstart.model.files import recover, written_beside
 
 FOLDER = "state"  # within the folder of the run
 STATE, TENSORS = "state.json", "state.safetensors"
+HEAD = "head."  # how the names of weights begin; those of the optimizer begin otherwise
 
 
 def could_not_save(folder: Path, error: OSError) -> OSError:
@@ -33,14 +34,11 @@ def could_not_save(folder: Path, error: OSError) -> OSError:
 
 
 def save_state(
-    folder: Path, head: nn.Module, optimizers: Sequence[Optimizer], facts: Mapping[str, Any]
+    folder: Path, head: nn.Module, optimizer: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """facts: anything JSON can hold."""
-    tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
-    for number, optimizer in enumerate(optimizers):
-        for index, values in optimizer.state_dict()["state"].items():
-            place = f"optimizer.{number}.{index}"
-            tensors |= {f"{place}.{name}": value for name, value in values.items()}
+    """optimizer: tensors by name, from `Engine.optimizer_state`. facts: anything JSON can hold."""
+    tensors = {f"{HEAD}{name}": value for name, value in head.state_dict().items()}
+    tensors |= optimizer
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
     try:
@@ -77,8 +75,11 @@ def load_facts(folder: Path) -> dict[str, Any] | None:
     return facts
 
 
-def load_state(folder: Path, head: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Put weights and optimizer state back. ValueError when the checkpoint is another head's."""
+def load_state(folder: Path, head: nn.Module) -> dict[str, Tensor]:
+    """Put the weights back; the optimizer's tensors, for `Engine.restore`.
+
+    ValueError when the checkpoint is another head's.
+    """
     try:
         tensors = safetensors.torch.load_file(folder / TENSORS)
     except Exception as error:  # the format's own error type is no OSError
@@ -87,9 +88,9 @@ def load_state(folder: Path, head: nn.Module, optimizers: Sequence[Optimizer]) -
             "over."
         ) from error
     weights = {
-        name.removeprefix("head."): value
-        for name, value in tensors.items()
-        if name.startswith("head.")
+        name.removeprefix(HEAD): tensors.pop(name)
+        for name in list(tensors)
+        if name.startswith(HEAD)
     }
     try:
         head.load_state_dict(weights)
@@ -98,19 +99,7 @@ def load_state(folder: Path, head: nn.Module, optimizers: Sequence[Optimizer]) -
             f"The checkpoint {folder} belongs to another head: {error} Use the recipe it was made "
             "with, or another train.output."
         ) from error
-    for number, optimizer in enumerate(optimizers):
-        _load_optimizer(tensors, f"optimizer.{number}.", optimizer)
-
-
-def _load_optimizer(tensors: Mapping[str, Tensor], prefix: str, optimizer: Optimizer) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith(prefix):
-            index, key = name.removeprefix(prefix).split(".", 1)
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    return tensors
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

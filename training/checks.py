@@ -15,6 +15,7 @@ from headstart.model.target import Target
 
 from .checkpoint import FOLDER, STATE, load_facts
 from .data import Corpus, frequent_tokens
+from .launch import with_engine
 from .recipe import Recipe, changed_on_resume
 from .report import check_wandb
 from .sources import Conversations
@@ -40,6 +41,7 @@ def check_fit(recipe: Recipe, target: Target, head: DraftHead) -> None:
 
 def check_early(recipe: Recipe) -> None:
     """What can be known to be wrong before the target is loaded."""
+    with_engine(recipe)
     check_wandb(recipe.train.wandb)
     folder = Path(recipe.train.output)
     check_folder(recipe, folder, load_facts(folder / FOLDER))

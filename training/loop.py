@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from headstart.model.fused import as_loaded, save_head, target_hash
 from headstart.model.head import DraftHead
 from headstart.model.meta import HeadMeta
-from headstart.model.seen import Seen
 from headstart.model.target import Target
 
 from .calibrate import calibrate_best
@@ -48,11 +47,13 @@ from .checks import (
     summary,
 )
 from .data import Batch, Batches
+from .engines import make_engine
 from .interrupt import Abandoned, Interrupted, StopRequest
+from .launch import with_engine
 from .losses import Loss, loss_sum, loss_weight
 from .metrics import StepSums
-from .optim import learning_rate, make_optimizers, set_learning_rate
-from .parallel import Team, clip_gradients
+from .optim import learning_rate
+from .parallel import Team
 from .precision import with_precision
 from .recipe import LossConfig, Recipe
 from .report import Log, Report
@@ -107,7 +108,7 @@ class _Run:
     ):
         self.folder = Path(recipe.train.output)
         facts = load_facts(self.folder / FOLDER)
-        recipe = with_precision(recipe, target, facts)
+        recipe = with_engine(with_precision(recipe, target, facts))
         check_fit(recipe, target, head)
         check_folder(recipe, self.folder, facts)
         self.recipe, self.target, self.head = recipe, target, head
@@ -120,14 +121,16 @@ class _Run:
         self.data_hash = fingerprint(self.corpus)
         self.batches = Batches(self.corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
         self.at = Standing(total=self._total_steps())
-        self.optimizers = make_optimizers(head, recipe.train)
         self.saved_step: int | None = None
         notes = [summary(data)]
+        optimizer: dict[str, Tensor] = {}
         if facts is not None:
-            notes += self._resume(facts)
+            changes, optimizer = self._resume(facts)
+            notes += changes
         else:
             choose_draft_vocab(head, self.corpus)
-        self.module = self.team.prepare(_Unrolled(head, recipe.loss.steps))
+        self.engine = make_engine(head, recipe, self.team)
+        self.engine.restore(optimizer)
         self.report: Report | None = None
         if self.team.main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -172,20 +175,16 @@ class _Run:
         batches = [self._part(batch) for batch in whole]
         sums = StepSums.zeros(loss.steps, self.target.device)
         for index, batch in enumerate(batches):
-            with self.team.backward_alone(self.module, index + 1 < len(batches)):
-                result = self._loss(batch, loss)
-                # Averaged over processes afterwards, hence the factor.
-                (result.total * (self.team.count / weight)).backward()
+            result = self._loss(batch, loss)
+            # Averaged over processes afterwards, hence the factor.
+            total = result.total * (self.team.count / weight)
+            self.engine.backward(total, last=index + 1 == len(batches))
             sums = sums + result.sums
         sums = StepSums.unpack(self.team.sum(sums.pack()).cpu())
         figures = sums.figures()
-        norm = clip_gradients(self.head, config.clip)
-        self._must_be_finite(figures["loss"], norm, batches)
         rate = learning_rate(config, self.at.step, self.at.total)
-        set_learning_rate(self.optimizers, rate)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        norm = self.engine.update(rate) if math.isfinite(figures["loss"]) else math.nan
+        self._must_be_finite(figures["loss"], norm, batches)
         self._advance(tokens, sums)
         seconds = time.monotonic() - began
         self._plan(seconds)
@@ -206,13 +205,9 @@ class _Run:
         seen = self.target.read(
             batch.tokens_BT, lengths_B=batch.lengths_B, layers=self.head.layers, logits=False
         )
-        with self._autocast():
-            hidden = self.module(seen, batch.tokens_BT)
+        hidden = self.engine.forward(seen, batch.tokens_BT)
+        with self.engine.unrolled.autocast():
             return loss_sum(config, self.head, seen, hidden, batch)
-
-    def _autocast(self) -> torch.autocast:
-        halved = self.recipe.train.precision == "bfloat16"
-        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=halved)
 
     def _advance(self, tokens: int, sums: StepSums) -> None:
         self.at.step += 1
@@ -237,8 +232,9 @@ class _Run:
         """Measure, and keep the head when it is the best so far. The state is saved already."""
         self.head.eval()
         figures: dict[str, float] | None = None
+        whole = self.engine.whole_head()
         with suppress(Abandoned):
-            figures = self._held_out() | self._decoded()
+            figures = self._held_out() | self._decoded(whole)
         self.head.train()
         if self._anyone(figures is None) or figures is None:
             raise Interrupted(self._how_to_go_on())
@@ -249,7 +245,7 @@ class _Run:
                 self.report.eval(self.at.step, self.at.total, figures)
             if self.at.is_best(score):
                 self.at.score, self.at.best_step = score, self.at.step
-                self._save_head("best")
+                self._save_head(whole, "best")
             save_facts(self.folder / FOLDER, self._facts())
         self.team.wait()
 
@@ -277,17 +273,19 @@ class _Run:
         return {f"holdout_{name}": value for name, value in figures.items()}
 
     @torch.no_grad()
-    def _decoded(self) -> dict[str, float]:
+    def _decoded(self, whole: DraftHead | None) -> dict[str, float]:
         """What `evaluate` finds; nothing in the processes that wait for the main one."""
         if not self.team.main or self.evaluate is None:
             return {}
+        assert whole is not None
         with self.stop.abandons():
-            figures = dict(self.evaluate(as_loaded(self.head)))
+            figures = dict(self.evaluate(as_loaded(whole)))
         if SCORE not in figures:
             raise ValueError(f"evaluate has to return {SCORE!r} among its figures.")
         return figures
 
-    def _save_head(self, name: str) -> None:
+    def _save_head(self, whole: DraftHead | None, name: str) -> None:
+        assert whole is not None
         meta = HeadMeta(
             target=self.target.name,
             steps=self.recipe.loss.steps,
@@ -296,15 +294,17 @@ class _Run:
             data_hash=self.data_hash,
         )
         try:
-            save_head(self.head, self.folder / name, meta)
+            save_head(whole, self.folder / name, meta)
         except OSError as error:
             raise could_not_save(self.folder / name, error) from error
 
     def _save(self) -> None:
         """The state to go on from, and the head as it is now."""
+        whole, optimizer = self.engine.whole_head(), self.engine.optimizer_state()
         if self.team.main:
-            save_state(self.folder / FOLDER, self.head, self.optimizers, self._facts())
-            self._save_head("last")
+            assert whole is not None
+            save_state(self.folder / FOLDER, whole, optimizer, self._facts())
+            self._save_head(whole, "last")
         self.saved_step = self.at.step
         self.team.wait()
 
@@ -315,17 +315,18 @@ class _Run:
             "recipe": self.recipe.model_dump(mode="json"),
         }
 
-    def _resume(self, facts: Mapping[str, Any]) -> list[str]:
-        """Go back to where the run was saved; what to tell about it."""
+    def _resume(self, facts: Mapping[str, Any]) -> tuple[list[str], dict[str, Tensor]]:
+        """Go back to where the run was saved; what to tell about it, and the optimizer's state."""
         check_same(facts, self.folder / FOLDER, self.data_hash, target_hash(self.target))
-        load_state(self.folder / FOLDER, self.head, self.optimizers)
+        optimizer = load_state(self.folder / FOLDER, self.head)
         self.head.bind(self.target)  # forgets what it worked out from the old weights
         self.at = self.at.resumed(facts)
         self.saved_step = self.at.step
         if facts["recipe"]["eval"] == self.recipe.eval.model_dump(mode="json"):
-            return []
+            return [], optimizer
         self.at.forget_best()
-        return ["The settings in eval have changed: the best head is chosen anew from here on."]
+        note = "The settings in eval have changed: the best head is chosen anew from here on."
+        return [note], optimizer
 
     def _plan(self, seconds: float) -> None:
         """Once the speed is known, drop the steps that do not fit into train.minutes."""
@@ -364,7 +365,7 @@ class _Run:
             tensors |= {f"{index}.{name}": value for name, value in vars(batch).items()}
         save_tensors(path, tensors)
         rows = [self.batches.at(self.at.position + index) for index in range(len(batches))]
-        if all(bool(weight.isfinite().all()) for weight in self.head.parameters()):
+        if not self._anyone(not self.engine.is_finite()):
             self._save()
         raise FloatingPointError(
             f"Step {self.at.step}: the loss is {loss} and the gradient norm {norm}. Nothing was "
@@ -385,14 +386,3 @@ class _Run:
             f"Stopped after step {self.at.step} of {self.at.total}; saved in "
             f"{self.folder / FOLDER}. Go on with the same recipe and train.resume=true."
         )
-
-
-class _Unrolled(nn.Module):
-    """The training computation as a module's forward, which is where gradients are averaged."""
-
-    def __init__(self, head: DraftHead, steps: int):
-        super().__init__()
-        self.head, self.steps = head, steps
-
-    def forward(self, seen: Seen, tokens_BT: Tensor) -> list[Tensor]:
-        return self.head.unroll(seen, tokens_BT, self.steps)

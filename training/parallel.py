@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from .launch import LAUNCHED_FOR, world_size
+
 
 class Team:
     """One or more processes with the same head and the same frozen target.
 
-    Started by `torchrun` or `accelerate launch`; alone otherwise. Precision is the recipe's
-    business, so accelerate's own is off.
+    Started by `torchrun` or `accelerate launch`; alone otherwise. Precision and engine are the
+    recipe's business (training/launch.py), so accelerate's own are off.
     """
 
     def __init__(self, device: torch.device):
         # The others wait while the main process decodes, which may take long.
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patience]
-        )
+        with _without(LAUNCHED_FOR):
+            self.accelerator = Accelerator(
+                cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patience]
+            )
+        if self.count != world_size():
+            raise ValueError(
+                f"This is one of {world_size()} processes (WORLD_SIZE), but accelerate counts "
+                f"{self.count}: each would train a head of its own. Start them with `torchrun`."
+            )
         ours = self.accelerator.device
         if ours.type != device.type or (ours.index or 0) != (device.index or 0):
             raise ValueError(
@@ -71,6 +80,11 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def clip_gradients(module: nn.Module, limit: float) -> float:
-    """Scale the gradients down to a norm of at most `limit`; returns the norm before."""
-    return float(nn.utils.clip_grad_norm_(module.parameters(), limit))
+@contextmanager
+def _without(names: Sequence[str]) -> Iterator[None]:
+    """With some variables of the environment taken out."""
+    taken = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)

@@ -149,6 +149,17 @@ class TrainConfig(Section):
     wandb: WandbConfig | None = None
 
 
+class ParallelConfig(Section):
+    """How several processes share the work (training/engines.py says what each engine spreads).
+
+    engine: auto is what `accelerate launch` was configured for, else ddp. deepspeed: a JSON file
+    for zero1, zero2 and zero3, with more settings (offloading, bucket sizes).
+    """
+
+    engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
+    deepspeed: str | None = None
+
+
 class EvalConfig(Section):
     """Real decoding during training, by which the best head is chosen.
 
@@ -174,6 +185,7 @@ class Recipe(Section):
     data: DataConfig
     loss: LossConfig = LossConfig()
     train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
 
 
@@ -236,7 +248,7 @@ FREE_ON_RESUME = (
     *("train.output", "train.resume", "train.log_every", "train.save_every"),
     *("train.lr", "train.clip", "train.precision", "loss.chunk_rows"),
 )
-FREE_SECTIONS = ("eval.", "train.wandb")
+FREE_SECTIONS = ("eval.", "parallel.", "train.wandb")
 
 
 def changed_on_resume(before: Mapping[str, Any], recipe: Recipe) -> list[str]:

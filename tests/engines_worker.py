@@ -1,0 +1,96 @@
+"""A training run as one of several processes: started by test_engines.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from tiny_run import tiny_head, tiny_recipe, tiny_target
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from headstart.model.head import DraftHead
+from headstart.training import loop
+from headstart.training.engines import Engine, make_engine
+from headstart.training.interrupt import Interrupted
+from headstart.training.recipe import Recipe, make_recipe
+from headstart.training.report import Progress
+
+STEPS = 6
+
+
+def recipe_for(folder: Path, data: Path, settings: dict) -> Recipe:
+    """settings: engine, loss, optimizer, resume."""
+    train = {"steps": STEPS, "accumulate": 3, "log_every": 1, "lr": 1e-3, "save_every": 0}
+    train |= {key: settings[key] for key in ("optimizer", "resume") if key in settings}
+    values = tiny_recipe(folder, data, **train).model_dump(exclude_none=True)
+    values["data"] |= {"holdout": 5, "batch_tokens": 64}
+    values |= {"loss": {"kind": settings.get("loss", "lk"), "steps": 2}, "eval": {"every": 2}}
+    return make_recipe(values | {"parallel": {"engine": settings.get("engine", "ddp")}})
+
+
+def decoded(head: DraftHead) -> dict[str, float]:
+    """In place of decoding: a figure that follows from the weights."""
+    return {"accepted_length": 1 + float(next(head.parameters()).abs().mean())}
+
+
+def held(value: Tensor) -> int:
+    """Numbers of a tensor that this process holds between two steps."""
+    if isinstance(value, DTensor):
+        return value.to_local().numel()
+    partition = getattr(value, "ds_tensor", value)  # stage 3 of DeepSpeed
+    return partition.numel()
+
+
+def main(folder: Path, data: Path, settings: dict) -> None:
+    torch.set_num_threads(1)
+    target = tiny_target()
+    head = tiny_head(target, draft_vocab=20)
+    made: list[Engine] = []
+
+    def keep(*given) -> Engine:
+        made.append(make_engine(*given))
+        return made[0]
+
+    def stop(at: Progress) -> None:
+        if at.kind == "train" and at.step == settings.get("stop"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    loop.make_engine = keep
+    try:
+        loop.train(
+            recipe_for(folder, data, settings),
+            target=target,
+            head=head,
+            evaluate=decoded,
+            log=stop,
+        )
+    except Interrupted:
+        assert "stop" in settings
+    engine = made[0]
+    optimizers = getattr(engine, "optimizers", None) or [engine.optimizer]
+    moments = [
+        value for one in optimizers for state in one.state.values() for value in state.items()
+    ]
+    state = AcceleratorState()
+    facts = {
+        "processes": state.num_processes,
+        "type": str(state.distributed_type),
+        "engine": type(engine).__name__,
+        "weights": sum(held(weight) for weight in head.parameters()),
+        "moments": sum(held(value) for key, value in moments if key != "step"),
+        "target_gradients": sum(one.grad is not None for one in target.model.parameters()),
+    }
+    if "engine" in vars(engine):
+        facts["stage"] = engine.engine.zero_optimization_stage()
+    (folder / f"facts_{state.process_index}.json").write_text(json.dumps(facts))
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -1,0 +1,156 @@
+"""Whatever spreads a head over processes, they learn what one process alone learns.
+
+Every engine starts runs and goes on with runs of others, on two or three processes (gloo).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engines_worker import STEPS, decoded, recipe_for
+from safetensors.torch import load_file
+from tiny_run import VOCAB, mixed_rows, tiny_head, tiny_target, write_rows
+
+from headstart.training.data import Batches
+from headstart.training.loop import train
+from headstart.training.recipe import Recipe
+from headstart.training.sources import read_conversations
+
+HERE = Path(__file__).parent
+STOP = 3  # where the first half ends: behind an evaluation and before the next
+
+# Engine and processes of the first half of a run, and of the second.
+CHAINS = [
+    (("ddp", 2), ("fsdp2", 3)),
+    (("fsdp2", 2), ("zero3", 2)),
+    (("zero1", 2), ("zero2", 3)),
+    (("zero2", 2), ("ddp", 1)),
+    (("zero3", 3), ("zero1", 2)),
+]
+
+
+def figures(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def rows_per_batch(recipe: Recipe) -> list[int]:
+    corpus = read_conversations(recipe.data, tiny_target(), recipe.train.seed).train
+    batches = Batches(corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
+    return [len(batches.at(position)) for position in range(batches.count(1))]
+
+
+def alone(folder: Path, data: Path, settings: dict) -> None:
+    target = tiny_target()
+    head = tiny_head(target, draft_vocab=20)
+    train(recipe_for(folder, data, settings), target=target, head=head, evaluate=decoded)
+
+
+def together(folder: Path, data: Path, processes: int, settings: dict) -> list[dict]:
+    """What each process says of itself."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), str(HERE / "engines_worker.py")]
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    done = subprocess.run(
+        [*command, str(folder), str(data), json.dumps(settings)],
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *inherited])},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"facts_{n}.json").read_text()) for n in range(processes)]
+
+
+def check_spread(engine: str, processes: int, facts: list[dict], whole: int, both: int) -> None:
+    """That the engine is what it says. whole: numbers in the head; both: in AdamW's moments."""
+    for one in facts:
+        assert one["processes"] == processes and one["type"].endswith("MULTI_CPU")
+        assert one["target_gradients"] == 0
+        assert one.get("stage") == (int(engine[-1]) if engine.startswith("zero") else None)
+    assert {one["engine"] for one in facts} == {
+        {"ddp": "Replicated", "fsdp2": "Sharded"}.get(engine, "Zero")
+    }
+    padding = 64 * processes * 20
+    for key, total, spread in (
+        ("weights", whole, engine in ("fsdp2", "zero3")),
+        ("moments", both, engine != "ddp"),
+    ):
+        if spread:
+            assert total <= sum(one[key] for one in facts) <= total + padding
+            assert max(one[key] for one in facts) < total
+        else:
+            assert all(one[key] == total for one in facts)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    # The long rows fill a batch alone, so that one process has nothing to do in some batches.
+    torch.manual_seed(0)
+    long_rows = [torch.randint(0, VOCAB, (32,)).tolist() for _ in range(3)]
+    folder = tmp_path_factory.mktemp("data")
+    data = write_rows(folder / "data.jsonl", mixed_rows(20) + long_rows)
+    assert 1 in rows_per_batch(recipe_for(folder, data, {}))
+    return data
+
+
+def check_equal(one: Path, other: Path, near: float) -> None:
+    """Weights, optimizer and all figures of two runs."""
+    ours, theirs = (load_file(folder / "state" / "state.safetensors") for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(
+            ours[name], value, rtol=0, atol=near, msg=lambda m, n=name: n + m
+        )
+    lines = figures(one)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [2, 4, 6]
+    for ours_line, line in zip(lines, figures(other), strict=True):
+        for name in ours_line.keys() - {"kind", "tokens_per_second"}:
+            assert ours_line[name] == pytest.approx(line[name], rel=1e-4, abs=1e-6), name
+    best = [
+        json.loads((at / "state" / "state.json").read_text())["best_step"] for at in (one, other)
+    ]
+    assert best[0] == best[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: "-".join(map(str, sum(chain, ()))))
+def test_engines_equal_one_process_and_go_on_with_one_another(data, tmp_path, chain):
+    reference, folder = tmp_path / "alone", tmp_path / "together"
+    alone(reference, data, {})
+    head = tiny_head(tiny_target(), draft_vocab=20)
+    whole = sum(weight.numel() for weight in head.parameters())
+    start = {name: value.clone() for name, value in head.state_dict().items()}
+    for half, (engine, processes) in enumerate(chain):
+        settings = {"engine": engine, "resume": True} if half else {"engine": engine, "stop": STOP}
+        if processes == 1:
+            alone(folder, data, settings)
+            continue
+        facts = together(folder, data, processes, settings)
+        check_spread(engine, processes, facts, whole, 2 * whole)
+    # Adam turns rounding in a tiny gradient into a part of a step (1e-3), hence not 1e-7.
+    check_equal(folder, reference, 3e-5)
+    finished = load_file(folder / "state" / "state.safetensors")
+    for name, value in start.items():
+        if value.is_floating_point():
+            assert not torch.allclose(value, finished[f"head.{name}"], rtol=0, atol=1e-3), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("loss", "optimizer", "engine"),
+    [("e2e_tv", "adamw", "ddp"), ("lk", "muon", "ddp"), ("lk", "muon", "fsdp2")],
+)
+def test_two_processes_equal_one(data, tmp_path, loss, optimizer, engine):
+    settings = {"loss": loss, "optimizer": optimizer}
+    alone(tmp_path / "alone", data, settings)
+    together(tmp_path / "pair", data, 2, settings | {"engine": engine})
+    # Muon orthogonalises in bfloat16.
+    check_equal(tmp_path / "pair", tmp_path / "alone", 3e-5 if optimizer == "adamw" else 2e-4)

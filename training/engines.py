@@ -1,0 +1,228 @@
+"""How what is trained is spread over the processes: the head's weights, gradients and optimizer.
+
+An engine runs the training computation and the optimizer step; the loop does not know which. What
+is saved is the same for all, whole tensors under names that no number of processes enters, so a run
+may go on with another engine or on more or fewer processes.
+
+    ddp      each process holds everything; gradients are averaged (also: one process alone)
+    fsdp2    each process holds a part of every tensor (torch's `fully_shard`)
+    zero1/2/3   DeepSpeed (training/zero.py): the optimizer state is spread; gradients too; all
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from headstart.model.head import DraftHead
+from headstart.model.seen import Seen
+
+from .optim import make_optimizers, set_learning_rate
+from .parallel import Team
+from .recipe import Recipe
+
+
+class Unrolled(nn.Module):
+    """The training computation as a module's forward, which is where engines step in."""
+
+    def __init__(self, head: DraftHead, recipe: Recipe):
+        super().__init__()
+        self.head, self.steps = head, recipe.loss.steps
+        self.halved = recipe.train.precision == "bfloat16"
+
+    def forward(self, seen: Seen, tokens_BT: Tensor) -> list[Tensor]:
+        # Within the module: DeepSpeed switches off what was set around it.
+        with self.autocast():
+            return self.head.unroll(seen, tokens_BT, self.steps)
+
+    def autocast(self) -> torch.autocast:
+        device = self.head.target.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.halved)
+
+
+class Engine(ABC):
+    """Every method is called by all processes at the same time."""
+
+    def __init__(self, head: DraftHead, recipe: Recipe, team: Team):
+        self.head, self.team = head, team
+        self.clip = recipe.train.clip
+        self.unrolled = Unrolled(head, recipe)
+
+    @abstractmethod
+    def forward(self, seen: Seen, tokens_BT: Tensor) -> list[Tensor]:
+        """`DraftHead.unroll`, by the spread-out head."""
+
+    @abstractmethod
+    def backward(self, total: Tensor, *, last: bool) -> None:
+        """Add up gradients, averaged over the processes behind the last batch of a step."""
+
+    @abstractmethod
+    def update(self, rate: float) -> float:
+        """Clip the gradients, step the optimizers and drop the gradients; the norm before.
+
+        A norm that is no finite number changes nothing.
+        """
+
+    def is_finite(self) -> bool:
+        """Whether all weights of this process are numbers."""
+        return all(bool(_ours(weight).isfinite().all()) for weight in self.head.parameters())
+
+    @abstractmethod
+    def whole_head(self) -> DraftHead | None:
+        """The head with all its weights, at least in the main process. Not to be trained."""
+
+    @abstractmethod
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Whole tensors by name, at least in the main process."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `optimizer_state` gave. ValueError where it does not fit."""
+
+
+class Replicated(Engine):
+    """Every process holds everything. A process alone is one of them."""
+
+    def __init__(self, head: DraftHead, recipe: Recipe, team: Team):
+        super().__init__(head, recipe, team)
+        self.module = self._spread(self.unrolled)
+        self.optimizers = make_optimizers(head, recipe.train)
+
+    def _spread(self, module: nn.Module) -> nn.Module:
+        return self.team.prepare(module)
+
+    def forward(self, seen: Seen, tokens_BT: Tensor) -> list[Tensor]:
+        hidden: list[Tensor] = self.module(seen, tokens_BT)
+        return hidden
+
+    def backward(self, total: Tensor, *, last: bool) -> None:
+        with self.team.backward_alone(self.module, not last):
+            total.backward()
+
+    def update(self, rate: float) -> float:
+        norm = nn.utils.clip_grad_norm_(self.head.parameters(), self.clip)
+        norm = _whole(norm)
+        if bool(norm.isfinite()):
+            set_learning_rate(self.optimizers, rate)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def whole_head(self) -> DraftHead | None:
+        return self.head
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for place, optimizer, weight in places(self.optimizers):
+            for key, value in optimizer.state.get(weight, {}).items():
+                whole = _whole(value)
+                if self.team.main:  # on the CPU, so that one tensor at a time is whole on a GPU
+                    state[f"{place}.{key}"] = whole.detach().cpu()
+        return state
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        for place, optimizer, weight in places(self.optimizers):
+            values = under(state, place)
+            check_state(place, weight.shape, values)
+            if values:  # none before the first step
+                placed = {key: _like(value, weight) for key, value in values.items()}
+                optimizer.state[weight] = placed
+
+
+class Sharded(Replicated):
+    """Each process holds a part of every weight, gradient and optimizer tensor (FSDP2)."""
+
+    def _spread(self, module: nn.Module) -> nn.Module:
+        mesh = init_device_mesh(self.head.target.device.type, (self.team.count,))
+        # Between forward and backward stand the logits, which need the memory more.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)  # in place
+        return module
+
+    def backward(self, total: Tensor, *, last: bool) -> None:
+        assert isinstance(self.module, FSDPModule)
+        self.module.set_requires_gradient_sync(last)
+        total.backward()
+
+    def whole_head(self) -> DraftHead | None:
+        weights: dict[str, Tensor] = {}
+        for name, value in self.head.state_dict().items():
+            whole = _whole(value)
+            if self.team.main:
+                weights[name] = whole
+        return filled(self.head, weights) if self.team.main else None
+
+
+def make_engine(head: DraftHead, recipe: Recipe, team: Team) -> Engine:
+    """The engine that `parallel.engine` names. The head holds the weights to start from."""
+    kind = recipe.parallel.engine
+    if kind == "ddp":
+        return Replicated(head, recipe, team)
+    if kind == "fsdp2":
+        return Sharded(head, recipe, team)
+    from .zero import Zero  # DeepSpeed is optional
+
+    return Zero(head, recipe, team)
+
+
+def filled(head: DraftHead, weights: Mapping[str, Tensor]) -> DraftHead:
+    """A head like this one with other weights, bound to the same target."""
+    copy = type(head)(head.config).to(head.target.device)
+    copy.load_state_dict(dict(weights))
+    copy.bind(head.target)
+    return copy
+
+
+def places(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Optimizer, nn.Parameter]]:
+    """Name, optimizer and weight of everything that optimizers keep state for."""
+    for number, optimizer in enumerate(optimizers):
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        for index, weight in enumerate(weights):
+            yield f"optimizer.{number}.{index}", optimizer, weight
+
+
+def under(state: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
+    """The tensors of one place, by their own names."""
+    prefix = f"{place}."
+    found = {name: value for name, value in state.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in found.items()}
+
+
+def check_state(place: str, shape: torch.Size, values: Mapping[str, Tensor]) -> None:
+    wrong = [key for key, value in values.items() if value.dim() and value.shape != shape]
+    if wrong:
+        raise ValueError(
+            f"The checkpoint's optimizer state does not fit this head ({place}: {', '.join(wrong)} "
+            f"for a weight of {list(shape)}). Use the recipe it was made with, or another "
+            "train.output."
+        )
+
+
+def _whole(value: Any) -> Tensor:
+    """Gathered from all processes where it is spread over them."""
+    assert isinstance(value, Tensor)
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _ours(value: Tensor) -> Tensor:
+    """The part that this process holds."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _like(value: Tensor, weight: Tensor) -> Tensor:
+    """Where and how the weight is. Counters (no dimensions) stay as they are, on the CPU."""
+    if not value.dim():
+        return value
+    value = value.to(weight.device)
+    if isinstance(weight, DTensor):
+        return distribute_tensor(value, weight.device_mesh, weight.placements)
+    return value
