@@ -11,27 +11,25 @@ the target's weights, and loading it onto another is refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub import snapshot_download
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import gguf
 from .card import CARD, TARGET_CARD, model_card
 from .engines import LM_HEAD, engine_keys, lm_head_rows, tensor_name
 from .files import recover, replace_text, written_beside
+from .hashing import target_hash
 from .head import DraftHead, head_class
 from .indexed import write_index
 from .meta import HeadMeta, Measurement
@@ -44,8 +42,6 @@ OURS = "headstart"
 CHAT_TEMPLATES = "additional_chat_templates"  # transformers' name for the folder
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
-_hashes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-
 
 class HeadFile(BaseModel):
     """What config.json says under "headstart"."""
@@ -56,44 +52,6 @@ class HeadFile(BaseModel):
     target_hash: str
     head: dict[str, Any]
     meta: HeadMeta
-
-
-def target_hash(target: Target) -> str:
-    """sha256 of the target's weights, whatever file they came from and in what precision.
-
-    Hashed, in order of name and once where tied: the name, the shape, and the sha256 of the values
-    rounded to bfloat16 (others than floating-point ones as they are). So float32 and bfloat16
-    copies, shards and a GGUF file saved as a folder agree; float16 may not (its range is smaller).
-    The target is frozen, so the hash is computed once.
-    """
-    if target.model not in _hashes:
-        tensors = _distinct(target.model.state_dict())
-        with ThreadPoolExecutor() as pool:
-            digests = pool.map(_digest, tensors.values())
-            lines = [
-                f"{name} {list(tensor.shape)} {digest}\n"
-                for (name, tensor), digest in zip(tensors.items(), digests, strict=True)
-            ]
-        _hashes[target.model] = hashlib.sha256("".join(lines).encode()).hexdigest()
-    return _hashes[target.model]
-
-
-def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sorted by name; of tied tensors only the first."""
-    seen: set[tuple[int, torch.Size]] = set()
-    distinct: dict[str, Tensor] = {}
-    for name in sorted(state):
-        place = (state[name].data_ptr(), state[name].shape)
-        if place not in seen:
-            seen.add(place)
-            distinct[name] = state[name]
-    return distinct
-
-
-def _digest(tensor: Tensor) -> str:
-    values = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-    flat = values.cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def save_head(

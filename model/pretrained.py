@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -20,7 +21,9 @@ from transformers import (
 )
 
 from . import gguf
-from .families import refuse_config
+from .families import decoder_layers, inner_model, refuse_config
+from .hashing import weights_hash
+from .spread import from_first, spread
 
 
 def open_pretrained(
@@ -60,6 +63,31 @@ def open_pretrained(
     if file:
         gguf.take_output_weight(model, Path(source) / file)
     return model.to(place), _tokenizer(source, where)
+
+
+def open_spread(
+    name: str, dtype: torch.dtype | str, device: torch.device, revision: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | str, str]:
+    """As `open_pretrained`, spread over the processes; and the hash of the whole weights.
+
+    Every process calls it; only the first one reads files, and needs room for the whole model.
+    """
+    whole: dict[str, Tensor] = {}
+    wanted = _dtype(dtype, device)
+
+    def read() -> tuple[PretrainedConfig, PreTrainedTokenizerBase | str, str]:
+        model, tokenizer = open_pretrained(name, wanted, "cpu", revision)
+        whole.update(model.named_parameters())
+        whole.update(model.named_buffers())
+        return model.config, tokenizer, weights_hash(model)
+
+    config, tokenizer, digest = from_first(read)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    decoder = inner_model(model)
+    layers = decoder_layers(decoder, config.get_text_config(decoder=True), name)
+    spread(model, decoder, list(layers), whole or None, device)
+    return model, tokenizer, digest
 
 
 def of_shape(config: Path, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -36,14 +36,16 @@ from .families import (
     refuse,
     refuse_unused_window,
 )
+from .hashing import remember
 from .lean import Lean
 from .native import Native
 from .packed import MOST_ROWS, identity, pack_linears
-from .pretrained import open_pretrained
+from .pretrained import open_pretrained, open_spread
 from .quantized import Int8, available, check_kind
 from .quantized import quantize as quantize_target
 from .seen import Seen
 from .shorter import shorter_way
+from .spread import is_spread
 from .tree import Tree
 
 SUBSETS = 4  # vocabularies whose LM head rows are kept at hand
@@ -54,7 +56,8 @@ class Target:
 
     model: untouched, in eval mode, no parameter asks for a gradient. config: of its text part.
     name: where it came from. hidden_size: width of the LM head's input. vocab_size: rows of the LM
-    head, which can be more than the tokenizer knows. quantized: what to, or None.
+    head, which can be more than the tokenizer knows. quantized: what to, or None. spread: whether
+    its layers lie in parts on several processes.
     """
 
     def __init__(
@@ -88,8 +91,10 @@ class Target:
         if quantize is not None:
             quantize_target(self, quantize)
             self.quantized = quantize
-        self._lean = shorter_way(self._decoder, self._layers, self.config)
-        pack_linears(model)  # after the probes, which would pack what they widen
+        self.spread = is_spread(model)
+        if not self.spread:
+            self._lean = shorter_way(self._decoder, self._layers, self.config)
+            pack_linears(model)  # after the probes, which would pack what they widen
 
     @classmethod
     def load(
@@ -111,6 +116,21 @@ class Target:
         check_kind(quantize)
         model, tokenizer = open_pretrained(str(name), dtype, device, revision)
         return cls(model, tokenizer, str(name), quantize)
+
+    @classmethod
+    def load_spread(
+        cls,
+        name: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device,
+        revision: str | None = None,
+    ) -> Target:
+        """As `load`, with its layers in parts on all processes of torch.distributed, which call
+        this together, and `read` too. Such a target trains heads; it does not decode."""
+        model, tokenizer, digest = open_spread(str(name), dtype, device, revision)
+        remember(model, digest)
+        return cls(model, tokenizer, str(name))
 
     @classmethod
     def wrap(

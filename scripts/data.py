@@ -72,7 +72,7 @@ def write_answers(
     batch is begun after that time, the first one excepted.
     """
     from headstart.inference.answer import answer
-    from headstart.model.fused import target_hash
+    from headstart.model.hashing import target_hash
 
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"target": target_hash(target), "dtype": str(target.dtype), **asdict(settings)}

@@ -40,7 +40,8 @@ def demo(
 ) -> None:
     """Train, fuse and decode on a real model, in at most a quarter of an hour on two cores."""
     from headstart.model.fused import fuse as write
-    from headstart.model.fused import is_fused, target_hash
+    from headstart.model.fused import is_fused
+    from headstart.model.hashing import target_hash
     from headstart.model.target import Target
 
     from .shipped import shipped_checkpoint

@@ -74,15 +74,21 @@ def run_recipe(recipe: Recipe, target: Target | None = None) -> Path:
 def open_target(recipe: Recipe) -> Target:
     from headstart.model.pretrained import random_model
     from headstart.model.target import Target
-    from headstart.training.parallel import local_device
+    from headstart.training.parallel import Team, local_device
 
     config = recipe.target
     if config.random is not None:
+        if recipe.parallel.target == "sharded":
+            raise ValueError("A random target is not spread: leave parallel.target out.")
         return Target.wrap(random_model(config.random, recipe.train.seed))
     assert config.name is not None
-    return Target.load(
-        config.name, dtype=config.dtype, device=local_device(), revision=config.revision
-    )
+    device = local_device()
+    if recipe.parallel.target == "sharded":
+        Team(device)  # so that the processes know one another
+        return Target.load_spread(
+            config.name, dtype=config.dtype, device=device, revision=config.revision
+        )
+    return Target.load(config.name, dtype=config.dtype, device=device, revision=config.revision)
 
 
 def evaluator(
@@ -90,6 +96,9 @@ def evaluator(
 ) -> Callable[[DraftHead], Mapping[str, float]] | None:
     """Real decoding of prompts, or None without prompts or a chat template to write them in."""
     if config.prompts is None:
+        return None
+    if target.spread:
+        show("The target is sharded: the best head is chosen by the held-out loss (data.holdout).")
         return None
     if not target.has_tokenizer or target.tokenizer.chat_template is None:
         show(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headstart.inference.decode import Stop, decode, plain
 from headstart.inference.sampling import Sampler
 from headstart.model import kernels
-from headstart.model.fused import target_hash
+from headstart.model.hashing import target_hash
 from headstart.model.kernels import FINE
 from headstart.model.quantized import (
     Int8,

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.model.fused import as_loaded, save_head, target_hash
+from headstart.model.fused import as_loaded, save_head
+from headstart.model.hashing import target_hash
 from headstart.model.head import DraftHead
 from headstart.model.meta import HeadMeta
 from headstart.model.target import Target
@@ -251,6 +252,8 @@ class _Run:
 
     def _calibrate(self) -> None:
         """The best head, on held-out conversations. A run that is stopped here can go on here."""
+        if self.target.spread:  # the main process cannot read with it alone
+            return
         done = not self.team.main
         if self.report is not None:  # in the main process
             with suppress(Abandoned), self.stop.abandons():

@@ -1,0 +1,78 @@
+"""A frozen target whose layers lie in parts on several processes (torch's `fully_shard`).
+
+For targets that fit no single accelerator. A layer is put together just before it is run and taken
+apart right behind it; embedding, norms and LM head, which heads read directly, stay whole. Only the
+first process reads files; the others get their parts from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+Made = TypeVar("Made")
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether some of its weights lie in parts on several processes."""
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+def from_first(make: Callable[[], Made]) -> Made:
+    """What the first process makes, in every process. Its ValueError is raised in all."""
+    sent: list[object] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            sent[0] = make()
+        except ValueError as error:
+            sent[1] = str(error)
+    dist.broadcast_object_list(sent, src=0)
+    if sent[1] is not None:
+        raise ValueError(sent[1])
+    made: Made = sent[0]  # type: ignore[assignment]
+    return made
+
+
+def spread(
+    skeleton: nn.Module,
+    decoder: nn.Module,
+    layers: list[nn.Module],
+    whole: dict[str, Tensor] | None,
+    device: torch.device,
+) -> None:
+    """Cut a model on the meta device up and fill it, in place.
+
+    whole: its parameters and buffers by name, in the first process. A tensor at a time is whole on
+    the device.
+    """
+    skeleton.requires_grad_(False)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    inside = {weight for layer in layers for weight in layer.parameters()}
+    others = {weight for weight in decoder.parameters() if weight not in inside}
+    fully_shard(decoder, mesh=mesh, ignored_params=others)  # so that layers are fetched ahead
+    skeleton.to_empty(device=device)
+    skeleton.tie_weights()  # type: ignore[operator]
+    for name, tensor in [*skeleton.named_parameters(), *skeleton.named_buffers()]:
+        _fill(tensor, None if whole is None else whole[name], device)
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, whole: Tensor | None, device: torch.device) -> None:
+    value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    if whole is not None:
+        value.copy_(whole)
+    if isinstance(tensor, DTensor):
+        part = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+        tensor.to_local().copy_(part.to_local())
+    else:
+        dist.broadcast(value, src=0)
+        tensor.copy_(value)

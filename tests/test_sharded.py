@@ -1,0 +1,86 @@
+"""A target in parts on two processes trains the head that a whole one trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import chatty
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_run import mixed_rows, write_rows
+
+from headstart.scripts.train import run_recipe
+from headstart.training.recipe import load_recipe
+
+HERE = Path(__file__).parent
+PROCESSES = 2
+
+
+def write_recipe(folder: Path, name: Path, data: Path, **parallel: str) -> Path:
+    values = {
+        "target": {"name": str(name), "dtype": "float32"},
+        "head": {"kind": "eagle3"},
+        "data": {"path": str(data), "max_length": 32, "batch_tokens": 64, "holdout": 4},
+        "loss": {"steps": 2, "chunk_rows": 50},
+        "train": {"output": str(folder / "run"), "precision": "float32", "lr": 1e-3, "steps": 5},
+        "eval": {"prompts": None, "every": 2},
+        "parallel": parallel,
+    }
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return folder / "recipe.yaml"
+
+
+def run_together(recipe: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(PROCESSES), str(HERE / "sharded_worker.py")]
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    return subprocess.run(
+        [*command, str(recipe), str(recipe.parent)],
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *inherited])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_a_target_in_parts_trains_the_same_head(tmp_path, engine):
+    target = chatty.save(tmp_path / "target")
+    data = write_rows(tmp_path / "data.jsonl", mixed_rows(24))
+    pair = write_recipe(tmp_path / "pair", target, data, engine=engine, target="sharded")
+    done = run_together(pair)
+    assert done.returncode == 0, done.stderr[-4000:]
+    alone = write_recipe(tmp_path / "alone", target, data)
+    run_recipe(load_recipe(alone))
+
+    facts = [json.loads((pair.parent / f"facts_{n}.json").read_text()) for n in range(PROCESSES)]
+    for one in facts:
+        # All layers are in parts, and half of them is here.
+        assert one["in_parts"] > 0 and one["gradients"] == 0
+        assert one["here"] == one["whole"] - one["in_parts"] // PROCESSES
+    ours, theirs = (
+        load_file(recipe.parent / "run" / "state" / "state.safetensors") for recipe in (pair, alone)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=3e-5)
+    heads = [json.loads((r.parent / "run/best/config.json").read_text()) for r in (pair, alone)]
+    assert heads[0]["headstart"]["target_hash"] == heads[1]["headstart"]["target_hash"]
+
+
+@pytest.mark.slow
+def test_a_target_that_cannot_be_read_ends_every_process(tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", mixed_rows(24))
+    missing = tmp_path / "nothing"
+    done = run_together(write_recipe(tmp_path / "pair", missing, data, target="sharded"))
+    assert done.returncode != 0
+    assert done.stderr.count(f"There is no folder {missing}") == PROCESSES
