@@ -1,4 +1,4 @@
-"""A training run as one of several processes: started by test_engines.py."""
+"""A training run as one of several processes: started by test_engines.py and test_killed.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -47,10 +48,23 @@ def held(value: Tensor) -> int:
     return partition.numel()
 
 
+def die(folder: Path, settings: dict) -> None:
+    (folder / "died").write_text(str(time.monotonic()))
+    if settings["dies"] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise RuntimeError("the disk of process 1 is gone")
+
+
 def main(folder: Path, data: Path, settings: dict) -> None:
     torch.set_num_threads(1)
     target = tiny_target()
     head = tiny_head(target, draft_vocab=20)
+    rank = int(os.environ["RANK"])
+    data = Path(str(data).replace("{rank}", str(rank)))
+    if rank == 1 and "dies" in settings:
+        unroll = head.unroll
+        calls = iter(range(1000))
+        head.unroll = lambda *given: unroll(*given) if next(calls) < 4 else die(folder, settings)
     made: list[Engine] = []
 
     def keep(*given) -> Engine:

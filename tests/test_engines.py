@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -51,10 +52,14 @@ def alone(folder: Path, data: Path, settings: dict) -> None:
     train(recipe_for(folder, data, settings), target=target, head=head, evaluate=decoded)
 
 
-def together(folder: Path, data: Path, processes: int, settings: dict) -> list[dict]:
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+def together(
+    folder: Path, data: Path, processes: int, settings: dict, launcher: Sequence[str] = TORCHRUN
+) -> list[dict]:
     """What each process says of itself."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), str(HERE / "engines_worker.py")]
+    command = [sys.executable, "-m", *launcher, str(processes), str(HERE / "engines_worker.py")]
     inherited = filter(None, [os.environ.get("PYTHONPATH")])
     done = subprocess.run(
         [*command, str(folder), str(data), json.dumps(settings)],
@@ -154,3 +159,14 @@ def test_two_processes_equal_one(data, tmp_path, loss, optimizer, engine):
     together(tmp_path / "pair", data, 2, settings | {"engine": engine})
     # Muon orthogonalises in bfloat16.
     check_equal(tmp_path / "pair", tmp_path / "alone", 3e-5 if optimizer == "adamw" else 2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "engine"), [("fsdp2", "fsdp2"), ("zero2", "zero2")])
+def test_accelerate_launch_decides_where_the_recipe_does_not(data, tmp_path, file, engine):
+    config = HERE.parent / "configs" / "accelerate" / f"{file}.yaml"
+    launcher = ["accelerate.commands.launch", "--config_file", str(config)]
+    launcher += ["--main_process_port", "0", "--num_processes"]
+    facts = together(tmp_path / "run", data, 2, {"engine": "auto", "stop": 1}, launcher)
+    whole = sum(one.numel() for one in tiny_head(tiny_target(), draft_vocab=20).parameters())
+    check_spread(engine, 2, facts, whole, 2 * whole)

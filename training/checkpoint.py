@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,52 @@ def could_not_save(folder: Path, error: OSError) -> OSError:
 
 
 def save_state(
-    folder: Path, head: nn.Module, optimizer: Mapping[str, Tensor], facts: Mapping[str, Any]
+    folder: Path,
+    head: nn.Module,
+    optimizer: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    keep: int = 1,
 ) -> None:
-    """optimizer: tensors by name, from `Engine.optimizer_state`. facts: anything JSON can hold."""
+    """optimizer: tensors by name, from `Engine.optimizer_state`. facts: anything JSON can hold.
+
+    keep: how many checkpoints stay, the new one among them.
+    """
     tensors = {f"{HEAD}{name}": value for name, value in head.state_dict().items()}
     tensors |= optimizer
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
     try:
+        _keep_older(folder, facts["step"], keep)
         with written_beside(folder, STATE) as fresh:
             # As bytes and through Python, so that a full disk is an OSError.
             _write(fresh / TENSORS, safetensors.torch.save(plain))
             _write(fresh / STATE, _json(facts))
     except OSError as error:
         raise could_not_save(folder, error) from error
+
+
+def _keep_older(folder: Path, step: int, keep: int) -> None:
+    """Give the present checkpoint a name of its own before that of `step` takes its place, and drop
+    what is too old."""
+    if keep == 1:
+        return
+    facts, name = load_facts(folder), f"{folder.name}_step"
+    if facts is not None and facts["step"] != step:
+        with written_beside(folder.with_name(f"{name}{facts['step']}"), STATE) as older:
+            for file in (TENSORS, STATE):
+                _link(folder / file, older / file)
+    found = [path for path in folder.parent.glob(f"{name}*") if path.name[len(name) :].isdigit()]
+    found.sort(key=lambda path: int(path.name[len(name) :]))
+    for path in found[: len(found) - (keep - 1)]:
+        shutil.rmtree(path)
+
+
+def _link(file: Path, to: Path) -> None:
+    """A second name for the file, where the file system knows such: it is never written again."""
+    try:
+        to.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, to)
 
 
 def save_facts(folder: Path, facts: Mapping[str, Any]) -> None:

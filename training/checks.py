@@ -17,10 +17,10 @@ from .checkpoint import FOLDER, STATE, load_facts
 from .data import Corpus, frequent_tokens
 from .launch import with_engine
 from .recipe import Recipe, changed_on_resume
-from .report import check_wandb
+from .report import FIGURES, check_wandb
 from .sources import Conversations
 
-WRITTEN = ("best", "last", "metrics.jsonl")  # by a run, beside its state
+WRITTEN = ("best", "last", FIGURES)  # by a run, beside its state
 
 
 def check_fit(recipe: Recipe, target: Target, head: DraftHead) -> None:
@@ -64,7 +64,11 @@ def check_folder(recipe: Recipe, folder: Path, facts: Mapping[str, Any] | None) 
                 f"{folder} already holds a run (step {facts['step']}). Go on with "
                 "train.resume=true, or choose another train.output."
             )
-        _check_empty(folder)
+        _check_empty(folder, WRITTEN)
+        return
+    if facts is None and recipe.train.resume == "auto":
+        # Figures of a run that was stopped before its first checkpoint come again.
+        _check_empty(folder, tuple(name for name in WRITTEN if name != FIGURES))
         return
     if facts is None:
         raise ValueError(
@@ -79,14 +83,14 @@ def check_folder(recipe: Recipe, folder: Path, facts: Mapping[str, Any] | None) 
         )
 
 
-def _check_empty(folder: Path) -> None:
+def _check_empty(folder: Path, written: tuple[str, ...]) -> None:
     """A run without a checkpoint may have left heads and figures: they are not replaced."""
     for parent in (folder, *folder.parents):
         if parent.exists() and not parent.is_dir():
             raise ValueError(
                 f"train.output is {folder}, but {parent} is a file. Choose another train.output."
             )
-    found = [name for name in (*WRITTEN, FOLDER) if _holds(folder / name)]
+    found = [name for name in (*written, FOLDER) if _holds(folder / name)]
     if found:
         raise ValueError(
             f"{folder} holds {', '.join(found)}, but no run to go on from ({FOLDER}/{STATE}). "

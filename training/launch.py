@@ -14,6 +14,8 @@ from .recipe import ParallelConfig, Recipe
 # Variables by which `accelerate launch` passes on what its configuration file says.
 DEEPSPEED, FSDP = LAUNCHED_FOR = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 OURS = {  # keys of DeepSpeed's file that the recipe decides, and where it does
+    "gradient_accumulation_steps": "train.accumulate",
+    "gradient_clipping": "train.clip",
     "optimizer": "train.optimizer",
     "scheduler": "train.lr, train.warmup and train.lr_floor",
     "bf16": "train.precision",
@@ -126,8 +128,8 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
 def _set(given: Mapping[str, Any], key: str) -> bool:
     value = given.get(key)
     if isinstance(value, Mapping) and "enabled" in value:
-        return value["enabled"] not in (False, "auto")
-    return value is not None
+        value = value["enabled"]
+    return value not in (None, False, "auto")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -120,6 +120,7 @@ class _Run:
         check_lengths(data, target)
         self.corpus, self.holdout = data.train, data.holdout
         self.data_hash = fingerprint(self.corpus)
+        self.team.must_agree({"data": self.data_hash, "recipe": recipe.model_dump_json()})
         self.batches = Batches(self.corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
         self.at = Standing(total=self._total_steps())
         self.saved_step: int | None = None
@@ -306,7 +307,8 @@ class _Run:
         whole, optimizer = self.engine.whole_head(), self.engine.optimizer_state()
         if self.team.main:
             assert whole is not None
-            save_state(self.folder / FOLDER, whole, optimizer, self._facts())
+            keep = self.recipe.train.keep
+            save_state(self.folder / FOLDER, whole, optimizer, self._facts(), keep)
             self._save_head(whole, "last")
         self.saved_step = self.at.step
         self.team.wait()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from .launch import LAUNCHED_FOR, world_size
@@ -68,6 +69,21 @@ class Team:
             return values
         total: Tensor = self.accelerator.reduce(values, reduction="sum")
         return total
+
+    def must_agree(self, values: Mapping[str, str]) -> None:
+        """ValueError in all processes where one of them has something else.
+
+        values: what it is, by what to call it.
+        """
+        if self.count == 1:
+            return
+        everyone = gather_object([dict(values)])
+        differing = [name for name in values if len({one[name] for one in everyone}) > 1]
+        if differing:
+            raise ValueError(
+                f"The processes differ in {' and '.join(differing)}, so they would train different "
+                "heads. Give all of them the same files and settings."
+            )
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()

@@ -126,7 +126,10 @@ class TrainConfig(Section):
     momentum too. lr falls as a cosine to lr_floor * lr after a linear warm-up over the part
     `warmup` of the run. precision: of the head's matrix products; its weights are always float32;
     auto is bfloat16 where the hardware has it, else float32. save_every: steps between checkpoints
-    to resume from (0: only before evaluations and at the end).
+    to resume from (0: only before evaluations and at the end). keep: how many of them stay (the
+    older ones as state_stepN, which take the place of the folder state to go back to). resume: go
+    on with the run in output; auto starts one where there is none yet, for jobs that a cluster
+    stops and starts again.
     """
 
     output: str
@@ -145,7 +148,8 @@ class TrainConfig(Section):
     seed: int = 0
     log_every: int = Field(default=10, ge=1)
     save_every: int = Field(default=500, ge=0)
-    resume: bool = False
+    keep: int = Field(default=1, ge=1)
+    resume: bool | Literal["auto"] = False
     wandb: WandbConfig | None = None
 
 
@@ -248,7 +252,7 @@ def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe
 # These may differ when a run goes on: they change what is reported and kept, not what is learned,
 # or are what a run that failed has to change. None moves the position in the data.
 FREE_ON_RESUME = (
-    *("train.output", "train.resume", "train.log_every", "train.save_every"),
+    *("train.output", "train.resume", "train.log_every", "train.save_every", "train.keep"),
     *("train.lr", "train.clip", "train.precision", "loss.chunk_rows"),
 )
 FREE_SECTIONS = ("eval.", "parallel.", "train.wandb")

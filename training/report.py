@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from headstart.model.files import replace_text
+
 from .recipe import Recipe, WandbConfig
 
+FIGURES = "metrics.jsonl"
 Figures = Mapping[str, float]
 
 
@@ -40,7 +43,7 @@ class Report:
         """step, evaluated: where the run begins, and its last finished evaluation before."""
         self.log, self.first = log, step
         self.began = time.monotonic()
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / FIGURES
         _keep_until(self.path, step, evaluated)
         self.file = self.path.open("a", encoding="utf-8")
         self.run = _start_wandb(recipe, folder)
@@ -100,7 +103,7 @@ def _keep_until(path: Path, step: int, evaluated: int) -> None:
         known = json.loads(line)
         if known["step"] <= (evaluated if known["kind"] == "eval" else step):
             kept.append(line)
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    replace_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def check_wandb(config: WandbConfig | None) -> Any:
