@@ -51,6 +51,7 @@ class DraftHead(nn.Module, ABC):
 
     `layers` are the target's decoder layers (0-based) whose outputs it reads, beside the input of
     the LM head, which is always there. `max_depth` is the longest path it can draft, or None.
+    `recompute`: `unroll` keeps less for the backward pass and works it out again there.
     `temperatures`: one per depth, dividing the logits of guesses so that path probabilities are
     calibrated; the last one also holds for deeper guesses, and without any it is 1.
     `rank_acceptance`: per depth, how often the guess of each rank was right. Both are kept in the
@@ -61,6 +62,7 @@ class DraftHead(nn.Module, ABC):
     kind: ClassVar[str]
     layers: tuple[int, ...] = ()
     max_depth: int | None = None
+    recompute: bool = False
     temperatures: tuple[float, ...] = ()
     rank_acceptance: tuple[tuple[float, ...], ...] = ()
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -67,7 +68,11 @@ class RecurrentHead(DraftHead):
         for step in range(steps):
             shifted_BT = tokens_BT.roll(-1 - step, dims=1)
             embedded_BTD = self.target.embed(shifted_BT).to(feature_BTD.dtype)
-            output_BTD = self.cell(embedded_BTD, feature_BTD, positions_BT + step, attend)
+            cell = (embedded_BTD, feature_BTD, positions_BT + step, attend.at(step))
+            if self.recompute and torch.is_grad_enabled():
+                output_BTD = checkpoint(self.cell, *cell, use_reentrant=False)
+            else:
+                output_BTD = self.cell(*cell)
             hidden.append(self.readout(output_BTD))
             feature_BTD = self.recycle(output_BTD)
         return hidden
@@ -128,16 +133,20 @@ class _Unrolled:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if not self.keys:
-            self.keys, self.values = [keys], [values]
-            return grouped_attention(queries, keys, values, None, causal=True)
-        if self.layout == "kvshare":
+    def at(self, step: int) -> Attend:
+        """Of one step: the same again when the step is worked out again."""
+        return partial(self._attend, step)
+
+    def _attend(self, step: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        if step and self.layout == "kvshare":
             return grouped_attention(queries, self.keys[0], self.values[0], None, causal=True)
-        self.keys.append(keys)
-        self.values.append(values)
-        # Tuples: a chunk that is recomputed later must not see the steps that came after it.
-        chain = (tuple(self.keys), tuple(self.values))
+        if len(self.keys) == step:
+            self.keys.append(keys)
+            self.values.append(values)
+        if step == 0:
+            return grouped_attention(queries, keys, values, None, causal=True)
+        # What is worked out later must not see the steps that came after it.
+        chain = ((*self.keys[:step], keys), (*self.values[:step], values))
         positions = queries.shape[2]
         if positions <= QUERY_CHUNK:
             return _attend_chain(queries, 0, *chain)

@@ -163,9 +163,11 @@ def memory_advice(recipe: Recipe, what_is_saved: Callable[[], str]) -> Iterator[
         if not known and "can't allocate memory" not in str(error):
             raise
         data, loss = recipe.data, recipe.loss
+        rows = loss.chunk_rows or "as many as 2 GiB hold"
         raise MemoryError(
-            f"Out of memory. {what_is_saved()} A run that goes on may lower loss.chunk_rows (now "
-            f"{loss.chunk_rows}). Where that is not enough, start anew in another train.output "
-            f"with a lower data.batch_tokens (now {data.batch_tokens}; raise train.accumulate by "
-            f"the same factor to learn the same), then data.max_length (now {data.max_length})."
+            f"Out of memory. {what_is_saved()} A run that goes on may set loss.recompute=true, and "
+            f"lower loss.chunk_rows (now {rows}). Where that is not enough, start anew in another "
+            f"train.output with a lower data.batch_tokens (now {data.batch_tokens}; raise "
+            "train.accumulate by the same factor to learn the same), then data.max_length (now "
+            f"{data.max_length})."
         ) from error

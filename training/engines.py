@@ -36,6 +36,7 @@ class Unrolled(nn.Module):
     def __init__(self, head: DraftHead, recipe: Recipe):
         super().__init__()
         self.head, self.steps = head, recipe.loss.steps
+        head.recompute = recipe.loss.recompute
         self.halved = recipe.train.precision == "bfloat16"
 
     def forward(self, seen: Seen, tokens_BT: Tensor) -> list[Tensor]:

@@ -36,6 +36,9 @@ from .metrics import StepSums
 from .recipe import LossConfig
 
 ROUND_ROWS = 64
+LOGITS_BYTES = 1 << 31
+MOST_ROWS_GPU = 8192
+MOST_ROWS_CPU = 256  # larger tensors cost a CPU more in page faults than in arithmetic
 BLOCK_BYTES = 1 << 19  # of one fp32 row block on a CPU: several of them fit in a core's cache
 
 
@@ -192,7 +195,8 @@ class _Chunks:
         weights_KF = torch.cat([weights_KBT.flatten(1), spare_K1], 1)
         if not len(self.rows_R):  # a process may have nothing to learn in a batch
             return
-        for rows_R in self.rows_R.split(self.config.chunk_rows):
+        size = self.config.chunk_rows or chunk_rows(self.head, weights_KBT.is_cuda)
+        for rows_R in self.rows_R.split(size):
             teacher = self._teach(rows_R)
             for step in range(self.shape[0]):
                 anchors_R = rows_R - 1 - step
@@ -225,6 +229,18 @@ class _Chunks:
         if gradient:
             (gradient_RD,) = torch.autograd.grad(logits_RW, hidden_RD, rows.gradient_RW)
             self._gradients[step][slots_R] = gradient_RD
+
+
+def chunk_rows(head: DraftHead, on_gpu: bool) -> int:
+    """How many rows keep all that is as wide as a vocabulary under LOGITS_BYTES.
+
+    At the peak there are, in float32: the target's logits, their softmax and four tensors of the
+    draft vocabulary's width; or, in the gradient, seven of the latter.
+    """
+    vocab, draft = head.config.vocab_size, head.config.draft_vocab or head.config.vocab_size
+    fit = LOGITS_BYTES // (4 * max(2 * vocab + 4 * draft, 7 * draft))
+    most = MOST_ROWS_GPU if on_gpu else MOST_ROWS_CPU
+    return max(1, min(most, fit // ROUND_ROWS * ROUND_ROWS))
 
 
 class _Rows:

@@ -98,14 +98,17 @@ class LossConfig(Section):
 
     steps: drafted tokens to train for. step_decay: weight of each step relative to the one before.
     eta: how fast `lk` moves from KL to TV as acceptance grows. chunk_rows: rows whose logits are in
-    memory at once. finish: the kind for the last `finish_part` of the run, if it is to change.
+    memory at once; null: as many as keep them under 2 GiB. recompute: work the steps out again in
+    the backward pass instead of keeping what is in between. finish: the kind for the last
+    `finish_part` of the run, if it is to change.
     """
 
     kind: Literal["kl", "tv", "lk", "e2e_tv"] = "lk"
     steps: int = Field(default=3, ge=1)
     step_decay: float = Field(default=1.0, gt=0, le=1)
     eta: float = Field(default=3.0, ge=0)
-    chunk_rows: int = Field(default=1024, ge=1)
+    chunk_rows: int | None = Field(default=None, ge=1)
+    recompute: bool = False
     finish: Literal["kl", "tv", "lk", "e2e_tv"] | None = None
     finish_part: float = Field(default=0.25, ge=0, le=1)
 
@@ -253,7 +256,8 @@ def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe
 # or are what a run that failed has to change. None moves the position in the data.
 FREE_ON_RESUME = (
     *("train.output", "train.resume", "train.log_every", "train.save_every", "train.keep"),
-    *("train.lr", "train.clip", "train.precision", "loss.chunk_rows"),
+    *("train.lr", "train.clip", "train.precision"),
+    *("loss.chunk_rows", "loss.recompute"),
 )
 FREE_SECTIONS = ("eval.", "parallel.", "train.wandb")
 
