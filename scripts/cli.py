@@ -9,6 +9,7 @@ from .calibrate import calibrate
 from .data import data
 from .demo import demo
 from .evaluate import evaluate
+from .features import features
 from .fuse import fuse
 from .generate import generate
 from .inspect_ import inspect_data, inspect_head
@@ -25,6 +26,7 @@ inspect = typer.Typer(help="Look into data and checkpoints.", no_args_is_help=Tr
 
 app.command()(friendly(demo, KEPT))
 app.command()(friendly(data, KEPT))
+app.command()(friendly(features, KEPT))
 app.command()(friendly(train))
 app.command()(friendly(fuse))
 app.command()(friendly(generate))

@@ -48,20 +48,12 @@ def find_recipe(name: str) -> Path:
 
 def run_recipe(recipe: Recipe, target: Target | None = None) -> Path:
     """Train as the recipe says, showing progress; the folder of the best head."""
-    import torch
-
-    from headstart.model.head import head_class, make_head
     from headstart.training.checks import check_early
-    from headstart.training.keys import merged
     from headstart.training.loop import train as run
 
     check_early(recipe)
     target = target or open_target(recipe)
-    kind = recipe.head.kind
-    settings = merged(head_class(kind)[0].defaults(target), recipe.head.settings)
-    torch.manual_seed(recipe.train.seed)  # decides the weights that do not come from the target
-    head = make_head(target, kind, settings)
-    head.init_from_target()
+    head = fresh_head(recipe, target)
     with _bar() as log:
         result = run(
             recipe, target=target, head=head, evaluate=evaluator(recipe.eval, target), log=log
@@ -69,6 +61,21 @@ def run_recipe(recipe: Recipe, target: Target | None = None) -> Path:
     length = "" if result.score is None else f", accepted length {result.score:.2f}"
     show(f"best head: {result.best} (step {result.best_step}{length})")
     return result.best
+
+
+def fresh_head(recipe: Recipe, target: Target) -> DraftHead:
+    """The head to start from."""
+    import torch
+
+    from headstart.model.head import head_class, make_head
+    from headstart.training.keys import merged
+
+    kind = recipe.head.kind
+    settings = merged(head_class(kind)[0].defaults(target), recipe.head.settings)
+    torch.manual_seed(recipe.train.seed)  # decides the weights that do not come from the target
+    head = make_head(target, kind, settings)
+    head.init_from_target()
+    return head
 
 
 def open_target(recipe: Recipe) -> Target:

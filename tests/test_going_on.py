@@ -99,7 +99,10 @@ def test_out_of_memory_says_what_is_saved(target, tmp_path):
     with pytest.raises(MemoryError, match="Nothing of this run is saved yet"):
         train(recipe_for(tmp_path, train={}), target=target, head=head)
     head = fail_in(tiny_head(target), 4, too_large)  # the same folder: nothing was learned in it
-    with pytest.raises(MemoryError, match=r"Step 2 of 6 is saved.*may set loss\.recompute=true, and lower loss\.chunk_rows"):
+    with pytest.raises(
+        MemoryError,
+        match=r"Step 2 of 6 is saved.*may set loss\.recompute=true, and lower loss\.chunk_rows",
+    ):
         train(recipe_for(tmp_path, train={"save_every": 2}), target=target, head=head)
     recipe = recipe_for(tmp_path, train={"save_every": 2, "resume": True}, loss={"chunk_rows": 20})
     assert train(recipe, target=target, head=tiny_head(target)).steps == 6

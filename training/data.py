@@ -21,16 +21,19 @@ MIN_TOKENS = 3  # step 0 learns x[t + 2]: shorter rows teach nothing
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens_BT, padded on the right behind lengths_B; loss_mask_BT: x[t] is to be predicted."""
+    """tokens_BT, padded on the right behind lengths_B; loss_mask_BT: x[t] is to be predicted.
+
+    rows_B: which conversations these are, on the CPU (held-out ones are counted behind the others).
+    """
 
     tokens_BT: Tensor
     lengths_B: Tensor
     loss_mask_BT: Tensor
+    rows_B: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.tokens_BT.to(device), self.lengths_B.to(device), self.loss_mask_BT.to(device)
-        )
+        tokens_BT, lengths_B = self.tokens_BT.to(device), self.lengths_B.to(device)
+        return Batch(tokens_BT, lengths_B, self.loss_mask_BT.to(device), self.rows_B)
 
     def part(self, index: int, count: int) -> Batch:
         """The rows of one of `count` processes.
@@ -38,12 +41,14 @@ class Batch:
         A process without a row gets one that teaches nothing: it has to take part in every
         exchange between the processes all the same.
         """
-        rows = slice(index, None, count)
-        if index >= len(self.lengths_B):
+        idle = index >= len(self.lengths_B)
+        rows = slice(0, 1) if idle else slice(index, None, count)
+        rows_B = None if self.rows_B is None else self.rows_B[rows]
+        if idle:
             idle_BT = torch.zeros_like(self.loss_mask_BT[:1, :MIN_TOKENS])
             lengths_B = self.lengths_B[:1].clamp(max=MIN_TOKENS)
-            return Batch(self.tokens_BT[:1, :MIN_TOKENS], lengths_B, idle_BT)
-        return Batch(self.tokens_BT[rows], self.lengths_B[rows], self.loss_mask_BT[rows])
+            return Batch(self.tokens_BT[:1, :MIN_TOKENS], lengths_B, idle_BT, rows_B)
+        return Batch(self.tokens_BT[rows], self.lengths_B[rows], self.loss_mask_BT[rows], rows_B)
 
 
 def padded_length(length: int, longest: int) -> int:
@@ -57,9 +62,15 @@ def padded_length(length: int, longest: int) -> int:
 
 
 class Corpus:
-    """All conversations in memory, one behind the other: 5 bytes per token."""
+    """All conversations in memory, one behind the other: 5 bytes per token.
 
-    def __init__(self, rows: Iterable[tuple[Sequence[int], Sequence[tuple[int, int]]]]):
+    first: the number of the first one, where several corpora are counted through.
+    """
+
+    def __init__(
+        self, rows: Iterable[tuple[Sequence[int], Sequence[tuple[int, int]]]], first: int = 0
+    ):
+        self.first = first
         tokens: list[Tensor] = []
         masks: list[Tensor] = []
         for row, spans in rows:
@@ -88,7 +99,8 @@ class Corpus:
             start, length = int(self.starts[row]), int(self.lengths[row])
             tokens_BT[place, :length] = self.tokens[start : start + length]
             mask_BT[place, :length] = self.trained[start : start + length]
-        return Batch(tokens_BT, lengths_B, mask_BT)
+        rows_B = self.first + torch.tensor(list(rows), dtype=torch.int64)
+        return Batch(tokens_BT, lengths_B, mask_BT, rows_B)
 
     def token_counts(self, vocab_size: int) -> Tensor:
         """How often each token is to be predicted (V)."""

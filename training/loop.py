@@ -49,6 +49,7 @@ from .checks import (
 )
 from .data import Batch, Batches
 from .engines import make_engine
+from .features import open_features, read
 from .interrupt import Abandoned, Interrupted, StopRequest
 from .launch import with_engine
 from .losses import Loss, loss_sum, loss_weight
@@ -121,6 +122,7 @@ class _Run:
         self.corpus, self.holdout = data.train, data.holdout
         self.data_hash = fingerprint(self.corpus)
         self.team.must_agree({"data": self.data_hash, "recipe": recipe.model_dump_json()})
+        self.features = open_features(recipe, data, target, head)
         self.batches = Batches(self.corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
         self.at = Standing(total=self._total_steps())
         self.saved_step: int | None = None
@@ -204,9 +206,7 @@ class _Run:
         return batch.part(self.team.index, self.team.count).to(self.target.device)
 
     def _loss(self, batch: Batch, config: LossConfig) -> Loss:
-        seen = self.target.read(
-            batch.tokens_BT, lengths_B=batch.lengths_B, layers=self.head.layers, logits=False
-        )
+        seen = read(self.features, self.target, batch, self.head.layers)
         hidden = self.engine.forward(seen, batch.tokens_BT)
         with self.engine.unrolled.autocast():
             return loss_sum(config, self.head, seen, hidden, batch)

@@ -60,7 +60,8 @@ class DataConfig(Section):
     or random_rows: so many made-up sequences, for a random target. batch_tokens: rows times the
     longest row, so the memory of a batch. max_length: longer conversations are cut. holdout:
     conversations kept out of training to measure the loss on. skip_broken: leave broken lines out
-    instead of stopping.
+    instead of stopping. features: a folder that `headstart features` wrote with this recipe: what
+    the target sees is then taken from there instead of being worked out again.
     """
 
     path: str | tuple[str, ...] | None = None
@@ -70,6 +71,7 @@ class DataConfig(Section):
     batch_tokens: int = Field(default=4096, ge=3)
     holdout: int = Field(default=0, ge=0)
     skip_broken: bool = False
+    features: str | None = None
 
     @model_validator(mode="after")
     def _row_fits(self) -> Self:
@@ -257,7 +259,7 @@ def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe
 FREE_ON_RESUME = (
     *("train.output", "train.resume", "train.log_every", "train.save_every", "train.keep"),
     *("train.lr", "train.clip", "train.precision"),
-    *("loss.chunk_rows", "loss.recompute"),
+    *("loss.chunk_rows", "loss.recompute", "data.features"),
 )
 FREE_SECTIONS = ("eval.", "parallel.", "train.wandb")
 

@@ -70,12 +70,12 @@ def read_conversations(config: DataConfig, target: Target, seed: int) -> Convers
         raise _nothing_to_train_on(config, dropped, broken)
     held = _held_out(conversations, config.holdout, seed)
 
-    def corpus(held_out: bool) -> Corpus:
-        return Corpus(
-            row for row, name in zip(rows, conversations, strict=True) if (name in held) == held_out
-        )
+    def corpus(held_out: bool, first: int) -> Corpus:
+        pairs = zip(rows, conversations, strict=True)
+        return Corpus((row for row, name in pairs if (name in held) == held_out), first)
 
-    return Conversations(corpus(False), corpus(True), dropped, tuple(broken))
+    train = corpus(False, 0)
+    return Conversations(train, corpus(True, len(train)), dropped, tuple(broken))
 
 
 def _nothing_to_train_on(config: DataConfig, dropped: int, broken: list[str]) -> ValueError:
