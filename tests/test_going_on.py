@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tiny_run import mixed_rows, tiny_head, tiny_recipe, tiny_target, write_rows
 
 from headstart.model.head import DraftHead
 from headstart.model.target import Target
-from headstart.training.interrupt import Interrupted
+from headstart.training.interrupt import SAME_SECONDS, Interrupted
 from headstart.training.loop import train
 from headstart.training.recipe import Recipe, make_recipe
 from headstart.training.report import Progress
@@ -152,6 +153,7 @@ def test_stopping_twice_says_what_is_saved(target, tmp_path):
     def twice(at: Progress) -> None:
         if at.kind == "train" and at.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(SAME_SECONDS * 1.2)
             os.kill(os.getpid(), signal.SIGINT)
 
     recipe = recipe_for(tmp_path, train={"save_every": 2})

@@ -246,6 +246,20 @@ def test_stopping_saves_and_says_how_to_go_on(target, data, tmp_path, number):
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_that_comes_twice_is_one(target, data, tmp_path, number):
+    # A cluster asks every process, and so does the launcher that was asked too.
+    def stop_at_two(at: Progress) -> None:
+        if at.step == 2:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+
+    recipe = tiny_recipe(tmp_path / "run", data, steps=6)
+    with pytest.raises(Interrupted, match="after step 2 of 6"):
+        train(recipe, target=target, head=tiny_head(target), log=stop_at_two)
+    assert json.loads((tmp_path / "run" / "state" / "state.json").read_text())["step"] == 2
+
+
 @pytest.fixture
 def small_files() -> Iterator[None]:
     """Files cannot grow beyond 4 KiB, as on a full disk, once the test calls for it."""
@@ -324,6 +338,19 @@ def test_wandb_offline(target, data, tmp_path):
     train(recipe, target=target, head=tiny_head(target))
     runs = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(runs) == 1 and runs[0].stat().st_size > 0
+    name = (tmp_path / "run" / "wandb_id").read_text().strip()
+    assert runs[0].name == f"run-{name}.wandb"
+    again = changed(recipe, train={"resume": True})  # at its end already: it only reports
+    train(again, target=target, head=tiny_head(target))
+    both = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(both) >= 1 and {run.name for run in both} == {f"run-{name}.wandb"}
+
+
+def test_tensorboard(target, data, tmp_path):
+    recipe = tiny_recipe(tmp_path / "run", data, steps=2, log_every=1, tensorboard=True)
+    train(recipe, target=target, head=tiny_head(target))
+    (events,) = (tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*")
+    assert b"train/loss" in events.read_bytes()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")

@@ -17,8 +17,9 @@ from .checkpoint import FOLDER, STATE, load_facts
 from .data import Corpus, frequent_tokens
 from .launch import with_engine
 from .recipe import Recipe, changed_on_resume
-from .report import FIGURES, check_wandb
+from .report import FIGURES
 from .sources import Conversations
+from .trackers import check_trackers
 
 WRITTEN = ("best", "last", FIGURES)  # by a run, beside its state
 
@@ -42,7 +43,7 @@ def check_fit(recipe: Recipe, target: Target, head: DraftHead) -> None:
 def check_early(recipe: Recipe) -> None:
     """What can be known to be wrong before the target is loaded."""
     with_engine(recipe)
-    check_wandb(recipe.train.wandb)
+    check_trackers(recipe)
     folder = Path(recipe.train.output)
     check_folder(recipe, folder, load_facts(folder / FOLDER))
 

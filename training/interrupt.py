@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+
+SAME_SECONDS = 0.5
 
 
 class Interrupted(KeyboardInterrupt):
@@ -19,7 +22,10 @@ class Abandoned(BaseException):
 
 
 class StopRequest:
-    """While open, Ctrl-C and a termination request only set `asked`. A second one stops at once.
+    """While open, Ctrl-C and a termination request only set `asked`. A second Ctrl-C stops at once.
+
+    Not a second termination request: where a cluster stops a job, the process gets one from the
+    cluster and one from its launcher. For the same reason two signals within SAME_SECONDS are one.
 
     what_is_saved: what to tell whoever stops at once.
     """
@@ -28,6 +34,7 @@ class StopRequest:
         self.asked = False
         self.what_is_saved, self.speaks = what_is_saved, speaks
         self._abandons = False
+        self._since = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -57,9 +64,12 @@ class StopRequest:
             self._abandons = False
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.asked:
-            raise Interrupted(f"At once. {self.what_is_saved()}")
-        self.asked = True
+            if number == signal.SIGINT and now - self._since > SAME_SECONDS:
+                raise Interrupted(f"At once. {self.what_is_saved()}")
+            return
+        self.asked, self._since = True, now
         if self.speaks:
             # Not print: the signal may have come in the middle of one.
             os.write(2, b"\nStopping after this step; Ctrl-C again to stop at once.\n")

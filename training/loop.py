@@ -158,6 +158,8 @@ class _Run:
                 if due:
                     self._evaluate()
             self._calibrate()
+            if self.report is not None:
+                self.report.keep(self.folder / "best")
         finally:
             if self.report is not None:
                 self.report.close()

@@ -156,6 +156,7 @@ class TrainConfig(Section):
     keep: int = Field(default=1, ge=1)
     resume: bool | Literal["auto"] = False
     wandb: WandbConfig | None = None
+    tensorboard: bool = False
 
 
 class ParallelConfig(Section):
@@ -261,7 +262,7 @@ FREE_ON_RESUME = (
     *("train.lr", "train.clip", "train.precision"),
     *("loss.chunk_rows", "loss.recompute", "data.features"),
 )
-FREE_SECTIONS = ("eval.", "parallel.", "train.wandb")
+FREE_SECTIONS = ("eval.", "parallel.", "train.wandb", "train.tensorboard")
 
 
 def changed_on_resume(before: Mapping[str, Any], recipe: Recipe) -> list[str]:

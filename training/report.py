@@ -1,18 +1,18 @@
-"""Where the figures of a run go: a callback, `metrics.jsonl`, and Weights & Biases when asked."""
+"""Where the figures of a run go: a callback, `metrics.jsonl`, and trackers when asked."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from headstart.model.files import replace_text
 
-from .recipe import Recipe, WandbConfig
+from .recipe import Recipe
+from .trackers import Trackers
 
 FIGURES = "metrics.jsonl"
 Figures = Mapping[str, float]
@@ -46,7 +46,7 @@ class Report:
         self.path = folder / FIGURES
         _keep_until(self.path, step, evaluated)
         self.file = self.path.open("a", encoding="utf-8")
-        self.run = _start_wandb(recipe, folder)
+        self.trackers = Trackers(recipe, folder)
 
     def train(self, step: int, total: int, figures: Figures, *, keep: bool) -> None:
         """step: optimizer steps done. keep: write it down, beside telling the callback."""
@@ -61,17 +61,19 @@ class Report:
     def note(self, step: int, total: int, message: str) -> None:
         self._tell("note", step, total, {}, message)
 
+    def keep(self, head: Path) -> None:
+        """The best head of a run that came to its end."""
+        self.trackers.keep(head)
+
     def close(self) -> None:
         self.file.close()
-        if self.run is not None:
-            self.run.finish()
+        self.trackers.close()
 
     def _write(self, kind: str, step: int, figures: Figures) -> None:
         line = {"step": step, "kind": kind, **figures}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        if self.run is not None:
-            self.run.log({f"{kind}/{name}": value for name, value in figures.items()}, step=step)
+        self.trackers.log(kind, step, figures)
 
     def _tell(
         self,
@@ -104,37 +106,3 @@ def _keep_until(path: Path, step: int, evaluated: int) -> None:
         if known["step"] <= (evaluated if known["kind"] == "eval" else step):
             kept.append(line)
     replace_text(path, "".join(f"{line}\n" for line in kept))
-
-
-def check_wandb(config: WandbConfig | None) -> Any:
-    """The library, or None when it is not asked for. ValueError when it cannot be used."""
-    if config is None:
-        return None
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            "train.wandb is set, but wandb is not installed. Run `pip install wandb`, or leave "
-            "train.wandb out."
-        ) from error
-    online = config.mode == "online" and os.environ.get("WANDB_MODE", "online") == "online"
-    if online and wandb.api.api_key is None:
-        raise ValueError(
-            "train.wandb is online, but nobody is logged in here. Run `wandb login`, or set "
-            "train.wandb.mode=offline."
-        )
-    return wandb
-
-
-def _start_wandb(recipe: Recipe, folder: Path) -> Any:
-    config = recipe.train.wandb
-    wandb = check_wandb(config)
-    if config is None:
-        return None
-    return wandb.init(
-        project=config.project,
-        name=config.name,
-        mode=config.mode,
-        dir=folder,
-        config=recipe.model_dump(mode="json"),
-    )
