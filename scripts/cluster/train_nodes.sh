@@ -1,0 +1,14 @@
+#!/bin/bash
+# Train a head on several machines without a cluster manager. Run on each of them:
+#
+#     NODES=4 NODE=0 FIRST=10.0.0.1:29500 scripts/cluster/train_nodes.sh RECIPE [key=value ...]
+#
+# NODES: how many machines. NODE: which one this is, from 0. FIRST: address and a free port of
+# machine 0. GPUS: processes per machine (all its GPUs if left out). A run that was stopped goes on
+# when all are started again.
+set -euo pipefail
+
+exec "${PYTHON:-python}" -m torch.distributed.run \
+    --nnodes "$NODES" --node-rank "$NODE" --nproc-per-node "${GPUS:-gpu}" \
+    --master-addr "${FIRST%:*}" --master-port "${FIRST##*:}" \
+    -m headstart.scripts.cli train "$@" train.resume=auto
