@@ -126,7 +126,7 @@ class Target:
         device: torch.device,
         revision: str | None = None,
     ) -> Target:
-        """As `load`, with its layers in parts on all processes of torch.distributed, which call
+        """As `load`, with its layers in parts on all processes that were started together, which call
         this together, and `read` too. Such a target trains heads; it does not decode."""
         model, tokenizer, digest = open_spread(str(name), dtype, device, revision)
         remember(model, digest)

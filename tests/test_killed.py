@@ -13,7 +13,7 @@ import pytest
 import torch
 from killed_worker import STEPS
 from safetensors.torch import load_file
-from tiny_run import mixed_rows, write_rows
+from tiny_run import learned, mixed_rows, write_rows
 
 HERE = Path(__file__).parent
 KILLS = 20
@@ -58,8 +58,7 @@ def finished(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], list[dic
     files |= {name: f"{name}/model.safetensors" for name in ("best", "last")}
     tensors = {name: load_file(folder / file) for name, file in files.items()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("tokens_per_second", None)
+    lines = [learned(line) for line in lines]
     steps = [line["step"] for line in lines if line["kind"] == "train"]
     assert steps == list(range(1, STEPS + 1))
     return tensors, lines, sorted(path.name for path in folder.glob("state*"))

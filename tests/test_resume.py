@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import mixed_rows, tiny_head, tiny_recipe, tiny_target, write_rows
+from tiny_run import learned, mixed_rows, tiny_head, tiny_recipe, tiny_target, write_rows
 from torch import Tensor
 
 from headstart.model.target import Target
@@ -48,8 +48,7 @@ def everything(folder: Path) -> tuple[dict[str, Tensor], list[dict], dict]:
     """Weights and optimizer state, all figures but the speed, and where the run stands."""
     tensors = load_file(folder / "state" / "state.safetensors")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("tokens_per_second", None)
+    lines = [learned(line) for line in lines]
     facts = json.loads((folder / "state" / "state.json").read_text())
     facts.pop("recipe")
     return tensors, lines, facts

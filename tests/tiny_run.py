@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from headstart.model.head import DraftHead, make_head
 from headstart.model.target import Target
+from headstart.training.clock import MEASURED
 from headstart.training.recipe import Recipe, make_recipe
 
 VOCAB = 48
@@ -86,6 +87,11 @@ def tiny_recipe(folder: Path, data: Path, **train: Any) -> Recipe:
             "train": {"output": str(folder), "precision": "float32", "lr": 1e-2, **train},
         }
     )
+
+
+def learned(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a line without those that say something of the machine."""
+    return {name: value for name, value in figures.items() if not name.startswith(MEASURED)}
 
 
 def tiny_head(target: Target, kind: str = "mtp", **settings: Any) -> DraftHead:

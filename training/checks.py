@@ -14,9 +14,9 @@ from headstart.model.head import UNSET, DraftHead
 from headstart.model.target import Target
 
 from .checkpoint import FOLDER, STATE, load_facts
-from .data import Corpus, frequent_tokens
+from .data import Batches, Corpus, frequent_tokens
 from .launch import with_engine
-from .recipe import Recipe, changed_on_resume
+from .recipe import Recipe, TrainConfig, changed_on_resume
 from .report import FIGURES
 from .sources import Conversations
 from .trackers import check_trackers
@@ -121,6 +121,20 @@ def choose_draft_vocab(head: DraftHead, corpus: Corpus) -> None:
     size = head.config.draft_vocab
     if size is not None and head.d2t is not None and bool(head.d2t[0] == UNSET):
         head.set_draft_vocab(frequent_tokens(corpus.token_counts(head.config.vocab_size), size))
+
+
+def total_steps(config: TrainConfig, batches: Batches) -> int:
+    """Optimizer steps of the whole run. ValueError where the data makes none."""
+    if config.steps is not None:
+        return config.steps
+    count = batches.count(config.epochs)
+    if count < config.accumulate:
+        raise ValueError(
+            f"The data makes {count} batches in {config.epochs} epochs, fewer than the "
+            f"{config.accumulate} of one optimizer step. Lower train.accumulate or "
+            "data.batch_tokens, or bring more data."
+        )
+    return count // config.accumulate
 
 
 def fingerprint(corpus: Corpus) -> str:

@@ -46,7 +46,9 @@ from .checks import (
     memory_advice,
     not_finite_advice,
     summary,
+    total_steps,
 )
+from .clock import Clock
 from .data import Batch, Batches
 from .engines import make_engine
 from .features import open_features, read
@@ -115,7 +117,7 @@ class _Run:
         check_folder(recipe, self.folder, facts)
         self.recipe, self.target, self.head = recipe, target, head
         self.evaluate = evaluate
-        self.team = Team(target.device)
+        self.team, self.clock = Team(target.device), Clock(target.device)
         self.stop = StopRequest(self.what_is_saved, speaks=self.team.main)
         data = read_conversations(recipe.data, target, recipe.train.seed)
         check_lengths(data, target)
@@ -124,7 +126,7 @@ class _Run:
         self.team.must_agree({"data": self.data_hash, "recipe": recipe.model_dump_json()})
         self.features = open_features(recipe, data, target, head)
         self.batches = Batches(self.corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
-        self.at = Standing(total=self._total_steps())
+        self.at = Standing(total=total_steps(recipe.train, self.batches))
         self.saved_step: int | None = None
         notes = [summary(data)]
         optimizer: dict[str, Tensor] = {}
@@ -174,29 +176,32 @@ class _Run:
         torch.manual_seed((config.seed * 1_000_003 + self.at.step) * 1009 + self.team.index)
         if self._anyone(self.stop.asked):
             return True
+        self.clock.start()
         whole = self._next_batches()
         # Every process knows the whole batches, so nothing has to be added up.
         weight = sum(loss_weight(loss, batch) for batch in whole)
         tokens = sum(int(batch.lengths_B.sum()) for batch in whole)
         batches = [self._part(batch) for batch in whole]
+        self.clock.mark("data")
         sums = StepSums.zeros(loss.steps, self.target.device)
         for index, batch in enumerate(batches):
             result = self._loss(batch, loss)
             # Averaged over processes afterwards, hence the factor.
             total = result.total * (self.team.count / weight)
             self.engine.backward(total, last=index + 1 == len(batches))
+            self.clock.mark("backward")  # and the exchange of gradients, which it overlaps
             sums = sums + result.sums
         sums = StepSums.unpack(self.team.sum(sums.pack()).cpu())
         figures = sums.figures()
         rate = learning_rate(config, self.at.step, self.at.total)
         norm = self.engine.update(rate) if math.isfinite(figures["loss"]) else math.nan
+        self.clock.mark("update")
         self._must_be_finite(figures["loss"], norm, batches)
         self._advance(tokens, sums)
         seconds = time.monotonic() - began
         self._plan(seconds)
-        speed = tokens / seconds
-        extra = {"lr": rate, "gradient_norm": norm, "tokens_per_second": speed}
-        self._report_step(figures | extra | {"tokens": float(self.at.tokens)})
+        figures |= {"lr": rate, "gradient_norm": norm, "tokens": float(self.at.tokens)}
+        self._report_step(figures | self.clock.figures(tokens / seconds))
         return False
 
     def _next_batches(self) -> list[Batch]:
@@ -209,9 +214,12 @@ class _Run:
 
     def _loss(self, batch: Batch, config: LossConfig) -> Loss:
         seen = read(self.features, self.target, batch, self.head.layers)
+        self.clock.mark("target")
         hidden = self.engine.forward(seen, batch.tokens_BT)
         with self.engine.unrolled.autocast():
-            return loss_sum(config, self.head, seen, hidden, batch)
+            result = loss_sum(config, self.head, seen, hidden, batch)
+        self.clock.mark("head")
+        return result
 
     def _advance(self, tokens: int, sums: StepSums) -> None:
         self.at.step += 1
@@ -344,19 +352,6 @@ class _Run:
         mean = float(self.team.sum(torch.tensor(seconds, device=self.target.device)))
         fit = TIMED_STEPS + int(60 * minutes * self.team.count / mean)
         self.at.total = min(self.at.total, fit)
-
-    def _total_steps(self) -> int:
-        config = self.recipe.train
-        if config.steps is not None:
-            return config.steps
-        total = self.batches.count(config.epochs) // config.accumulate
-        if not total:
-            raise ValueError(
-                f"The data makes {self.batches.count(config.epochs)} batches in {config.epochs} "
-                f"epochs, fewer than the {config.accumulate} of one optimizer step. Lower "
-                "train.accumulate or data.batch_tokens, or bring more data."
-            )
-        return total
 
     def _report_step(self, figures: Mapping[str, float]) -> None:
         if self.report is not None:
