@@ -126,8 +126,8 @@ class Target:
         device: torch.device,
         revision: str | None = None,
     ) -> Target:
-        """As `load`, with its layers in parts on all processes that were started together, which call
-        this together, and `read` too. Such a target trains heads; it does not decode."""
+        """As `load`, with its layers in parts on all processes of the run, which call this together
+        and `read` too. Such a target trains heads; it does not decode."""
         model, tokenizer, digest = open_spread(str(name), dtype, device, revision)
         remember(model, digest)
         return cls(model, tokenizer, str(name))
