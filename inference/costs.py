@@ -36,6 +36,8 @@ from .trees import WIDEST_TREE, fitting
 from .verify import accept
 
 CONTEXT = 256  # tokens in front of what is timed
+SHORT_CONTEXT = 32  # in front of the plain steps that tell whether kept costs still hold
+BUSY = 1.5
 NODES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 DEAREST = 4.0  # plain steps; larger trees than that are not timed, they never pay
 WIDTH = 3  # of the drafted trees that are timed
@@ -89,7 +91,9 @@ class Costs:
         if path.is_file():
             try:
                 kept = json.loads(path.read_text(encoding="utf-8"))["costs"]
-                return Costs(tuple(kept.pop("nodes")), tuple(kept.pop("verify")), **kept)
+                costs = Costs(tuple(kept.pop("nodes")), tuple(kept.pop("verify")), **kept)
+                if not _was_busy(costs, target, head):
+                    return costs
             except (ValueError, KeyError, TypeError):
                 pass  # written by another version, or damaged: measure again
         replayed = suits(target, head, Sampler())
@@ -97,6 +101,17 @@ class Costs:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps({"about": _about(target, head), "costs": asdict(costs)}))
         return costs
+
+
+def _was_busy(costs: Costs, target: Target, head: DraftHead) -> bool:
+    """Whether costs were measured while a CPU had other work: a plain step takes much less now.
+
+    What such a moment says of the larger reads and of drafting would be wrong for good.
+    """
+    if target.device.type != "cpu":
+        return False
+    timed = _Timer(target, head, SHORT_CONTEXT)
+    return costs.read(1) > BUSY * min(timed.read(1) for _ in range(REPEATS))
 
 
 def measure_costs(target: Target, head: DraftHead) -> Costs:
@@ -152,10 +167,10 @@ class _Timer:
     """A text in the caches of a target and a head, and what happens behind it by the clock."""
 
     @torch.no_grad()
-    def __init__(self, target: Target, head: DraftHead):
+    def __init__(self, target: Target, head: DraftHead, context: int = CONTEXT):
         self.target, self.head = target, head
-        known = target.context_limit or CONTEXT + NODES[-1]
-        length = max(1, min(CONTEXT, known - NODES[-1]))
+        known = target.context_limit or context + NODES[-1]
+        length = max(1, min(context, known - NODES[-1]))
         steps_T = torch.arange(length, device=target.device)
         self.ids_1T = (steps_T * 31 % target.vocab_size)[None]
         self.cache = target.new_cache(1)

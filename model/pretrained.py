@@ -33,16 +33,7 @@ def open_pretrained(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source, file = _source(name)
     where = {"gguf_file": file, "revision": revision}
-    try:
-        config = AutoConfig.from_pretrained(source, **where)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ValueError(
-            f"{name} cannot be opened as a language model: {error} Give a Hub id, a folder with "
-            "config.json and weights, or a .gguf file."
-        ) from error
-    refuse_config(config, name)
-    if file is None:
-        _refuse_quantized(config, name)
+    _read_config(name, source, where)
     extra = gguf.model_arguments() if file else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -63,6 +54,30 @@ def open_pretrained(
     if file:
         gguf.take_output_weight(model, Path(source) / file)
     return model.to(place), _tokenizer(source, where)
+
+
+def open_skeleton(name: str, revision: str | None) -> PreTrainedModel:
+    """The model on the meta device, without weights."""
+    source, file = _source(name)
+    config = _read_config(name, source, {"gguf_file": file, "revision": revision})
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def _read_config(name: str, source: str, where: dict[str, str | None]) -> PretrainedConfig:
+    """ValueError for what is no language model, or is one that cannot be read."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, **where)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ValueError(
+            f"{name} cannot be opened as a language model: {error} Give a Hub id, a folder with "
+            "config.json and weights, or a .gguf file."
+        ) from error
+    refuse_config(config, name)
+    if where["gguf_file"] is None:
+        _refuse_quantized(config, name)
+    return config
 
 
 def open_spread(

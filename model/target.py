@@ -40,7 +40,7 @@ from .hashing import remember
 from .lean import Lean
 from .native import Native
 from .packed import MOST_ROWS, identity, pack_linears
-from .pretrained import open_pretrained, open_spread
+from .pretrained import open_pretrained, open_skeleton, open_spread
 from .quantized import Int8, available, check_kind
 from .quantized import quantize as quantize_target
 from .seen import Seen
@@ -87,11 +87,13 @@ class Target:
         self._lean: Accelerated | Native | Lean | None = None
         self.quantized: str | None = None
         self.recorded: object = None  # what decoding keeps from one run to the next
+        self.spread = is_spread(model)
+        if self.device.type == "meta":
+            return
         probe(self)
         if quantize is not None:
             quantize_target(self, quantize)
             self.quantized = quantize
-        self.spread = is_spread(model)
         if not self.spread:
             self._lean = shorter_way(self._decoder, self._layers, self.config)
             pack_linears(model)  # after the probes, which would pack what they widen
@@ -131,6 +133,16 @@ class Target:
         model, tokenizer, digest = open_spread(str(name), dtype, device, revision)
         remember(model, digest)
         return cls(model, tokenizer, str(name))
+
+    @classmethod
+    def without_weights(cls, name: str | Path, *, revision: str | None = None) -> Target:
+        """The sizes of a target, on the meta device: only its configuration is read."""
+        return cls(open_skeleton(str(name), revision), "It was opened without weights.", str(name))
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+        return self._layers
 
     @classmethod
     def wrap(

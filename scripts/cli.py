@@ -13,6 +13,7 @@ from .features import features
 from .fuse import fuse
 from .generate import generate
 from .inspect_ import inspect_data, inspect_head
+from .plan import plan
 from .train import train
 from .ui import KEPT, friendly
 
@@ -27,6 +28,7 @@ inspect = typer.Typer(help="Look into data and checkpoints.", no_args_is_help=Tr
 app.command()(friendly(demo, KEPT))
 app.command()(friendly(data, KEPT))
 app.command()(friendly(features, KEPT))
+app.command()(friendly(plan))
 app.command()(friendly(train))
 app.command()(friendly(fuse))
 app.command()(friendly(generate))

@@ -238,6 +238,9 @@ def test_looked_up_guesses_alone_are_exact_and_help_with_repetitions() -> None:
 
 def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headstart.inference.costs.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(
+        "headstart.inference.costs.BUSY", 1e9
+    )  # whatever else runs beside the tests
     target = Target.wrap(FAMILIES["llama"]())
     head = make_head(target, "eagle3", {}).for_decoding(target)
     first = Costs.of(target, head)
@@ -255,6 +258,25 @@ def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(list((tmp_path / "costs").glob("*.json"))) == 2
     file.write_text("{")  # damaged
     assert Costs.of(target, head).advance < 7.0
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_costs_of_a_busy_moment_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool
+) -> None:
+    monkeypatch.setattr("headstart.inference.costs.cache_folder", lambda: tmp_path)
+    target = Target.wrap(FAMILIES["llama"]())
+    head = make_head(target, "eagle3", {}).for_decoding(target)
+    Costs.of(target, head)
+    (file,) = (tmp_path / "costs").glob("*.json")
+    kept = json.loads(file.read_text())
+    # A plain step that takes far longer or shorter than it can.
+    verify = [seconds * (1e4 if busy else 1e-4) for seconds in kept["costs"]["verify"]]
+    kept["costs"] |= {"verify": verify, "advance": 7.0}
+    file.write_text(json.dumps(kept))
+    again = Costs.of(target, head)
+    assert (again.advance < 7.0) == busy
+    assert (json.loads(file.read_text())["costs"]["advance"] < 7.0) == busy
 
 
 def test_a_budget_for_sampling_keeps_every_draw() -> None:

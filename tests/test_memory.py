@@ -6,34 +6,25 @@ Measured by the profiler: all bytes that torch's CPU allocator has handed out.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+import typer
 from tiny_run import tiny_head, tiny_target
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from headstart.model.target import Target
+from headstart.scripts.loss_memory import loss_memory, peak_bytes
 from headstart.training import losses
 from headstart.training.data import Batch
 from headstart.training.recipe import LossConfig
 
+command = typer.Typer()
+command.command()(loss_memory)
 VOCAB = 152_064  # Qwen2.5's
 GIB = 1 << 30
-
-
-def peak_bytes(run: Callable[[], object], file: Path) -> int:
-    """The most that was held at once, above what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    profiler.export_chrome_trace(str(file))
-    events = json.loads(file.read_text())["traceEvents"]
-    memory = [one["args"] for one in events if one["name"] == "[memory]"]
-    held = [args["Total Allocated"] for args in memory]
-    return max(held) - (held[0] - memory[0]["Bytes"])
 
 
 def wide_target() -> Target:
@@ -50,7 +41,7 @@ def wide_target() -> Target:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("draft_vocab", [None, 32_000])
-def test_logits_of_a_large_vocabulary_stay_under_two_gib(monkeypatch, tmp_path, draft_vocab):
+def test_logits_of_a_large_vocabulary_stay_under_two_gib(monkeypatch, draft_vocab):
     # As on a GPU, where a chunk is not cut up further. The batch has rows for several chunks, and
     # more of them take no more at a time.
     monkeypatch.setattr(losses, "_blocks", lambda values: [slice(0, len(values))])
@@ -70,7 +61,7 @@ def test_logits_of_a_large_vocabulary_stay_under_two_gib(monkeypatch, tmp_path, 
     def run() -> None:
         losses.loss_sum(LossConfig(steps=1), head, seen, hidden, batch).total.backward()
 
-    peak = peak_bytes(run, tmp_path / "trace.json")
+    peak = peak_bytes(run, target.device)
     assert peak < 2.05 * GIB  # beside logits there is little: hidden states of 16 numbers
     assert peak > 0.8 * GIB  # or the measurement sees nothing
 
@@ -101,3 +92,13 @@ def test_steps_worked_out_again_give_the_same_gradient_in_less_memory(kind, layo
     for name, value in plain.items():
         assert value is not None and torch.equal(again[name], value), name
     assert some_kept < all_kept / 3
+
+
+def test_the_command_measures_every_chunk():
+    arguments = ["--vocab", "500", "--hidden", "16", "--tokens", "300", "--rows", "64,128,auto"]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.output.splitlines()[-1])
+    assert [one["rows"] for one in figures["chunks"]] == [64, 128, 256]
+    small, larger, _ = (one["peak_mib"] for one in figures["chunks"])
+    assert small <= larger and figures["torch"] == torch.__version__

@@ -123,7 +123,9 @@ class _Run:
         check_lengths(data, target)
         self.corpus, self.holdout = data.train, data.holdout
         self.data_hash = fingerprint(self.corpus)
-        self.team.must_agree({"data": self.data_hash, "recipe": recipe.model_dump_json()})
+        step = "none" if facts is None else str(facts["step"])
+        settings = recipe.model_dump_json()
+        self.team.must_agree({"data": self.data_hash, "recipe": settings, "checkpoint": step})
         self.features = open_features(recipe, data, target, head)
         self.batches = Batches(self.corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
         self.at = Standing(total=total_steps(recipe.train, self.batches))

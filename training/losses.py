@@ -232,15 +232,17 @@ class _Chunks:
 
 
 def chunk_rows(head: DraftHead, on_gpu: bool) -> int:
-    """How many rows keep all that is as wide as a vocabulary under LOGITS_BYTES.
-
-    At the peak there are, in float32: the target's logits, their softmax and four tensors of the
-    draft vocabulary's width; or, in the gradient, seven of the latter.
-    """
-    vocab, draft = head.config.vocab_size, head.config.draft_vocab or head.config.vocab_size
-    fit = LOGITS_BYTES // (4 * max(2 * vocab + 4 * draft, 7 * draft))
+    """How many rows keep all that is as wide as a vocabulary under LOGITS_BYTES."""
+    fit = LOGITS_BYTES // (4 * wide_numbers(head))
     most = MOST_ROWS_GPU if on_gpu else MOST_ROWS_CPU
     return max(1, min(most, fit // ROUND_ROWS * ROUND_ROWS))
+
+
+def wide_numbers(head: DraftHead) -> int:
+    """Numbers (float32) per row of a chunk at the peak: the target's logits, their softmax and four
+    tensors of the draft vocabulary's width; or, in the gradient, seven of the latter."""
+    vocab, draft = head.config.vocab_size, head.config.draft_vocab or head.config.vocab_size
+    return max(2 * vocab + 4 * draft, 7 * draft)
 
 
 class _Rows:

@@ -1,0 +1,161 @@
+"""What a training run will take, worked out before anything is started.
+
+Memory is counted from the shapes of target and head, which are built without weights; what the head
+keeps for its backward pass is what autograd saves on such a head. Time follows from the arithmetic
+and the part of a GPU's peak that is reached, which is an assumption and can be given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstart.model.head import DraftHead
+from headstart.model.seen import Seen
+from headstart.model.target import Target
+
+from .losses import chunk_rows, wide_numbers
+from .recipe import Recipe
+
+SAMPLE = 16  # tokens that the head is built up for: so few that attention weighs nothing
+FULL = 4  # bytes of the head's weights, gradients and moments
+CONTEXT_GB = 0.8  # what CUDA and its libraries take on every GPU
+SLACK = 1.1  # of the allocator
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call them
+PARTS = {  # of the head, by engine: what lies in parts on all processes
+    "ddp": (),
+    "fsdp2": ("weights", "gradients", "optimizer"),
+    "zero1": ("optimizer",),
+    "zero2": ("optimizer", "gradients"),
+    "zero3": ("optimizer", "gradients", "weights"),
+}
+
+
+@dataclass(frozen=True)
+class GPU:
+    """memory_gb: what there is. tflops: dense bfloat16, by NVIDIA's data sheets."""
+
+    memory_gb: float
+    tflops: float
+
+
+GPUS = {
+    "a100-40gb": GPU(40, 312),
+    "a100": GPU(80, 312),
+    "l40s": GPU(48, 362),
+    "h100": GPU(80, 989),
+    "h200": GPU(141, 989),
+    "b200": GPU(180, 2250),
+}
+
+
+def memory(recipe: Recipe, target: Target, head: DraftHead, processes: int) -> dict[str, float]:
+    """Bytes on each of the GPUs by what they are for, at the worst moment of a step.
+
+    target, head: without weights (on the meta device). `parallel.engine` has to be resolved.
+    """
+    width = _bytes(recipe, target)
+    tokens = max(recipe.data.batch_tokens / processes, recipe.data.max_length)
+    spread = PARTS[recipe.parallel.engine]
+    numbers = sum(one.numel() for one in head.parameters())
+    moments = _moments(recipe, head)
+    head_parts = {"weights": numbers, "gradients": numbers, "optimizer": moments}
+    found = {
+        f"head: {name}": FULL * count / (processes if name in spread else 1)
+        for name, count in head_parts.items()
+    }
+    if width < FULL:  # autocast keeps a copy of the weights for the step
+        found["head: weights as bfloat16"] = float(width * numbers)
+    found["head: kept for the backward pass"] = tokens * kept_per_token(recipe, head)
+    found["target: weights"] = _target_bytes(recipe, target, processes, width)
+    found["target: features"] = tokens * (len(head.layers) + 1) * target.hidden_size * width
+    found["target: one layer at work"] = tokens * width * _widest(target)
+    size = recipe.loss.chunk_rows or chunk_rows(head, True)
+    rows = min(size, tokens)
+    found["logits"] = rows * FULL * wide_numbers(head)
+    found["gradient of the logits' input"] = tokens * recipe.loss.steps * target.hidden_size * width
+    return found
+
+
+def total_gb(parts: Mapping[str, float]) -> float:
+    return CONTEXT_GB + SLACK * sum(parts.values()) / 1e9
+
+
+def flops_per_token(recipe: Recipe, target: Target, head: DraftHead) -> float:
+    """Of one token of the data, as if every one were to be predicted: an upper end."""
+    steps = recipe.loss.steps
+    passes = 4 if recipe.loss.recompute else 3
+    layers = 0 if recipe.data.features is not None else _active(target)
+    inside = sum(one.numel() for one in head.parameters() if one.dim() > 1)
+    drafted = head.config.draft_vocab or head.config.vocab_size
+    logits = target.hidden_size * (target.vocab_size + 2 * steps * drafted)
+    return 2.0 * (layers + passes * steps * inside + logits)
+
+
+def kept_per_token(recipe: Recipe, head: DraftHead) -> float:
+    """Bytes that autograd keeps of one token in all steps of the head's training computation."""
+    target = head.target
+    head.recompute = recipe.loss.recompute
+    tokens_1T = torch.zeros(1, SAMPLE, dtype=torch.long, device="meta")
+    dtype = torch.bfloat16 if recipe.train.precision == "bfloat16" else torch.float32
+    shape = (1, SAMPLE, target.hidden_size)
+    features = [torch.zeros(shape, dtype=dtype, device="meta") for _ in range(len(head.layers) + 1)]
+    seen = Seen(None, features[-1], dict(zip(head.layers, features, strict=False)))
+    kept: dict[int, int] = {}
+    weights = {one.untyped_storage()._cdata for one in head.to(dtype).parameters()}
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        hidden = head.unroll(seen, tokens_1T, recipe.loss.steps)
+    assert hidden  # the graph, and with it what is kept, lives until here
+    return sum(kept.values()) / SAMPLE
+
+
+def _moments(recipe: Recipe, head: DraftHead) -> int:
+    """Numbers that the optimizer keeps: two per weight, and one for a matrix of Muon."""
+    muon = recipe.train.optimizer == "muon"
+    return sum(one.numel() * (1 if muon and one.dim() == 2 else 2) for one in head.parameters())
+
+
+def _bytes(recipe: Recipe, target: Target) -> int:
+    """Of a number of the target."""
+    known = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
+    return known[recipe.target.dtype]
+
+
+def _target_bytes(recipe: Recipe, target: Target, processes: int, width: int) -> float:
+    whole = sum(one.numel() for one in target.model.parameters())
+    if recipe.parallel.target == "replicated":
+        return float(width * whole)
+    layers = [sum(one.numel() for one in layer.parameters()) for layer in target.layers]
+    # Two are whole at a time: the one at work, and the next.
+    return width * (whole - sum(layers) * (1 - 1 / processes) + 2 * max(layers))
+
+
+def _widest(target: Target) -> int:
+    """Numbers per token of a layer at work: residual, norm, attention, and twice the MLP."""
+    config: Any = target.config
+    inner = getattr(config, "intermediate_size", None) or 4 * target.hidden_size
+    return 8 * target.hidden_size + 2 * inner
+
+
+def _active(target: Target) -> float:
+    """Weights of the layers that a token is multiplied by: of experts only the chosen ones."""
+    config: Any = target.config
+    every = next((getattr(config, name) for name in EXPERTS if getattr(config, name, None)), None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    total = 0.0
+    for layer in target.layers:
+        for name, one in layer.named_parameters():
+            part = chosen / every if every and chosen and ".experts." in f".{name}." else 1.0
+            total += part * one.numel() if one.dim() > 1 else 0
+    return total
