@@ -60,7 +60,8 @@ def recover(folder: Path) -> None:
     folder = folder.absolute()
     old = _old(folder)
     if old.is_dir() and not folder.exists():
-        old.rename(folder)
+        with suppress(FileNotFoundError):  # another process did it just now
+            old.rename(folder)
 
 
 def _swap(part: Path, folder: Path) -> None:

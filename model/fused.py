@@ -240,6 +240,11 @@ def load_fused(
     return target, load_head(folder, target)
 
 
+def is_head(folder: str | Path) -> bool:
+    recover(Path(folder))
+    return (Path(folder) / CONFIG).is_file()
+
+
 def is_fused(folder: str | Path) -> bool:
     recover(Path(folder))
     return (Path(folder) / HEADS / CONFIG).is_file()

@@ -25,6 +25,11 @@ def is_spread(model: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
+def whole(value: Tensor) -> Tensor:
+    """Put together from all processes, which call this together, where it lies in parts on them."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def from_first(make: Callable[[], Made]) -> Made:
     """What the first process makes, in every process. Its ValueError is raised in all."""
     sent: list[object] = [None, None]

@@ -24,6 +24,7 @@ def features(
 ) -> None:
     """Store the layers that the recipe's head reads; train with data.features=FOLDER."""
     from headstart.training import features as store
+    from headstart.training.launch import world_size
     from headstart.training.recipe import load_recipe
     from headstart.training.sources import read_conversations
 
@@ -32,6 +33,11 @@ def features(
     if kind is not None and kind not in store.BYTES:
         raise ValueError(f"There is no kind {kind!r}. Choose one of {', '.join(store.BYTES)}.")
     resolved = load_recipe(find_recipe(recipe), overrides or [])
+    if world_size() > 1 or resolved.parallel.target != "replicated":
+        raise ValueError(
+            "`headstart features` runs in one process that holds the whole target: start it "
+            "without torchrun, and leave parallel.target out."
+        )
     target = open_target(resolved)
     head = fresh_head(resolved, target)
     data = read_conversations(resolved.data, target, resolved.train.seed)

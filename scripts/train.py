@@ -105,7 +105,7 @@ def evaluator(
     if config.prompts is None:
         return None
     if target.spread:
-        show("The target is sharded: the best head is chosen by the held-out loss (data.holdout).")
+        show("The target is sharded: held-out conversations (data.holdout) choose the best head.")
         return None
     if not target.has_tokenizer or target.tokenizer.chat_template is None:
         show(

@@ -13,7 +13,9 @@ import torch
 from accelerate.state import AcceleratorState
 from tiny_run import tiny_head, tiny_recipe, tiny_target
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from headstart.model.head import DraftHead
 from headstart.training import loop
@@ -31,7 +33,8 @@ def recipe_for(folder: Path, data: Path, settings: dict) -> Recipe:
     train |= {key: settings[key] for key in ("optimizer", "resume") if key in settings}
     values = tiny_recipe(folder, data, **train).model_dump(exclude_none=True)
     values["data"] |= {"holdout": 5, "batch_tokens": 64}
-    values |= {"loss": {"kind": settings.get("loss", "lk"), "steps": 2}, "eval": {"every": 2}}
+    loss = {"kind": settings.get("loss", "lk"), "recompute": settings.get("recompute", False)}
+    values |= {"loss": loss | {"steps": 2}, "eval": {"every": 2}}
     return make_recipe(values | {"parallel": {"engine": settings.get("engine", "ddp")}})
 
 
@@ -66,9 +69,17 @@ def main(folder: Path, data: Path, settings: dict) -> None:
         calls = iter(range(1000))
         head.unroll = lambda *given: unroll(*given) if next(calls) < 4 else die(folder, settings)
     made: list[Engine] = []
+    exchanges = 0
+
+    def counted(group, bucket):
+        nonlocal exchanges
+        exchanges += bucket.is_last()
+        return allreduce_hook(group, bucket)
 
     def keep(*given) -> Engine:
         made.append(make_engine(*given))
+        if isinstance(getattr(made[0], "module", None), DistributedDataParallel):
+            made[0].module.register_comm_hook(None, counted)
         return made[0]
 
     def stop(at: Progress) -> None:
@@ -96,6 +107,7 @@ def main(folder: Path, data: Path, settings: dict) -> None:
         "processes": state.num_processes,
         "type": str(state.distributed_type),
         "engine": type(engine).__name__,
+        "exchanges": exchanges,
         "weights": sum(held(weight) for weight in head.parameters()),
         "moments": sum(held(value) for key, value in moments if key != "step"),
         "target_gradients": sum(one.grad is not None for one in target.model.parameters()),

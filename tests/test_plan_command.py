@@ -55,10 +55,14 @@ def recipe_for(target: Path, **sections) -> Recipe:
 
 @pytest.mark.parametrize("kind", ["eagle3", "mtp"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_memory_is_what_a_step_takes(tmp_path, kind, recompute):
+@pytest.mark.parametrize("length", [128, 512, 1024])
+def test_memory_is_what_a_step_takes(tmp_path, kind, recompute, length):
     config = llama()
     recipe = recipe_for(
-        folder_of(config, tmp_path), head={"kind": kind}, loss={"recompute": recompute}
+        folder_of(config, tmp_path),
+        head={"kind": kind},
+        data={"max_length": length},
+        loss={"recompute": recompute},
     )
     target, head = shapes(recipe)
     parts = estimate.memory(recipe, target, head, processes=1)
@@ -67,9 +71,9 @@ def test_memory_is_what_a_step_takes(tmp_path, kind, recompute):
     real_head = make_head(real, kind, {})
     real_head.recompute = recompute
     optimizers = make_optimizers(real_head, recipe.train)
-    tokens_BT = torch.randint(0, VOCAB, (4, 512))
+    tokens_BT = torch.randint(0, VOCAB, (2048 // length, length))
     mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
-    batch = Batch(tokens_BT, torch.full((4,), 512), mask_BT)
+    batch = Batch(tokens_BT, torch.full((2048 // length,), length), mask_BT)
 
     def step() -> None:
         seen = real.read(tokens_BT, layers=real_head.layers, logits=False)
@@ -82,8 +86,8 @@ def test_memory_is_what_a_step_takes(tmp_path, kind, recompute):
     expected = sum(
         value for name, value in parts.items() if name not in ("head: weights", "target: weights")
     )
-    # The step's worst moment holds not quite everything that is counted.
-    assert 0.7 < measured / expected < 1.15, (measured, parts)
+    # It may be too careful, but hardly too hopeful.
+    assert 0.7 < measured / expected < 1.1, (measured, parts)
 
 
 def test_sizes_are_those_of_the_model(tmp_path):

@@ -145,3 +145,42 @@ def test_a_save_that_was_cut_off_is_no_loss(target, data, tmp_path):
     (half / "state.json").unlink()
     run(recipe_for(folder, data, resume=True), target)
     assert everything(folder)[2]["step"] == STEPS
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4, 9])
+def test_the_last_checkpoints_are_kept_and_one_can_be_gone_back_to(target, data, tmp_path, keep):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    run(recipe_for(whole, data), target)
+    settings = {"save_every": 1, "keep": keep}
+    run(recipe_for(folder, data, **settings), target)
+
+    def older() -> list[int]:
+        names = [path.name for path in folder.glob("state_step*")]
+        return sorted(int(name.removeprefix("state_step")) for name in names)
+
+    assert older() == list(range(1, STEPS))[max(0, STEPS - keep) :]
+    if keep == 1:
+        return
+    back = older()[0]
+    shutil.rmtree(folder / "state")
+    (folder / f"state_step{back}").rename(folder / "state")
+    run(recipe_for(folder, data, **settings, resume=True), target)
+    assert older() == list(range(back, STEPS))[-(keep - 1) :]
+    (ours, our_lines, _), (theirs, lines, _) = everything(folder), everything(whole)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+    assert [one for one in our_lines if one["kind"] == "train"] == [
+        one for one in lines if one["kind"] == "train"
+    ]
+
+
+def test_auto_starts_and_goes_on(target, data, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "kind": "train"}\n')  # killed before a save
+    run(recipe_for(folder, data, resume="auto", steps=4), target)
+    assert [one["step"] for one in everything(folder)[1] if one["kind"] == "train"] == [1, 2, 3, 4]
+    run(recipe_for(folder, data, resume="auto", steps=4), target)  # at its end
+    shutil.rmtree(folder / "state")
+    with pytest.raises(ValueError, match="Nothing there is replaced"):  # best and last are there
+        run(recipe_for(folder, data, resume="auto", steps=4), target)

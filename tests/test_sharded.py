@@ -22,10 +22,12 @@ HERE = Path(__file__).parent
 PROCESSES = 2
 
 
-def write_recipe(folder: Path, name: Path, data: Path, **parallel: str) -> Path:
+def write_recipe(
+    folder: Path, name: Path, data: Path, kind: str = "eagle3", **parallel: str
+) -> Path:
     values = {
         "target": {"name": str(name), "dtype": "float32"},
-        "head": {"kind": "eagle3"},
+        "head": {"kind": kind},
         "data": {"path": str(data), "max_length": 32, "batch_tokens": 64, "holdout": 4},
         "loss": {"steps": 2, "chunk_rows": 50},
         "train": {"output": str(folder / "run"), "precision": "float32", "lr": 1e-3, "steps": 5},
@@ -52,14 +54,14 @@ def run_together(recipe: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
-def test_a_target_in_parts_trains_the_same_head(tmp_path, engine):
+@pytest.mark.parametrize(("kind", "engine"), [("eagle3", "fsdp2"), ("mtp", "zero2")])
+def test_a_target_in_parts_trains_the_same_head(tmp_path, kind, engine):
     target = chatty.save(tmp_path / "target")
     data = write_rows(tmp_path / "data.jsonl", mixed_rows(24))
-    pair = write_recipe(tmp_path / "pair", target, data, engine=engine, target="sharded")
+    pair = write_recipe(tmp_path / "pair", target, data, kind, engine=engine, target="sharded")
     done = run_together(pair)
     assert done.returncode == 0, done.stderr[-4000:]
-    alone = write_recipe(tmp_path / "alone", target, data)
+    alone = write_recipe(tmp_path / "alone", target, data, kind)
     run_recipe(load_recipe(alone))
 
     facts = [json.loads((pair.parent / f"facts_{n}.json").read_text()) for n in range(PROCESSES)]

@@ -60,18 +60,20 @@ def save_state(
 
 
 def _keep_older(folder: Path, step: int, keep: int) -> None:
-    """Give the present checkpoint a name of its own before that of `step` takes its place, and drop
-    what is too old."""
-    if keep == 1:
-        return
+    """Give the present checkpoint a name of its own before that of `step` takes its place.
+
+    Dropped are those that are too old, and those ahead of it: somebody went back behind them.
+    """
     facts, name = load_facts(folder), f"{folder.name}_step"
-    if facts is not None and facts["step"] != step:
+    if facts is not None and facts["step"] != step and keep > 1:
         with written_beside(folder.with_name(f"{name}{facts['step']}"), STATE) as older:
             for file in (TENSORS, STATE):
                 _link(folder / file, older / file)
     found = [path for path in folder.parent.glob(f"{name}*") if path.name[len(name) :].isdigit()]
     found.sort(key=lambda path: int(path.name[len(name) :]))
-    for path in found[: len(found) - (keep - 1)]:
+    behind = [path for path in found if int(path.name[len(name) :]) < step]
+    kept = behind[max(0, len(behind) - (keep - 1)) :]
+    for path in set(found) - set(kept):
         shutil.rmtree(path)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from headstart.model.fused import is_head, read_head_file
 from headstart.model.head import UNSET, DraftHead
 from headstart.model.target import Target
 
@@ -24,8 +25,13 @@ from .trackers import check_trackers
 WRITTEN = ("best", "last", FIGURES)  # by a run, beside its state
 
 
-def check_fit(recipe: Recipe, target: Target, head: DraftHead) -> None:
-    """What can be known to be wrong before data is read."""
+def check_fit(recipe: Recipe, target: Target, head: DraftHead, decodes: bool) -> None:
+    """What can be known to be wrong before data is read. decodes: whether evaluations decode."""
+    if decodes and target.spread:
+        raise ValueError(
+            "A target in parts on several processes does not decode, so heads cannot be evaluated "
+            "with it by decoding: leave `evaluate` out."
+        )
     steps = recipe.loss.steps
     if head.max_depth is not None and head.max_depth != steps:
         raise ValueError(
@@ -114,6 +120,17 @@ def check_same(facts: Mapping[str, Any], folder: Path, data: str, target: str) -
                 f"The {what} has changed since {folder} was saved, so the run cannot go on where "
                 f"it stopped. Restore the {what}, or start anew in another train.output."
             )
+
+
+def best_holds(facts: Mapping[str, Any], recipe: Recipe, best: Path) -> bool:
+    """Whether the score of the best head so far can be compared with those to come, and the head
+    that is kept is the one that has it: not where a run goes on from an older checkpoint."""
+    before, now = facts["recipe"], recipe.model_dump(mode="json")
+    if before["eval"] != now["eval"]:
+        return False
+    if before.get("parallel", {}).get("target", "replicated") != now["parallel"]["target"]:
+        return False
+    return not is_head(best) or read_head_file(best).meta.tokens <= facts["answer_tokens"]
 
 
 def choose_draft_vocab(head: DraftHead, corpus: Corpus) -> None:

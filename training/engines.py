@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from headstart.model.head import DraftHead
 from headstart.model.seen import Seen
+from headstart.model.spread import whole
 
 from .optim import make_optimizers, set_learning_rate
 from .parallel import Team
@@ -58,8 +59,8 @@ class Engine(ABC):
         self.unrolled = Unrolled(head, recipe)
 
     @abstractmethod
-    def forward(self, seen: Seen, tokens_BT: Tensor) -> list[Tensor]:
-        """`DraftHead.unroll`, by the spread-out head."""
+    def forward(self, seen: Seen, tokens_BT: Tensor, *, last: bool) -> list[Tensor]:
+        """`DraftHead.unroll`, by the spread-out head. last: as for the `backward` that follows."""
 
     @abstractmethod
     def backward(self, total: Tensor, *, last: bool) -> None:
@@ -100,17 +101,22 @@ class Replicated(Engine):
     def _spread(self, module: nn.Module) -> nn.Module:
         return self.team.prepare(module)
 
-    def forward(self, seen: Seen, tokens_BT: Tensor) -> list[Tensor]:
-        hidden: list[Tensor] = self.module(seen, tokens_BT)
+    def forward(self, seen: Seen, tokens_BT: Tensor, *, last: bool) -> list[Tensor]:
+        with self._exchanging(last):  # DDP decides here what its backward pass will do
+            hidden: list[Tensor] = self.module(seen, tokens_BT)
         return hidden
 
     def backward(self, total: Tensor, *, last: bool) -> None:
-        with self.team.backward_alone(self.module, not last):
+        with self._exchanging(last):
             total.backward()
+
+    def _exchanging(self, last: bool) -> AbstractContextManager[object]:
+        """Gradients are exchanged behind the last batch of a step only."""
+        return self.team.backward_alone(self.module, not last)
 
     def update(self, rate: float) -> float:
         norm = nn.utils.clip_grad_norm_(self.head.parameters(), self.clip)
-        norm = _whole(norm)
+        norm = whole(norm)
         if bool(norm.isfinite()):
             set_learning_rate(self.optimizers, rate)
             for optimizer in self.optimizers:
@@ -126,9 +132,9 @@ class Replicated(Engine):
         state: dict[str, Tensor] = {}
         for place, optimizer, weight in places(self.optimizers):
             for key, value in optimizer.state.get(weight, {}).items():
-                whole = _whole(value)
+                together = whole(value)
                 if self.team.main:  # on the CPU, so that one tensor at a time is whole on a GPU
-                    state[f"{place}.{key}"] = whole.detach().cpu()
+                    state[f"{place}.{key}"] = together.detach().cpu()
         return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -149,17 +155,17 @@ class Sharded(Replicated):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)  # in place
         return module
 
-    def backward(self, total: Tensor, *, last: bool) -> None:
+    def _exchanging(self, last: bool) -> AbstractContextManager[object]:
         assert isinstance(self.module, FSDPModule)
         self.module.set_requires_gradient_sync(last)
-        total.backward()
+        return nullcontext()
 
     def whole_head(self) -> DraftHead | None:
         weights: dict[str, Tensor] = {}
         for name, value in self.head.state_dict().items():
-            whole = _whole(value)
+            together = whole(value)
             if self.team.main:
-                weights[name] = whole
+                weights[name] = together
         return filled(self.head, weights) if self.team.main else None
 
 
@@ -206,12 +212,6 @@ def check_state(place: str, shape: torch.Size, values: Mapping[str, Tensor]) -> 
             f"for a weight of {list(shape)}). Use the recipe it was made with, or another "
             "train.output."
         )
-
-
-def _whole(value: Any) -> Tensor:
-    """Gathered from all processes where it is spread over them."""
-    assert isinstance(value, Tensor)
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _ours(value: Tensor) -> Tensor:

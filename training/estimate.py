@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headstart.model.head import DraftHead
+from headstart.model.recurrent import QUERY_CHUNK
 from headstart.model.seen import Seen
 from headstart.model.target import Target
 
@@ -25,6 +26,7 @@ SAMPLE = 16  # tokens that the head is built up for: so few that attention weigh
 FULL = 4  # bytes of the head's weights, gradients and moments
 CONTEXT_GB = 0.8  # what CUDA and its libraries take on every GPU
 SLACK = 1.1  # of the allocator
+ATTENTION_COPIES = 2.5  # of the scores of a chunk, in the backward pass
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call them
 PARTS = {  # of the head, by engine: what lies in parts on all processes
     "ddp": (),
@@ -70,13 +72,16 @@ def memory(recipe: Recipe, target: Target, head: DraftHead, processes: int) -> d
     }
     if width < FULL:  # autocast keeps a copy of the weights for the step
         found["head: weights as bfloat16"] = float(width * numbers)
-    found["head: kept for the backward pass"] = tokens * kept_per_token(recipe, head)
+    kept, at_work = _attention(recipe, head, tokens)
+    found["head: kept for the backward pass"] = kept + tokens * kept_per_token(
+        head, recipe, recompute=recipe.loss.recompute
+    )
     found["target: weights"] = _target_bytes(recipe, target, processes, width)
     found["target: features"] = tokens * (len(head.layers) + 1) * target.hidden_size * width
     found["target: one layer at work"] = tokens * width * _widest(target)
-    size = recipe.loss.chunk_rows or chunk_rows(head, True)
-    rows = min(size, tokens)
-    found["logits"] = rows * FULL * wide_numbers(head)
+    rows = min(recipe.loss.chunk_rows or chunk_rows(head, True), tokens)
+    # The logits come before the backward pass, the head's attention is worked out within it.
+    found["logits, or a step going backward"] = max(rows * FULL * wide_numbers(head), at_work)
     found["gradient of the logits' input"] = tokens * recipe.loss.steps * target.hidden_size * width
     return found
 
@@ -96,10 +101,24 @@ def flops_per_token(recipe: Recipe, target: Target, head: DraftHead) -> float:
     return 2.0 * (layers + passes * steps * inside + logits)
 
 
-def kept_per_token(recipe: Recipe, head: DraftHead) -> float:
+def _attention(recipe: Recipe, head: DraftHead, tokens: float) -> tuple[float, float]:
+    """Bytes of what grows with the square of the length in the later steps of the `append` layout:
+    kept until the backward pass, and at work in it; with what is worked out again there."""
+    steps, recompute = recipe.loss.steps, recipe.loss.recompute
+    again = tokens * kept_per_token(head, recipe, recompute=False) / steps if recompute else 0.0
+    if getattr(head, "attention_layout", None) != "append" or steps == 1:
+        return 0.0, again
+    length, heads = recipe.data.max_length, head.config.layer.num_attention_heads  # type: ignore[attr-defined]
+    chunk = tokens / length * heads * min(length, QUERY_CHUNK) * (length + steps) * FULL
+    kept = chunk if length <= QUERY_CHUNK else 0.0  # longer ones are worked out again anyhow
+    at_work = ATTENTION_COPIES * chunk + again + (kept if recompute else 0.0)
+    return (0.0 if recompute else (steps - 1) * kept), at_work
+
+
+def kept_per_token(head: DraftHead, recipe: Recipe, *, recompute: bool) -> float:
     """Bytes that autograd keeps of one token in all steps of the head's training computation."""
     target = head.target
-    head.recompute = recipe.loss.recompute
+    head.recompute = recompute
     tokens_1T = torch.zeros(1, SAMPLE, dtype=torch.long, device="meta")
     dtype = torch.bfloat16 if recipe.train.precision == "bfloat16" else torch.float32
     shape = (1, SAMPLE, target.hidden_size)

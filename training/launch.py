@@ -78,6 +78,13 @@ def _launched(config: ParallelConfig) -> ParallelConfig:
     if os.environ.get(DEEPSPEED) == "true":
         file = os.environ.get(FILE, "none")
         named = file.lower() != "none"
+        for part in ("OPTIMIZER", "PARAM"):
+            where = os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE", "none")
+            if not named and where not in ("none", ""):
+                raise ValueError(
+                    f"accelerate was configured to offload to {where}. Write that into a file of "
+                    "DeepSpeed's and name it as deepspeed_config_file, or as parallel.deepspeed."
+                )
         stage = _stage(Path(file)) if named else os.environ.get(STAGE, "2")
         update = {"engine": f"zero{stage}", "deepspeed": file if named else config.deepspeed}
         return ParallelConfig.model_validate(config.model_dump() | update)
@@ -114,7 +121,10 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
         wrong.append(f"zero_optimization.stage (the recipe has parallel.engine=zero{stage})")
     if wrong:
         raise ValueError(f"{path} decides what the recipe decides: {'; '.join(wrong)}. Drop that.")
-    kept = {key: value for key, value in given.items() if key not in OURS}
+    if zero.get("compute_grad_norm") is False:
+        raise ValueError(f"{path}: the norm of the gradients is needed. Drop compute_grad_norm.")
+    kept = {key: value for key, value in given.items() if key not in OURS and value != "auto"}
+    zero = {key: value for key, value in zero.items() if value != "auto"}
     return kept | {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; batches here vary in size
         "gradient_accumulation_steps": recipe.train.accumulate,

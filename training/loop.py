@@ -37,6 +37,7 @@ from .checkpoint import (
     save_tensors,
 )
 from .checks import (
+    best_holds,
     check_fit,
     check_folder,
     check_lengths,
@@ -113,7 +114,7 @@ class _Run:
         self.folder = Path(recipe.train.output)
         facts = load_facts(self.folder / FOLDER)
         recipe = with_engine(with_precision(recipe, target, facts))
-        check_fit(recipe, target, head)
+        check_fit(recipe, target, head, evaluate is not None)
         check_folder(recipe, self.folder, facts)
         self.recipe, self.target, self.head = recipe, target, head
         self.evaluate = evaluate
@@ -187,10 +188,10 @@ class _Run:
         self.clock.mark("data")
         sums = StepSums.zeros(loss.steps, self.target.device)
         for index, batch in enumerate(batches):
-            result = self._loss(batch, loss)
+            last = index + 1 == len(batches)
+            result = self._loss(batch, loss, last=last)
             # Averaged over processes afterwards, hence the factor.
-            total = result.total * (self.team.count / weight)
-            self.engine.backward(total, last=index + 1 == len(batches))
+            self.engine.backward(result.total * (self.team.count / weight), last=last)
             self.clock.mark("backward")  # and the exchange of gradients, which it overlaps
             sums = sums + result.sums
         sums = StepSums.unpack(self.team.sum(sums.pack()).cpu())
@@ -214,10 +215,10 @@ class _Run:
         """Our rows of a batch, where the target is."""
         return batch.part(self.team.index, self.team.count).to(self.target.device)
 
-    def _loss(self, batch: Batch, config: LossConfig) -> Loss:
+    def _loss(self, batch: Batch, config: LossConfig, *, last: bool = True) -> Loss:
         seen = read(self.features, self.target, batch, self.head.layers)
         self.clock.mark("target")
-        hidden = self.engine.forward(seen, batch.tokens_BT)
+        hidden = self.engine.forward(seen, batch.tokens_BT, last=last)
         with self.engine.unrolled.autocast():
             result = loss_sum(config, self.head, seen, hidden, batch)
         self.clock.mark("head")
@@ -339,10 +340,10 @@ class _Run:
         self.head.bind(self.target)  # forgets what it worked out from the old weights
         self.at = self.at.resumed(facts)
         self.saved_step = self.at.step
-        if facts["recipe"]["eval"] == self.recipe.eval.model_dump(mode="json"):
+        if best_holds(facts, self.recipe, self.folder / "best"):
             return [], optimizer
         self.at.forget_best()
-        note = "The settings in eval have changed: the best head is chosen anew from here on."
+        note = "Evaluation has changed, or the run went back: the best head is chosen anew."
         return [note], optimizer
 
     def _plan(self, seconds: float) -> None:

@@ -164,8 +164,8 @@ class ParallelConfig(Section):
 
     engine: auto is what `accelerate launch` was configured for, else ddp. deepspeed: a JSON file
     for zero1, zero2 and zero3, with more settings (offloading, bucket sizes). target: sharded puts
-    its layers in parts on all processes, for targets that do not fit one accelerator; the best head
-    is then chosen by the held-out loss, since such a target does not decode.
+    its layers in parts on all processes, for targets that do not fit one accelerator; held-out
+    conversations then choose the best head, since such a target does not decode.
     """
 
     engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"

@@ -45,7 +45,7 @@ class Zero(Engine):
         )
         self._make_room()
 
-    def forward(self, seen: Seen, tokens_BT: Tensor) -> list[Tensor]:
+    def forward(self, seen: Seen, tokens_BT: Tensor, *, last: bool) -> list[Tensor]:
         hidden: list[Tensor] = self.engine(seen, tokens_BT)
         return hidden
 
@@ -57,6 +57,10 @@ class Zero(Engine):
         set_learning_rate([self.optimizer], rate)
         self.engine.step()  # it clips, and leaves out a step whose norm is no number
         return float(self.engine.get_global_grad_norm())
+
+    def is_finite(self) -> bool:
+        weights = [getattr(weight, "ds_tensor", weight) for weight in self.head.parameters()]
+        return all(bool(weight.isfinite().all()) for weight in weights)
 
     def whole_head(self) -> DraftHead | None:
         weights = dict(self.head.named_buffers())
@@ -83,9 +87,21 @@ class Zero(Engine):
             check_state(place, _shape(weight), values)
             for key in MOMENTS if values else ():  # none before the first step
                 value = values[key].to(self.head.target.device)
-                self.utils.safe_set_full_optimizer_state(weight, value, key)
+                if hasattr(weight, "ds_tensor"):  # stage 3 wants this process's own part
+                    part = self._part(value, weight.ds_tensor.numel())
+                    self.utils.safe_set_local_optimizer_state(weight, part, key)
+                else:
+                    self.utils.safe_set_full_optimizer_state(weight, value, key)
             for flat in self.optimizer.state.values() if values else ():
                 flat["step"].copy_(values["step"])
+
+    def _part(self, value: Tensor, size: int) -> Tensor:
+        """What this process has of a tensor that is cut into parts of `size`, the last ones filled
+        up with zeros."""
+        padded = torch.nn.functional.pad(
+            value.flatten(), (0, size * self.team.count - value.numel())
+        )
+        return padded[size * self.team.index :][:size]
 
     def _make_room(self) -> None:
         """Optimizer state as AdamW makes it in its first step. DeepSpeed links weights with it once

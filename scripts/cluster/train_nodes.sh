@@ -8,6 +8,8 @@
 # when all are started again.
 set -euo pipefail
 
+# How long a process that is asked to stop may take to save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "$NODES" --node-rank "$NODE" --nproc-per-node "${GPUS:-gpu}" \
     --master-addr "${FIRST%:*}" --master-port "${FIRST##*:}" \
