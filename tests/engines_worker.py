@@ -21,6 +21,7 @@ from headstart.model.head import DraftHead
 from headstart.training import loop
 from headstart.training.engines import Engine, make_engine
 from headstart.training.interrupt import Interrupted
+from headstart.training.parallel import local_device
 from headstart.training.recipe import Recipe, make_recipe
 from headstart.training.report import Progress
 
@@ -60,7 +61,7 @@ def die(folder: Path, settings: dict) -> None:
 
 def main(folder: Path, data: Path, settings: dict) -> None:
     torch.set_num_threads(1)
-    target = tiny_target()
+    target = tiny_target(device=local_device() if settings.get("gpus") else "cpu")
     head = tiny_head(target, draft_vocab=20)
     rank = int(os.environ["RANK"])
     data = Path(str(data).replace("{rank}", str(rank)))

@@ -21,7 +21,7 @@ from headstart.training.recipe import Recipe, make_recipe
 VOCAB = 48
 
 
-def tiny_target(layers: int = 2) -> Target:
+def tiny_target(layers: int = 2, device: torch.device | str = "cpu") -> Target:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -33,7 +33,7 @@ def tiny_target(layers: int = 2) -> Target:
         initializer_range=0.2,
         tie_word_embeddings=False,
     )
-    return Target.wrap(LlamaForCausalLM(config))
+    return Target.wrap(LlamaForCausalLM(config).to(device))
 
 
 def follower() -> Tensor:
