@@ -82,7 +82,7 @@ def test_a_slurm_job_saves_goes_back_into_the_queue_and_goes_on(tmp_path):
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
-    steps = 400
+    steps = 200
     recipe = write_recipe(tmp_path, steps)
     environment = os.environ | {
         "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",

@@ -26,6 +26,7 @@ from headstart.model.fused import (
 from headstart.model.head import DraftHead, kinds, make_head
 from headstart.model.meta import HeadMeta, Measurement
 from headstart.model.target import Target
+from headstart.scripts.shipped import shipped_head
 
 VOCAB, DRAFT_VOCAB = 97, 31
 META = HeadMeta(
@@ -363,10 +364,7 @@ def test_model_card_tells_what_was_measured(target: Target, tmp_path: Path, plai
 def test_a_gguf_target_becomes_a_plain_folder(smollm2: Path, tmp_path: Path) -> None:
     """The real model: written out, hashed alike, and its tokenizer comes along."""
     target = Target.load(smollm2)
-    head = make_head(target, "medusa", {"draft_vocab": 64})
-    head.set_draft_vocab(torch.arange(64))
-    save_head(head, tmp_path / "head", META)
-    fuse(smollm2, tmp_path / "head", tmp_path / "fused")
+    fuse(smollm2, shipped_head(), tmp_path / "fused")
     model, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "fused", output_loading_info=True
     )
@@ -374,4 +372,7 @@ def test_a_gguf_target_becomes_a_plain_folder(smollm2: Path, tmp_path: Path) -> 
     assert target_hash(Target.wrap(model)) == target_hash(target)
     tokens = torch.tensor([target.tokenizer("The capital of France is")["input_ids"]])
     assert torch.equal(model(tokens).logits, target.model(tokens).logits)
-    assert load_fused(tmp_path / "fused")[0].tokenizer.decode(tokens[0]).endswith("France is")
+    again, head = load_fused(tmp_path / "fused")
+    assert again.tokenizer.decode(tokens[0]).endswith("France is")
+    assert torch.equal(again.read(tokens).logits_BTV, target.read(tokens).logits_BTV)
+    assert head.kind == load_head(shipped_head(), target).kind

@@ -193,7 +193,7 @@ def test_a_score_of_other_evaluations_is_forgotten(target, tmp_path):
         log=seen.append,
     )
     assert result.score is not None and result.score < 99 and result.best_step >= 4
-    assert any("settings in eval have changed" in at.message for at in seen)
+    assert any("Evaluation has changed" in at.message for at in seen)
 
 
 def test_a_score_that_is_no_number_never_stays_best():

@@ -10,7 +10,7 @@ import torch
 
 from headstart.inference.answer import prompt_ids
 from headstart.inference.measure import PLAIN, Contestant, measure
-from headstart.model.fused import fuse, load_fused, load_head
+from headstart.model.fused import load_head
 from headstart.model.target import Target
 from headstart.model.tree import TreeShape
 from headstart.scripts.prompts import read_prompts, shipped_prompts
@@ -59,12 +59,3 @@ def test_real_prompts_are_answered_identically(target):
 def test_shipped_head_is_small():
     size = sum(file.stat().st_size for file in shipped_head().iterdir())
     assert size <= MEGABYTES * 1e6
-
-
-def test_gguf_and_head_fuse_into_one_folder(smollm2, target, tmp_path):
-    fuse(smollm2, shipped_head(), tmp_path / "fused")
-    again, head = load_fused(tmp_path / "fused", dtype="float32")
-    tokens_BT = torch.tensor([prompt_ids(target, [{"role": "user", "content": "Hello!"}])])
-    ours, theirs = again.read(tokens_BT), target.read(tokens_BT)
-    assert torch.equal(ours.logits_BTV, theirs.logits_BTV)
-    assert head.kind == load_head(shipped_head(), target).kind
