@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from chatty import save
-from tiny_run import mixed_rows, write_rows
+from tiny_run import mixed_rows, skip_without_deepspeed, write_rows
 
 SCRIPTS = Path(__file__).parent.parent / "scripts" / "cluster"
 pytestmark = [
@@ -135,6 +135,7 @@ def test_a_slurm_job_saves_goes_back_into_the_queue_and_goes_on(tmp_path):
 
 
 def test_machines_without_a_cluster_manager(tmp_path):
+    skip_without_deepspeed("zero1")
     recipe = write_recipe(tmp_path, 4)
     first = f"127.0.0.1:{free_port()}"
     nodes = [

@@ -16,7 +16,15 @@ import pytest
 import torch
 from engines_worker import STEPS, decoded, recipe_for
 from safetensors.torch import load_file
-from tiny_run import VOCAB, learned, mixed_rows, tiny_head, tiny_target, write_rows
+from tiny_run import (
+    VOCAB,
+    learned,
+    mixed_rows,
+    skip_without_deepspeed,
+    tiny_head,
+    tiny_target,
+    write_rows,
+)
 
 from headstart.training.data import Batches
 from headstart.training.loop import train
@@ -128,6 +136,7 @@ def check_equal(one: Path, other: Path, near: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: "-".join(map(str, sum(chain, ()))))
 def test_engines_equal_one_process_and_go_on_with_one_another(data, tmp_path, chain):
+    skip_without_deepspeed(*(engine for engine, _ in chain))
     reference, folder = tmp_path / "alone", tmp_path / "together"
     alone(reference, data, {})
     head = tiny_head(tiny_target(), draft_vocab=20)
@@ -159,6 +168,7 @@ def test_engines_equal_one_process_and_go_on_with_one_another(data, tmp_path, ch
     ],
 )
 def test_two_processes_equal_one(data, tmp_path, loss, optimizer, engine, recompute):
+    skip_without_deepspeed(engine)
     settings = {"loss": loss, "optimizer": optimizer}
     alone(tmp_path / "alone", data, settings)
     settings |= {"engine": engine, "recompute": recompute}
@@ -172,6 +182,7 @@ def test_two_processes_equal_one(data, tmp_path, loss, optimizer, engine, recomp
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "engine"), [("fsdp2", "fsdp2"), ("zero2", "zero2")])
 def test_accelerate_launch_decides_where_the_recipe_does_not(data, tmp_path, file, engine):
+    skip_without_deepspeed(engine)
     config = HERE.parent / "configs" / "accelerate" / f"{file}.yaml"
     launcher = ["accelerate.commands.launch", "--config_file", str(config)]
     launcher += ["--main_process_port", "0", "--num_processes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ def environment(monkeypatch) -> pytest.MonkeyPatch:
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "FSDP_VERSION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # DeepSpeed may be missing
     return monkeypatch
 
 
@@ -106,3 +108,9 @@ def test_the_files_that_come_along_fit(stage):
     file = CONFIGS / "deepspeed" / f"zero{stage}.json"
     settings = deepspeed_settings(recipe(engine=f"zero{stage}", deepspeed=str(file)))
     assert settings["zero_optimization"]["stage"] == stage
+
+
+def test_deepspeed_that_is_missing(environment):
+    environment.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'headstart\[cluster\]'"):
+        with_engine(recipe(engine="zero2"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_run import mixed_rows, write_rows
+from tiny_run import mixed_rows, skip_without_deepspeed, write_rows
 
 from headstart.scripts.train import run_recipe
 from headstart.training.recipe import load_recipe
@@ -56,6 +56,7 @@ def run_together(recipe: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "engine"), [("eagle3", "fsdp2"), ("mtp", "zero2")])
 def test_a_target_in_parts_trains_the_same_head(tmp_path, kind, engine):
+    skip_without_deepspeed(engine)
     target = chatty.save(tmp_path / "target")
     data = write_rows(tmp_path / "data.jsonl", mixed_rows(24))
     pair = write_recipe(tmp_path / "pair", target, data, kind, engine=engine, target="sharded")

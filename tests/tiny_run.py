@@ -6,9 +6,11 @@ Legend: V vocabulary.
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -87,6 +89,12 @@ def tiny_recipe(folder: Path, data: Path, **train: Any) -> Recipe:
             "train": {"output": str(folder), "precision": "float32", "lr": 1e-2, **train},
         }
     )
+
+
+def skip_without_deepspeed(*engines: str) -> None:
+    """Where one of the engines is DeepSpeed's and that is not installed."""
+    if any(engine.startswith("zero") for engine in engines) and not find_spec("deepspeed"):
+        pytest.skip("DeepSpeed is not installed")
 
 
 def learned(figures: dict[str, Any]) -> dict[str, Any]:
