@@ -52,6 +52,7 @@ from .checks import (
 from .clock import Clock
 from .data import Batch, Batches
 from .engines import make_engine
+from .estimate import flops_per_token
 from .features import open_features, read
 from .interrupt import Abandoned, Interrupted, StopRequest
 from .launch import with_engine
@@ -138,6 +139,7 @@ class _Run:
             notes += changes
         else:
             choose_draft_vocab(head, self.corpus)
+        self.flops = flops_per_token(recipe, target, head)
         self.engine = make_engine(head, recipe, self.team)
         self.engine.restore(optimizer)
         self.report: Report | None = None
@@ -204,7 +206,8 @@ class _Run:
         seconds = time.monotonic() - began
         self._plan(seconds)
         figures |= {"lr": rate, "gradient_norm": norm, "tokens": float(self.at.tokens)}
-        self._report_step(figures | self.clock.figures(tokens / seconds))
+        tflops = tokens / seconds * self.flops / self.team.count / 1e12
+        self._report_step(figures | {"tflops": tflops} | self.clock.figures(tokens / seconds))
         return False
 
     def _next_batches(self) -> list[Batch]:
