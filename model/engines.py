@@ -31,6 +31,8 @@ def engine_keys(head: DraftHead, target: PretrainedConfig) -> dict[str, Any]:
 
 def unservable(head: DraftHead) -> str | None:
     """Why stock engines cannot draft with this head, or None when they can."""
+    if getattr(head, "window", None) is not None:
+        return "they let a head see the whole text, and this one has a window"
     if isinstance(head, mtp.Head):
         return None  # one step is served, which all attention layouts have in common
     if not isinstance(head, eagle3.Head):

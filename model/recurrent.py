@@ -10,6 +10,9 @@ drafts garbage in another:
              vLLM, SGLang and llama.cpp serve)
     kvshare  step k at anchor p sees the pairs up to p only (GLM-5.2): drafted nodes leave no keys
 
+With a *window* of W only the last W pairs up to the anchor are seen, in every step: a head for long
+texts, whose cost and whose guesses then do not depend on how much text came before.
+
 Legend: B batch rows, T positions, P new positions, F frontier nodes, S cache columns, M drafted
 columns, H query heads, G key/value heads, C head channels, D hidden size.
 """
@@ -41,6 +44,7 @@ class RecurrentHead(DraftHead):
     """Drafts by applying one cell again and again. A kind says what the cell is."""
 
     attention_layout: AttentionLayout
+    window: int | None = None
 
     @abstractmethod
     def feature(self, seen: Seen) -> Tensor:
@@ -62,7 +66,7 @@ class RecurrentHead(DraftHead):
 
     def unroll(self, seen: Seen, tokens_BT: Tensor, steps: int) -> list[Tensor]:
         positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        attend = _Unrolled(self.attention_layout)
+        attend = _Unrolled(self.attention_layout, self.window)
         feature_BTD = self.feature(seen)
         hidden: list[Tensor] = []
         for step in range(steps):
@@ -95,7 +99,7 @@ class RecurrentHead(DraftHead):
             self.target.embed(next_tokens_BP).to(feature_BPD.dtype),
             feature_BPD,
             positions_BP,
-            CachedAttend(state.cache, causal_BPP),
+            CachedAttend(state.cache, causal_BPP, _first(positions_BP, self.window)),
         )
         state.cache.commit(None, counts_B)
         last_B1 = (counts_B - 1)[:, None]
@@ -107,8 +111,9 @@ class RecurrentHead(DraftHead):
     @torch.no_grad()
     def draft(self, state: Pairs, shape: TreeShape, goes_on: GoesOn | None = None) -> Tree:
         assert state.output_B1D is not None and state.root_B is not None
-        nodes = _DraftedNodes(state.cache, self.attention_layout)
         last_B1 = state.cache.lengths_B[:, None] - 1
+        first_B1 = _first(last_B1, self.window)
+        nodes = _DraftedNodes(state.cache, self.attention_layout, first_B1)
         output_BFD = state.output_B1D
 
         def step(frontier: Frontier) -> Children:
@@ -128,8 +133,8 @@ class RecurrentHead(DraftHead):
 class _Unrolled:
     """Training attention: causal in step 0, then causal over step 0 plus the own chain."""
 
-    def __init__(self, layout: AttentionLayout):
-        self.layout = layout
+    def __init__(self, layout: AttentionLayout, window: int | None):
+        self.layout, self.window = layout, window
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -139,17 +144,17 @@ class _Unrolled:
 
     def _attend(self, step: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if step and self.layout == "kvshare":
-            return grouped_attention(queries, self.keys[0], self.values[0], None, causal=True)
+            return _causal(queries, self.keys[0], self.values[0], self.window)
         if len(self.keys) == step:
             self.keys.append(keys)
             self.values.append(values)
         if step == 0:
-            return grouped_attention(queries, keys, values, None, causal=True)
+            return _causal(queries, keys, values, self.window)
         # What is worked out later must not see the steps that came after it.
         chain = ((*self.keys[:step], keys), (*self.values[:step], values))
         positions = queries.shape[2]
         if positions <= QUERY_CHUNK:
-            return _attend_chain(queries, 0, *chain)
+            return _attend_chain(queries, 0, *chain, self.window)
         # Recomputed in the backward pass, so that no T x T matrix outlives its chunk.
         parts = [
             checkpoint(
@@ -157,6 +162,7 @@ class _Unrolled:
                 queries[:, :, at : at + QUERY_CHUNK],
                 at,
                 *chain,
+                self.window,
                 use_reentrant=False,
             )
             for at in range(0, positions, QUERY_CHUNK)
@@ -164,26 +170,55 @@ class _Unrolled:
         return torch.cat(parts, 2)
 
 
+def _causal(queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    """Every position sees itself and what came before, of that at most the last `window`."""
+    positions = queries.shape[2]
+    if window is None or positions <= window:
+        return grouped_attention(queries, keys, values, None, causal=True)
+    parts = []
+    for at in range(0, positions, QUERY_CHUNK):
+        until = min(at + QUERY_CHUNK, positions)
+        first = max(0, at - window + 1)
+        rows = torch.arange(at, until, device=queries.device)[:, None]
+        columns = torch.arange(first, until, device=queries.device)
+        mask = (columns <= rows) & (columns > rows - window)
+        seen = keys[:, :, first:until], values[:, :, first:until]
+        parts.append(grouped_attention(queries[:, :, at:until], *seen, mask[None, None]))
+    return torch.cat(parts, 2)
+
+
+def _first(anchors_BN: Tensor, window: int | None) -> Tensor | None:
+    """The first position that an anchor sees."""
+    return None if window is None else anchors_BN - window + 1
+
+
 def _attend_chain(
-    queries: Tensor, at: int, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]
+    queries: Tensor,
+    at: int,
+    keys: tuple[Tensor, ...],
+    values: tuple[Tensor, ...],
+    window: int | None,
 ) -> Tensor:
     """Queries from position `at` on: step-0 keys up to themselves, later keys of their own."""
     batch, heads, rows, channels = queries.shape
     groups = keys[0].shape[1]
-    until = at + rows
+    until, first = at + rows, 0 if window is None else max(0, at - window + 1)
     queries = queries.reshape(batch, groups, heads // groups, rows, channels)
     queries = queries * channels**-0.5
-    first_keys, first_values = keys[0][:, :, None, :until], values[0][:, :, None, :until]
+    first_keys = keys[0][:, :, None, first:until]
+    first_values = values[0][:, :, None, first:until]
     own_keys = [later[:, :, None, at:until] for later in keys[1:]]
     own_values = [later[:, :, None, at:until] for later in values[1:]]
     scores = queries @ first_keys.transpose(-1, -2)
-    places = torch.arange(until, device=queries.device)
-    scores = scores.masked_fill(places[None, :] > places[at:, None], float("-inf"))
+    places = torch.arange(first, until, device=queries.device)
+    own = torch.arange(at, until, device=queries.device)[:, None]
+    hidden = places > own if window is None else (places > own) | (places <= own - window)
+    scores = scores.masked_fill(hidden, float("-inf"))
     chain = torch.stack([(queries * later).sum(-1) for later in own_keys], -1)
     weights = torch.cat([scores, chain.to(scores.dtype)], -1).softmax(-1).to(first_values.dtype)
-    attended = weights[..., :until] @ first_values
+    attended = weights[..., : until - first] @ first_values
     for index, later in enumerate(own_values):
-        attended = attended + weights[..., until + index, None] * later
+        attended = attended + weights[..., until - first + index, None] * later
     return attended.reshape(batch, heads, rows, channels)
 
 
@@ -208,8 +243,8 @@ class Pairs:
 class _DraftedNodes:
     """Keys of drafted nodes: pending in the cache, behind the committed pairs of every row."""
 
-    def __init__(self, cache: KVCache, layout: AttentionLayout):
-        self.cache, self.layout = cache, layout
+    def __init__(self, cache: KVCache, layout: AttentionLayout, first_B1: Tensor | None):
+        self.cache, self.layout, self.first_B1 = cache, layout, first_B1
         self.ancestors_BFM: Tensor | None = None
 
     def attend(self, frontier: Frontier) -> Attend:
@@ -219,7 +254,9 @@ class _DraftedNodes:
         self.cache.expect(0)
         nothing_BF0 = queries.new_zeros(len(queries), queries.shape[2], 0, dtype=torch.bool)
         keys_BGSC, values_BGSC = self.cache.update(keys[:, :, :0], values[:, :, :0], 0)
-        return cached_attention(queries, keys_BGSC, values_BGSC, self.cache, nothing_BF0)
+        return cached_attention(
+            queries, keys_BGSC, values_BGSC, self.cache, nothing_BF0, self.first_B1
+        )
 
     def _appended(self, frontier: Frontier) -> Attend:
         on_a_gpu = accelerated.functions(frontier.tokens_BF.device)
@@ -227,7 +264,7 @@ class _DraftedNodes:
         drafted = 0 if self.ancestors_BFM is None else self.ancestors_BFM.shape[-1]
         self.ancestors_BFM = inherit(self.ancestors_BFM, frontier.parents_BF)
         self.cache.expect(frontier.tokens_BF.shape[1], after=drafted)
-        return CachedAttend(self.cache, self.ancestors_BFM)
+        return CachedAttend(self.cache, self.ancestors_BFM, self.first_B1)
 
 
 def _inherit(before_BGM: Tensor | None, parents_BF: Tensor) -> Tensor:

@@ -154,25 +154,34 @@ SWIFT_ON_A_GPU: dict[type, type] = {Attention: SwiftAttentionOnAGPU, MLP: SwiftM
 
 class CachedAttend:
     """Attention that puts the new keys into a cache; `pending_BNM` says which of the pending ones a
-    query sees."""
+    query sees, `first_BN` from which column on it sees any."""
 
-    def __init__(self, cache: KVCache, pending_BNM: Tensor):
-        self.cache, self.pending_BNM = cache, pending_BNM
+    def __init__(self, cache: KVCache, pending_BNM: Tensor, first_BN: Tensor | None = None):
+        self.cache, self.pending_BNM, self.first_BN = cache, pending_BNM, first_BN
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return self.over(queries, *self.cache.update(keys, values, 0))
 
     def over(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """With the new keys and values in their place."""
-        return cached_attention(queries, keys, values, self.cache, self.pending_BNM)
+        return cached_attention(queries, keys, values, self.cache, self.pending_BNM, self.first_BN)
 
 
 def cached_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, cache: KVCache, pending_BNM: Tensor
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cache: KVCache,
+    pending_BNM: Tensor,
+    first_BN: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention B H N C over columns of a cache, B G S C: the committed ones, and of the
-    pending ones those that `pending_BNM` (True: may see) says."""
+    pending ones those that `pending_BNM` (True: may see) says; none before column first_BN."""
     on_a_gpu = accelerated.functions(queries.device)
+    if first_BN is not None:
+        mask_BNS = cache.visible(pending_BNM)
+        columns_S = torch.arange(mask_BNS.shape[-1], device=mask_BNS.device)
+        return _under_a_mask(queries, keys, values, mask_BNS & (columns_S >= first_BN[..., None]))
     if on_a_gpu is not None and queries.dtype == keys.dtype and not torch.is_grad_enabled():
         scale, lengths_B = queries.shape[-1] ** -0.5, cache.lengths_B
         attended_BNHC = on_a_gpu.attend(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from headstart.model.engines import unservable
 from headstart.model.head import DraftHead, kinds, make_head
 from headstart.model.seen import Seen
 from headstart.model.target import Target
@@ -18,6 +19,11 @@ CASES += [
     (kind, {"attention_layout": layout})
     for kind in ("eagle3", "mtp")
     for layout in ("append", "kvshare")
+]
+CASES += [
+    ("eagle3", {"attention_layout": "append", "window": 3}),
+    ("eagle3", {"attention_layout": "kvshare", "window": 3}),
+    ("mtp", {"attention_layout": "append", "window": 6}),
 ]
 IDS = ["-".join([kind, *map(str, settings.values())]) for kind, settings in CASES]
 
@@ -195,3 +201,17 @@ def test_head_for_another_target_is_refused(target, kind):
     head = fresh(target, kind, {})
     with pytest.raises(ValueError, match="hidden size"):
         head.bind(Target.wrap(LlamaForCausalLM(config)))
+
+
+def test_a_window_is_seen_and_kept_from_engines(target):
+    whole = fresh(target, "eagle3", {"attention_layout": "append"})
+    narrow = fresh(target, "eagle3", {"attention_layout": "append", "window": 5})
+    narrow.load_state_dict(whole.state_dict())
+    tokens_BT = torch.randint(VOCAB, (1, POSITIONS))
+    seen = target.read(tokens_BT, layers=whole.layers)
+    for all_of_it, some in zip(
+        whole.unroll(seen, tokens_BT, 3), narrow.unroll(seen, tokens_BT, 3), strict=True
+    ):
+        torch.testing.assert_close(all_of_it[:, :5], some[:, :5], rtol=1e-12, atol=1e-12)
+        assert ((all_of_it - some)[:, 5:].abs().amax(-1) > 1e-3).all()
+    assert unservable(whole) is None and "window" in str(unservable(narrow))

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from headstart.model.borrow import copy_final_norm, layer_sizes
@@ -25,13 +26,15 @@ from headstart.model.target import Target
 
 
 class Config(HeadConfig):
-    """taps: the target's layers (0-based outputs) that are fused."""
+    """taps: the target's layers (0-based outputs) that are fused. window: how many pairs attention
+    sees (`model/recurrent.py`); all of them if none."""
 
     layer: LayerConfig
     taps: tuple[int, ...]
     fc_norm: bool = False
     norm_output: bool = False
     attention_layout: AttentionLayout = "append"
+    window: int | None = Field(default=None, ge=1)
 
 
 class DecoderLayer(nn.Module):
@@ -60,7 +63,7 @@ class Head(RecurrentHead):
     def __init__(self, config: Config):
         super().__init__(config)
         size, eps = config.hidden_size, config.layer.rms_norm_eps
-        self.attention_layout = config.attention_layout
+        self.attention_layout, self.window = config.attention_layout, config.window
         self.layers = config.taps
         self.norm_output = config.norm_output
         self.fc = nn.Linear(len(config.taps) * size, size, bias=False)

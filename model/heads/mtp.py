@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from headstart.model.borrow import copy_final_norm, copy_last_layer, layer_sizes
@@ -26,10 +27,12 @@ from headstart.model.target import Target
 
 
 class Config(HeadConfig):
-    """attention_layout: `kvshare` suits our trees, `append` is what stock engines serve."""
+    """attention_layout: `kvshare` suits our trees, `append` is what stock engines serve. window:
+    how many pairs attention sees (`model/recurrent.py`); all of them if none."""
 
     layer: LayerConfig
     attention_layout: AttentionLayout = "append"
+    window: int | None = Field(default=None, ge=1)
 
 
 class DecoderLayer(nn.Module):
@@ -55,7 +58,7 @@ class Head(RecurrentHead):
     def __init__(self, config: Config):
         super().__init__(config)
         size, eps = config.hidden_size, config.layer.rms_norm_eps
-        self.attention_layout = config.attention_layout
+        self.attention_layout, self.window = config.attention_layout, config.window
         self.enorm = RMSNorm(size, eps)
         self.hnorm = RMSNorm(size, eps)
         self.eh_proj = nn.Linear(2 * size, size, bias=False)
