@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,15 +22,13 @@ SHAPES = {
     "static": TreeShape.static([[0], [1], [0, 0], [0, 1], [0, 0, 0]]),
     "dynamic": TreeShape.dynamic(nodes=8, depth=4, width=3),
 }
-PROMPTS = 10
 TOKENS = 24
 MEGABYTES = 12  # what the shipped head may weigh
 
 
-@pytest.fixture(scope="module", autouse=True)
-def both_cores() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
+@pytest.fixture
+def on_cores() -> Iterator[Callable[[int], None]]:
+    yield torch.set_num_threads
     torch.set_num_threads(1)
 
 
@@ -39,18 +37,21 @@ def target(smollm2: Path) -> Target:
     return Target.load(smollm2, dtype="float32")
 
 
-def test_real_prompts_are_answered_identically(target):
+# Two threads wait for each other while another test has one of the cores.
+@pytest.mark.parametrize(("threads", "count"), [(1, 6), (2, 2)])
+def test_real_prompts_are_answered_identically(target, on_cores, threads, count):
+    on_cores(threads)
     head = load_head(shipped_head(), target)
     prompts, _ = read_prompts([str(shipped_prompts("heldout"))])
     ids = [
         prompt_ids(target, [{"role": "user", "content": one.turns[0]}])
-        for one in prompts[:: len(prompts) // PROMPTS][:PROMPTS]
+        for one in prompts[:: len(prompts) // count][:count]
     ]
     contestants = {name: Contestant(head, shape) for name, shape in SHAPES.items()}
     results = measure(target, contestants, ids, max_new_tokens=TOKENS)
     for name in SHAPES:
-        assert results[name].prompts == PROMPTS
-        assert results[name].identical == PROMPTS, (name, results[name].differences)
+        assert results[name].prompts == count
+        assert results[name].identical == count, (name, results[name].differences)
         # A head that guesses nothing would be exact too.
         assert results[name].stats.tau > 1.3
     assert results[PLAIN].stats.tau == 1
