@@ -6,8 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import chatty
 import pytest
 import torch
+from called import refused
+from called import run as run_command
 from safetensors.torch import load_file
 from tiny_run import learned, mixed_rows, tiny_head, tiny_recipe, tiny_target, write_rows
 
@@ -172,3 +175,26 @@ def test_stale_and_damaged_features_are_refused(target, data, tmp_path, how, sai
     if how in ("data", "target"):  # nothing of another run is written over
         with pytest.raises(ValueError, match=said):
             write(folder, recipe, target)
+
+
+def test_the_command(tmp_path, monkeypatch):
+    target = chatty.save(tmp_path / "target")
+    data = write_rows(tmp_path / "data.jsonl", mixed_rows(24))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"target: {{name: {target}, dtype: float32}}\nhead: {{kind: mtp}}\n"
+        f"data: {{path: {data}, max_length: 32, batch_tokens: 64, holdout: 4}}\n"
+        f"loss: {{steps: 2}}\ntrain: {{output: {tmp_path / 'run'}, steps: 2, precision: float32}}\n"
+        "eval: {prompts: null}\n"
+    )
+    features = tmp_path / "features"
+    told = run_command("features", recipe, "--out", features).output
+    # An mtp head reads the LM head's input alone: 32 numbers of 4 bytes for every token.
+    tokens = sum(map(len, mixed_rows(24)))
+    index = json.loads((features / "features.json").read_text())
+    assert index["layers"] == [] and f"{tokens * 32 * 4 / 1e9:.3f} GB" in told
+    run_command("train", recipe, f"data.features={features}")
+    assert (tmp_path / "run" / "best" / "config.json").exists()
+    assert "no kind 'int3'" in refused("features", recipe, "--out", features, "--kind", "int3")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "runs in one process" in refused("features", recipe, "--out", features)
