@@ -29,9 +29,10 @@ STEPS = 6
 
 
 def recipe_for(folder: Path, data: Path, settings: dict) -> Recipe:
-    """settings: engine, loss, optimizer, resume."""
+    """settings: engine, loss, recompute, and of train optimizer, resume and precision."""
     train = {"steps": STEPS, "accumulate": 3, "log_every": 1, "lr": 1e-3, "save_every": 0}
-    train |= {key: settings[key] for key in ("optimizer", "resume") if key in settings}
+    free = ("optimizer", "resume", "precision")
+    train |= {key: settings[key] for key in free if key in settings}
     values = tiny_recipe(folder, data, **train).model_dump(exclude_none=True)
     values["data"] |= {"holdout": 5, "batch_tokens": 64}
     loss = {"kind": settings.get("loss", "lk"), "recompute": settings.get("recompute", False)}

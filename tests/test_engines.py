@@ -180,6 +180,20 @@ def test_two_processes_equal_one(data, tmp_path, loss, optimizer, engine, recomp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2"])
+def test_half_precision_is_what_the_recipe_says(data, tmp_path, engine):
+    # DeepSpeed switches off autocast that is set around it.
+    skip_without_deepspeed(engine)
+    first: dict[str, float] = {}
+    for precision in ("float32", "bfloat16"):
+        alone(tmp_path / precision, data, {"precision": precision})
+        first[precision] = figures(tmp_path / precision)[0]["loss"]
+    together(tmp_path / "pair", data, 2, {"engine": engine, "precision": "bfloat16", "stop": 1})
+    loss = figures(tmp_path / "pair")[0]["loss"]
+    assert abs(loss - first["bfloat16"]) < abs(loss - first["float32"]) / 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "engine"), [("fsdp2", "fsdp2"), ("zero2", "zero2")])
 def test_accelerate_launch_decides_where_the_recipe_does_not(data, tmp_path, file, engine):
     skip_without_deepspeed(engine)
