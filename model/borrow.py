@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .families import decoder_layers
 from .spread import whole
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ def layer_sizes(target: Target) -> dict[str, Any]:
     heads = int(target.config.num_attention_heads)
     rope = config.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)  # some families have one entry per kind of layer
-    last = _layers(target)[-1]
+    last = target.layers[-1]
     names = dict(last.named_parameters())
     head_dim = config.get("head_dim") or hidden // heads
     return {
@@ -40,7 +39,7 @@ def layer_sizes(target: Target) -> dict[str, Any]:
 @torch.no_grad()
 def copy_last_layer(target: Target, layer: nn.Module) -> bool:
     """Fill a Llama-style layer with the target's last one; False when names or shapes differ."""
-    theirs = dict(_layers(target)[-1].named_parameters())
+    theirs = dict(target.layers[-1].named_parameters())
     ours = dict(layer.named_parameters())
     if set(ours) != set(theirs) or any(ours[n].shape != theirs[n].shape for n in ours):
         return False
@@ -70,13 +69,9 @@ def _final_norm(target: Target) -> nn.Module | None:
     found: nn.Module | None = None
     for module in target.model.modules():
         children = list(module.children())
-        if any(child is _layers(target) for child in children):
+        if any(child is target.layers for child in children):
             for child in children:
                 weight = dict(child.named_parameters(recurse=False)).get("weight")
                 if weight is not None and weight.shape == (target.hidden_size,):
                     found = child
     return found
-
-
-def _layers(target: Target) -> nn.ModuleList:
-    return decoder_layers(target.model.get_decoder(), target.config, target.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -46,6 +47,11 @@ def cache_folder() -> Path:
     """Where downloads and measured costs are kept: `$HEADSTART_HOME`, else `~/.cache/headstart`."""
     home = os.environ.get("HEADSTART_HOME")
     return Path(home).expanduser() if home else Path.home() / ".cache" / "headstart"
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -49,13 +49,13 @@ def spread(
     skeleton: nn.Module,
     decoder: nn.Module,
     layers: list[nn.Module],
-    whole: dict[str, Tensor] | None,
+    weights: dict[str, Tensor] | None,
     device: torch.device,
 ) -> None:
     """Cut a model on the meta device up and fill it, in place.
 
-    whole: its parameters and buffers by name, in the first process. A tensor at a time is whole on
-    the device.
+    weights: its parameters and buffers by name, in the first process. One tensor at a time is whole
+    on the device.
     """
     skeleton.requires_grad_(False)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -67,14 +67,14 @@ def spread(
     skeleton.to_empty(device=device)
     skeleton.tie_weights()  # type: ignore[operator]
     for name, tensor in [*skeleton.named_parameters(), *skeleton.named_buffers()]:
-        _fill(tensor, None if whole is None else whole[name], device)
+        _fill(tensor, None if weights is None else weights[name], device)
 
 
 @torch.no_grad()
-def _fill(tensor: Tensor, whole: Tensor | None, device: torch.device) -> None:
+def _fill(tensor: Tensor, given: Tensor | None, device: torch.device) -> None:
     value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    if whole is not None:
-        value.copy_(whole)
+    if given is not None:
+        value.copy_(given)
     if isinstance(tensor, DTensor):
         part = distribute_tensor(value, tensor.device_mesh, tensor.placements)
         tensor.to_local().copy_(part.to_local())

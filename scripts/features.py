@@ -28,7 +28,7 @@ def features(
     from headstart.training.recipe import load_recipe
     from headstart.training.sources import read_conversations
 
-    from .train import find_recipe, fresh_head, open_target
+    from .train import find_recipe, head_of, open_target
 
     if kind is not None and kind not in store.BYTES:
         raise ValueError(f"There is no kind {kind!r}. Choose one of {', '.join(store.BYTES)}.")
@@ -39,7 +39,7 @@ def features(
             "without torchrun, and leave parallel.target out."
         )
     target = open_target(resolved)
-    head = fresh_head(resolved, target)
+    head = head_of(resolved, target)
     data = read_conversations(resolved.data, target, resolved.train.seed)
     wanted = store.wanted(data, target, head.layers, cast("store.Kind | None", kind))
     size = store.size_bytes(wanted, data)

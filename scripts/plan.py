@@ -81,17 +81,15 @@ def shapes(recipe: Recipe) -> tuple[Target, DraftHead]:
     """Target and head of a recipe, without weights."""
     import torch
 
-    from headstart.model.head import head_class, make_head
     from headstart.model.target import Target
-    from headstart.training.keys import merged
+
+    from .train import head_of
 
     if recipe.target.name is None:
         raise ValueError("A random target needs no plan: name a model in target.name.")
     target = Target.without_weights(recipe.target.name, revision=recipe.target.revision)
-    kind = recipe.head.kind
-    settings = merged(head_class(kind)[0].defaults(target), recipe.head.settings)
     with torch.device("meta"):
-        return target, make_head(target, kind, settings)
+        return target, head_of(recipe, target)
 
 
 def _resolved(recipe: Recipe) -> Recipe:

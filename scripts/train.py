@@ -67,15 +67,20 @@ def fresh_head(recipe: Recipe, target: Target) -> DraftHead:
     """The head to start from."""
     import torch
 
+    torch.manual_seed(recipe.train.seed)  # decides the weights that do not come from the target
+    head = head_of(recipe, target)
+    head.init_from_target()
+    return head
+
+
+def head_of(recipe: Recipe, target: Target) -> DraftHead:
+    """A head of the recipe's kind and settings."""
     from headstart.model.head import head_class, make_head
     from headstart.training.keys import merged
 
     kind = recipe.head.kind
     settings = merged(head_class(kind)[0].defaults(target), recipe.head.settings)
-    torch.manual_seed(recipe.train.seed)  # decides the weights that do not come from the target
-    head = make_head(target, kind, settings)
-    head.init_from_target()
-    return head
+    return make_head(target, kind, settings)
 
 
 def open_target(recipe: Recipe) -> Target:

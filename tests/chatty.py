@@ -29,6 +29,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
+def write_recipe(path: Path, target: Path, data: Path, output: Path, steps: int) -> Path:
+    """A short training of an mtp head, as a file."""
+    path.write_text(
+        f"target: {{name: {target}, dtype: float32}}\nhead: {{kind: mtp}}\n"
+        f"data: {{path: {data}, max_length: 32, batch_tokens: 64}}\nloss: {{steps: 2}}\n"
+        f"train: {{output: {output}, steps: {steps}, precision: float32, log_every: 1}}\n"
+        "eval: {prompts: null}\n"
+    )
+    return path
+
+
 def save(folder: Path, *, context: int = 256, seed: int = 0) -> Path:
     """Write the model; float32, 2 layers, a few megabytes at most."""
     made = tokenizer()

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chatty import save
+from chatty import save, write_recipe
 from tiny_run import mixed_rows, skip_without_deepspeed, write_rows
 
 SCRIPTS = Path(__file__).parent.parent / "scripts" / "cluster"
@@ -54,17 +54,10 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def write_recipe(folder: Path, steps: int) -> Path:
+def short_training(folder: Path, steps: int) -> Path:
     target = save(folder / "target")
     data = write_rows(folder / "data.jsonl", mixed_rows(24))
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        f"target: {{name: {target}, dtype: float32}}\nhead: {{kind: mtp}}\n"
-        f"data: {{path: {data}, max_length: 32, batch_tokens: 64}}\nloss: {{steps: 2}}\n"
-        f"train: {{output: {folder / 'run'}, steps: {steps}, precision: float32, log_every: 1}}\n"
-        "eval: {prompts: null}\n"
-    )
-    return recipe
+    return write_recipe(folder / "recipe.yaml", target, data, folder / "run", steps)
 
 
 def state(folder: Path) -> dict:
@@ -83,7 +76,7 @@ def test_a_slurm_job_saves_goes_back_into_the_queue_and_goes_on(tmp_path):
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     steps = 200
-    recipe = write_recipe(tmp_path, steps)
+    recipe = short_training(tmp_path, steps)
     environment = os.environ | {
         "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
         "PYTHON": sys.executable,
@@ -136,7 +129,7 @@ def test_a_slurm_job_saves_goes_back_into_the_queue_and_goes_on(tmp_path):
 
 def test_machines_without_a_cluster_manager(tmp_path):
     skip_without_deepspeed("zero1")
-    recipe = write_recipe(tmp_path, 4)
+    recipe = short_training(tmp_path, 4)
     first = f"127.0.0.1:{free_port()}"
     nodes = [
         subprocess.Popen(

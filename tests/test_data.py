@@ -20,7 +20,7 @@ from headstart.model.target import Target
 from headstart.training.data import Batches, Corpus, frequent_tokens, padded_length
 from headstart.training.recipe import DataConfig
 from headstart.training.render import render
-from headstart.training.sources import held_out_batches, read_conversations
+from headstart.training.sources import in_batches, read_conversations
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -256,7 +256,7 @@ def test_parts_together_are_the_batch(count):
 
 def test_held_out_batches_cover_all():
     corpus = Corpus((row, [(2, len(row))]) for row in mixed_rows(9))
-    found = list(held_out_batches(corpus, 64))
+    found = list(in_batches(corpus, 64))
     assert all(batch.tokens_BT.numel() <= 64 for batch in found)
     assert sum(int(batch.loss_mask_BT.sum()) for batch in found) == int(corpus.trained.sum())
 

@@ -6,15 +6,13 @@ Every engine starts runs and goes on with runs of others, on two or three proces
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from engines_worker import STEPS, decoded, recipe_for
+from launched import HERE, TORCHRUN, launch_together
 from safetensors.torch import load_file
 from tiny_run import (
     VOCAB,
@@ -31,7 +29,6 @@ from headstart.training.loop import train
 from headstart.training.recipe import Recipe
 from headstart.training.sources import read_conversations
 
-HERE = Path(__file__).parent
 STOP = 3  # where the first half ends: behind an evaluation and before the next
 
 # Engine and processes of the first half of a run, and of the second.
@@ -60,23 +57,12 @@ def alone(folder: Path, data: Path, settings: dict) -> None:
     train(recipe_for(folder, data, settings), target=target, head=head, evaluate=decoded)
 
 
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
-
-
 def together(
     folder: Path, data: Path, processes: int, settings: dict, launcher: Sequence[str] = TORCHRUN
 ) -> list[dict]:
     """What each process says of itself."""
-    command = [sys.executable, "-m", *launcher, str(processes), str(HERE / "engines_worker.py")]
-    inherited = filter(None, [os.environ.get("PYTHONPATH")])
-    done = subprocess.run(
-        [*command, str(folder), str(data), json.dumps(settings)],
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *inherited])},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    given = (folder, data, json.dumps(settings))
+    done = launch_together(processes, "engines_worker.py", *given, launcher=launcher)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"facts_{n}.json").read_text()) for n in range(processes)]
 

@@ -180,13 +180,7 @@ def test_stale_and_damaged_features_are_refused(target, data, tmp_path, how, sai
 def test_the_command(tmp_path, monkeypatch):
     target = chatty.save(tmp_path / "target")
     data = write_rows(tmp_path / "data.jsonl", mixed_rows(24))
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"target: {{name: {target}, dtype: float32}}\nhead: {{kind: mtp}}\n"
-        f"data: {{path: {data}, max_length: 32, batch_tokens: 64, holdout: 4}}\n"
-        f"loss: {{steps: 2}}\ntrain: {{output: {tmp_path / 'run'}, steps: 2, precision: float32}}\n"
-        "eval: {prompts: null}\n"
-    )
+    recipe = chatty.write_recipe(tmp_path / "recipe.yaml", target, data, tmp_path / "run", 2)
     features = tmp_path / "features"
     told = run_command("features", recipe, "--out", features).output
     # An mtp head reads the LM head's input alone: 32 numbers of 4 bytes for every token.

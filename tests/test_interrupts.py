@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from chatty import save
+from chatty import save, write_recipe
 from tiny_run import mixed_rows, write_rows
 
 from headstart.model.fused import fuse, save_head
@@ -82,12 +82,7 @@ def test_answers_are_kept(target, tmp_path):
 def test_training_is_saved(target, tmp_path):
     recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
     data = write_rows(tmp_path / "data.jsonl", mixed_rows(16))
-    recipe.write_text(
-        f"target: {{name: {target}}}\nhead: {{kind: mtp}}\n"
-        f"data: {{path: {data}, max_length: 32, batch_tokens: 64}}\nloss: {{steps: 2}}\n"
-        f"train: {{output: {run}, steps: 200, precision: float32, log_every: 1}}\n"
-        "eval: {prompts: null}\n"
-    )
+    write_recipe(recipe, target, data, run, 200)
     told = interrupt(start("train", recipe), lambda: len(lines(run / "metrics.jsonl")) > 1)
     assert "train.resume=true" in told
     saved = json.loads((run / "state" / "state.json").read_text())["step"]

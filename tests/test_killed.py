@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from killed_worker import STEPS
+from launched import HERE, launch, launch_together
 from safetensors.torch import load_file
 from tiny_run import learned, mixed_rows, write_rows
 
-HERE = Path(__file__).parent
 KILLS = 20
-
-
-def environment() -> dict[str, str]:
-    inherited = filter(None, [os.environ.get("PYTHONPATH")])
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE), *inherited]),
-    }
 
 
 @pytest.mark.slow
@@ -32,14 +22,7 @@ def environment() -> dict[str, str]:
 def test_a_run_that_is_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path):
     data = write_rows(tmp_path / "data.jsonl", mixed_rows(24))
     seed = time.time_ns() % 1_000_000
-    worker = str(HERE / "killed_worker.py")
-    done = subprocess.run(
-        [sys.executable, worker, str(tmp_path), str(data), str(KILLS), str(seed)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    done = launch(HERE / "killed_worker.py", tmp_path, data, KILLS, seed)
     assert done.returncode == 0, f"seed {seed}: {done.stderr[-4000:]}"
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["killed"] == KILLS
@@ -68,16 +51,9 @@ def finished(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], list[dic
 @pytest.mark.parametrize("how", ["error", "killed"])
 def test_a_process_that_dies_ends_the_others(tmp_path, how):
     data = write_rows(tmp_path / "data.jsonl", mixed_rows(24))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(HERE / "engines_worker.py")]
     began = time.monotonic()
-    done = subprocess.run(
-        [*command, str(tmp_path / "run"), str(data), json.dumps({"dies": how})],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    given = (tmp_path / "run", data, json.dumps({"dies": how}))
+    done = launch_together(2, "engines_worker.py", *given)
     seconds = time.monotonic() - began
     assert done.returncode != 0
     if how == "error":
@@ -92,15 +68,8 @@ def test_a_process_that_dies_ends_the_others(tmp_path, how):
 def test_processes_with_different_data_are_refused(tmp_path):
     for number in (0, 1):
         write_rows(tmp_path / f"data{number}.jsonl", mixed_rows(24 + number))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(HERE / "engines_worker.py")]
-    done = subprocess.run(
-        [*command, str(tmp_path / "run"), str(tmp_path / "data{rank}.jsonl"), "{}"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    given = (tmp_path / "run", tmp_path / "data{rank}.jsonl", "{}")
+    done = launch_together(2, "engines_worker.py", *given)
     assert done.returncode != 0
     assert "The processes differ in data and recipe" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import chatty
 import pytest
 import torch
 import yaml
+from launched import launch_together
 from safetensors.torch import load_file
 from tiny_run import mixed_rows, skip_without_deepspeed, write_rows
 
 from headstart.scripts.train import run_recipe
 from headstart.training.recipe import load_recipe
 
-HERE = Path(__file__).parent
 PROCESSES = 2
 
 
@@ -40,17 +38,7 @@ def write_recipe(
 
 
 def run_together(recipe: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(PROCESSES), str(HERE / "sharded_worker.py")]
-    inherited = filter(None, [os.environ.get("PYTHONPATH")])
-    return subprocess.run(
-        [*command, str(recipe), str(recipe.parent)],
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *inherited])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return launch_together(PROCESSES, "sharded_worker.py", recipe, recipe.parent)
 
 
 @pytest.mark.slow

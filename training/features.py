@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from headstart.model.files import replace_text
+from headstart.model.files import file_sha256, replace_text
 from headstart.model.hashing import target_hash
 from headstart.model.head import DraftHead
 from headstart.model.seen import Seen
@@ -34,7 +34,7 @@ from headstart.model.target import Target
 from .checks import fingerprint
 from .data import Batch, Corpus
 from .recipe import Recipe
-from .sources import Conversations
+from .sources import Conversations, in_batches
 
 INDEX = "features.json"
 Kind = Literal["float32", "bfloat16", "float16", "float8"]
@@ -182,7 +182,7 @@ class Features:
         shard = next(one for one in self.index.shards if one.rows[0] <= row < one.rows[1])
         if shard.file not in self._open:
             path = self.folder / shard.file
-            if not path.is_file() or _sha256(path) != shard.sha256:
+            if not path.is_file() or file_sha256(path) != shard.sha256:
                 raise ValueError(
                     f"{path} is missing, was cut short or has changed since it was written. "
                     f"Remove {self.folder} and store the features again."
@@ -239,8 +239,7 @@ def _shard(
     tensors: dict[str, Tensor] = {}
     wrong = whole = 0.0
     for corpus, places in _of_corpora(data, rows):
-        for batch_rows in _batches(corpus, places, batch_tokens):
-            batch = corpus.batch(batch_rows)
+        for batch in in_batches(corpus, batch_tokens, places):
             seen = target.read(
                 batch.tokens_BT.to(target.device),
                 lengths_B=batch.lengths_B.to(target.device),
@@ -280,17 +279,6 @@ def _of_corpora(data: Conversations, rows: range) -> Iterator[tuple[Corpus, list
         places = [row - first for row in rows if first <= row < first + len(corpus)]
         if places:
             yield corpus, places
-
-
-def _batches(corpus: Corpus, places: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for place in sorted(places, key=lambda place: int(corpus.lengths[place])):
-        if batch and (len(batch) + 1) * int(corpus.lengths[place]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def _check_room(folder: Path, index: Index, data: Conversations) -> None:
@@ -336,8 +324,3 @@ def _read_index(folder: Path) -> Index:
             f"{folder} holds no stored features: {INDEX} cannot be read ({error}). Make them with "
             "`headstart features RECIPE --out FOLDER`."
         ) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

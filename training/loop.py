@@ -63,7 +63,7 @@ from .parallel import Team
 from .precision import with_precision
 from .recipe import LossConfig, Recipe
 from .report import Log, Report
-from .sources import held_out_batches, read_conversations
+from .sources import in_batches, read_conversations
 from .standing import Standing
 
 Evaluate = Callable[[DraftHead], Mapping[str, float]]
@@ -285,7 +285,7 @@ class _Run:
         if not len(self.holdout):
             return {}
         sums = StepSums.zeros(self.recipe.loss.steps, self.target.device)
-        for batch in held_out_batches(self.holdout, self.recipe.data.batch_tokens):
+        for batch in in_batches(self.holdout, self.recipe.data.batch_tokens):
             if self._anyone(self.stop.asked):
                 raise Abandoned
             sums = sums + self._loss(self._part(batch), self.recipe.loss).sums

@@ -10,7 +10,7 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -250,10 +250,13 @@ def _cut(row: Rendered, length: int) -> Rendered:
     return Rendered(row.tokens[:length], spans)
 
 
-def held_out_batches(corpus: Corpus, batch_tokens: int) -> Iterator[Batch]:
-    """All of a corpus, longest rows first, under the token budget."""
+def in_batches(
+    corpus: Corpus, batch_tokens: int, among: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """All conversations of a corpus, or those named, longest first, under the token budget."""
+    places = torch.arange(len(corpus)) if among is None else torch.tensor(among)
     rows: list[int] = []
-    for row in corpus.lengths.sort(descending=True, stable=True).indices.tolist():
+    for row in places[corpus.lengths[places].sort(descending=True, stable=True).indices].tolist():
         first = int(corpus.lengths[rows[0]]) if rows else 0
         if rows and (len(rows) + 1) * padded_length(first, corpus.longest) > batch_tokens:
             yield corpus.batch(rows)
