@@ -47,6 +47,8 @@ def born(folder: Path, data: Path) -> int:
     if child:
         return child
     try:
+        # Behind a fork torch makes its pool of threads anew, which two threads must not do at once.
+        torch.set_num_threads(1)
         live(folder, data)
     except BaseException:
         traceback.print_exc()

@@ -62,8 +62,8 @@ class Shapes:
             self.model = AutoModelForCausalLM.from_config(self.config)
         self.name = "published"
         self.hidden_size, self.vocab_size = self.config.hidden_size, self.config.vocab_size
-        layers = decoder_layers(self.model.get_decoder(), self.config, self.name)
-        self.num_layers = len(layers)
+        self.layers = decoder_layers(self.model.get_decoder(), self.config, self.name)
+        self.num_layers = len(self.layers)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
