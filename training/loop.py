@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.model.fused import as_loaded, save_head
+from headstart.model.fused import save_head
 from headstart.model.hashing import target_hash
 from headstart.model.head import DraftHead
 from headstart.model.meta import HeadMeta
@@ -53,6 +53,7 @@ from .clock import Clock
 from .data import Batch, Batches
 from .engines import make_engine
 from .estimate import flops_per_token
+from .evaluation import Evaluate, Evaluation, score
 from .features import open_features, read
 from .interrupt import Abandoned, Interrupted, StopRequest
 from .launch import with_engine
@@ -63,12 +64,10 @@ from .parallel import Team
 from .precision import with_precision
 from .recipe import LossConfig, Recipe
 from .report import Log, Report
-from .sources import in_batches, read_conversations
+from .sources import read_conversations
 from .standing import Standing
 
-Evaluate = Callable[[DraftHead], Mapping[str, float]]
 TIMED_STEPS = 3  # the first is slower: memory and kernels are set up
-SCORE = "accepted_length"  # what `evaluate` has to return among its figures
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,6 @@ class _Run:
         check_fit(recipe, target, head, evaluate is not None)
         check_folder(recipe, self.folder, facts)
         self.recipe, self.target, self.head = recipe, target, head
-        self.evaluate = evaluate
         self.team, self.clock = Team(target.device), Clock(target.device)
         self.stop = StopRequest(self.what_is_saved, speaks=self.team.main)
         data = read_conversations(recipe.data, target, recipe.train.seed)
@@ -142,6 +140,9 @@ class _Run:
         self.flops = flops_per_token(recipe, target, head)
         self.engine = make_engine(head, recipe, self.team)
         self.engine.restore(optimizer)
+        self.evaluation = Evaluation(
+            recipe, self.holdout, self.team, self.stop, self._held_out, evaluate
+        )
         self.report: Report | None = None
         if self.team.main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +180,7 @@ class _Run:
         began = time.monotonic()
         config, loss = self.recipe.train, self._loss_config()
         torch.manual_seed((config.seed * 1_000_003 + self.at.step) * 1009 + self.team.index)
-        if self._anyone(self.stop.asked):
+        if self.team.anyone(self.stop.asked):
             return True
         self.clock.start()
         whole = self._next_batches()
@@ -227,15 +228,14 @@ class _Run:
         self.clock.mark("head")
         return result
 
+    def _held_out(self, batch: Batch) -> Loss:
+        return self._loss(self._part(batch), self.recipe.loss)
+
     def _advance(self, tokens: int, sums: StepSums) -> None:
         self.at.step += 1
         self.at.position += self.recipe.train.accumulate
         self.at.tokens += tokens
         self.at.answer_tokens += int(sums.count_K[0])
-
-    def _anyone(self, asked: bool) -> bool:
-        """Whether any process was asked to stop: all stop together."""
-        return bool(self.team.sum(torch.tensor(float(asked), device=self.target.device)) > 0)
 
     def _loss_config(self) -> LossConfig:
         """The objective of this step: it may change for the last part of the run."""
@@ -252,17 +252,17 @@ class _Run:
         figures: dict[str, float] | None = None
         whole = self.engine.whole_head()
         with suppress(Abandoned):
-            figures = self._held_out() | self._decoded(whole)
+            figures = self.evaluation.figures(whole)
         self.head.train()
-        if self._anyone(figures is None) or figures is None:
+        if self.team.anyone(figures is None) or figures is None:
             raise Interrupted(self._how_to_go_on())
-        score = figures.get(SCORE, figures.get("holdout_accepted_length_t0"))
+        found = score(figures)
         self.at.evaluated = self.at.step
         if self.team.main:
             if figures and self.report is not None:
                 self.report.eval(self.at.step, self.at.total, figures)
-            if self.at.is_best(score):
-                self.at.score, self.at.best_step = score, self.at.step
+            if self.at.is_best(found):
+                self.at.score, self.at.best_step = found, self.at.step
                 self._save_head(whole, "best")
             save_facts(self.folder / FOLDER, self._facts())
         self.team.wait()
@@ -277,32 +277,8 @@ class _Run:
                 note = calibrate_best(self.folder / "best", self.target, self.holdout, self.recipe)
                 self.report.note(self.at.step, self.at.total, note)
                 done = True
-        if self._anyone(not done):
+        if self.team.anyone(not done):
             raise Interrupted(self._how_to_go_on())
-
-    @torch.no_grad()
-    def _held_out(self) -> dict[str, float]:
-        if not len(self.holdout):
-            return {}
-        sums = StepSums.zeros(self.recipe.loss.steps, self.target.device)
-        for batch in in_batches(self.holdout, self.recipe.data.batch_tokens):
-            if self._anyone(self.stop.asked):
-                raise Abandoned
-            sums = sums + self._loss(self._part(batch), self.recipe.loss).sums
-        figures = StepSums.unpack(self.team.sum(sums.pack()).cpu()).figures()
-        return {f"holdout_{name}": value for name, value in figures.items()}
-
-    @torch.no_grad()
-    def _decoded(self, whole: DraftHead | None) -> dict[str, float]:
-        """What `evaluate` finds; nothing in the processes that wait for the main one."""
-        if not self.team.main or self.evaluate is None:
-            return {}
-        assert whole is not None
-        with self.stop.abandons():
-            figures = dict(self.evaluate(as_loaded(whole)))
-        if SCORE not in figures:
-            raise ValueError(f"evaluate has to return {SCORE!r} among its figures.")
-        return figures
 
     def _save_head(self, whole: DraftHead | None, name: str) -> None:
         assert whole is not None
@@ -373,7 +349,7 @@ class _Run:
             tensors |= {f"{index}.{name}": value for name, value in vars(batch).items()}
         save_tensors(path, tensors)
         rows = [self.batches.at(self.at.position + index) for index in range(len(batches))]
-        if not self._anyone(not self.engine.is_finite()):
+        if not self.team.anyone(not self.engine.is_finite()):
             self._save()
         raise FloatingPointError(
             f"Step {self.at.step}: the loss is {loss} and the gradient norm {norm}. Nothing was "

@@ -34,12 +34,17 @@ class Team:
                 f"This is one of {world_size()} processes (WORLD_SIZE), but accelerate counts "
                 f"{self.count}: each would train a head of its own. Start them with `torchrun`."
             )
-        ours = self.accelerator.device
+        ours = self.device
         if ours.type != device.type or (ours.index or 0) != (device.index or 0):
             raise ValueError(
                 f"The target is on {device}, but this process trains on {ours}. Load the target "
                 f"with device={str(ours)!r}."
             )
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
 
     @property
     def index(self) -> int:
@@ -69,6 +74,10 @@ class Team:
             return values
         total: Tensor = self.accelerator.reduce(values, reduction="sum")
         return total
+
+    def anyone(self, asked: bool) -> bool:
+        """Whether any process was asked to stop: all stop together."""
+        return bool(self.sum(torch.tensor(float(asked), device=self.device)) > 0)
 
     def must_agree(self, values: Mapping[str, str]) -> None:
         """ValueError in all processes where one of them has something else.

@@ -1,0 +1,73 @@
+"""What the head of a run is worth: real decoding of prompts, and held-out conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from headstart.model.fused import as_loaded
+from headstart.model.head import DraftHead
+
+from .data import Batch, Corpus
+from .interrupt import Abandoned, StopRequest
+from .losses import Loss
+from .metrics import StepSums
+from .parallel import Team
+from .recipe import Recipe
+from .sources import in_batches
+
+Evaluate = Callable[[DraftHead], Mapping[str, float]]
+SCORE = "accepted_length"  # what `Evaluate` has to return among its figures
+HELD_OUT = "holdout_accepted_length_t0"  # what chooses the best head where nothing is decoded
+
+
+class Evaluation:
+    """evaluate: decodes with a head, or None. loss: of this process' rows of a batch."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        holdout: Corpus,
+        team: Team,
+        stop: StopRequest,
+        loss: Callable[[Batch], Loss],
+        evaluate: Evaluate | None,
+    ):
+        self.recipe, self.holdout, self.team, self.stop = recipe, holdout, team, stop
+        self.loss, self.evaluate = loss, evaluate
+
+    @torch.no_grad()
+    def figures(self, whole: DraftHead | None) -> dict[str, float]:
+        """All processes call it together. whole: the head, in the main process.
+
+        Raises Abandoned where the run is asked to stop.
+        """
+        return self._held_out() | self._decoded(whole)
+
+    def _held_out(self) -> dict[str, float]:
+        if not len(self.holdout):
+            return {}
+        sums = StepSums.zeros(self.recipe.loss.steps, self.team.device)
+        for batch in in_batches(self.holdout, self.recipe.data.batch_tokens):
+            if self.team.anyone(self.stop.asked):
+                raise Abandoned
+            sums = sums + self.loss(batch).sums
+        figures = StepSums.unpack(self.team.sum(sums.pack()).cpu()).figures()
+        return {f"holdout_{name}": value for name, value in figures.items()}
+
+    def _decoded(self, whole: DraftHead | None) -> dict[str, float]:
+        """What `evaluate` finds; nothing in the processes that wait for the main one."""
+        if not self.team.main or self.evaluate is None:
+            return {}
+        assert whole is not None
+        with self.stop.abandons():
+            figures = dict(self.evaluate(as_loaded(whole)))
+        if SCORE not in figures:
+            raise ValueError(f"evaluate has to return {SCORE!r} among its figures.")
+        return figures
+
+
+def score(figures: Mapping[str, float]) -> float | None:
+    """By which the best head is chosen, if anything was measured."""
+    return figures.get(SCORE, figures.get(HELD_OUT))
