@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .engines import unservable
 from .head import DraftHead
-from .meta import HeadMeta, Measurement
+from .meta import HeadMeta, Lora, Measurement
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -30,15 +30,28 @@ def model_card(head: DraftHead, meta: HeadMeta, folder: Path) -> str:
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {meta.target.split('/')[-1]} with a draft head",
-        f"The weights of {meta.target}, unchanged, and in `draft_heads/` a draft head of kind "
-        f"`{head.kind}` ({millions:.1f} M parameters) that guesses several tokens ahead. Decoding "
-        "checks the guesses with the target, so the text is what the target alone would write.",
+        f"The weights of {meta.target}, {_changed(meta.joint)}, and in `draft_heads/` a draft head "
+        f"of kind `{head.kind}` ({millions:.1f} M parameters) that guesses several tokens ahead. "
+        "Decoding checks the guesses with these weights, so the text is what they alone would "
+        "write.",
         _usage(head),
         "## Measured\n\n" + (_table(meta) if meta.measured else "Not measured."),
         *(["## Calibration\n\n" + _calibration(meta)] if meta.calibration_rows else []),
         "## Training\n\n" + _training(head, meta),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _changed(joint: Lora | None) -> str:
+    if joint is None:
+        return "unchanged"
+    text = f"CHANGED along with the head (LoRA of rank {joint.rank}"
+    if joint.divergence is not None:
+        text += (
+            f"; on held-out answers the Kullback-Leibler divergence from the original is "
+            f"{joint.divergence:.4f} nats per token"
+        )
+    return f"{text})"
 
 
 def _usage(head: DraftHead) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ from .files import recover, replace_text, written_beside
 from .hashing import target_hash
 from .head import DraftHead, head_class
 from .indexed import write_index
+from .joint import is_joint, merge
 from .meta import HeadMeta, Measurement
+from .pretrained import stored_dtype
 from .target import Target
 
 HEADS = "draft_heads"
@@ -55,11 +58,17 @@ class HeadFile(BaseModel):
 
 
 def save_head(
-    head: DraftHead, folder: str | Path, meta: HeadMeta, *, with_lm_head: bool = False
+    head: DraftHead,
+    folder: str | Path,
+    meta: HeadMeta,
+    *,
+    with_lm_head: bool = False,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a bound head as a folder, whole or not at all, in bfloat16.
 
     with_lm_head: add the target's LM head rows that stock engines want to find beside the head.
+    beside: writes more into the folder.
     OSError (disk full, say) leaves what was there before.
     """
     file = HeadFile(
@@ -71,6 +80,8 @@ def save_head(
     config = engine_keys(head, head.target.config) | {OURS: file.model_dump(mode="json")}
     with written_beside(Path(folder), CONFIG, OURS) as part:
         _write_head(head, part, config, with_lm_head)
+        if beside is not None:
+            beside(part)
 
 
 def _write_head(head: DraftHead, part: Path, config: dict[str, Any], with_lm_head: bool) -> None:
@@ -119,14 +130,20 @@ def rewrite_meta(folder: str | Path, head: DraftHead, meta: HeadMeta) -> None:
         replace_text(Path(folder) / CARD, model_card(head, meta, Path(folder)))
 
 
-def load_head(folder: str | Path, target: Target) -> DraftHead:
+def load_head(folder: str | Path, target: Target, *, merging: bool = False) -> DraftHead:
     """The head in a folder (or in a fused one), bound to its target, in the target's dtype (in
     float32 where it drafts in integers).
 
+    merging: the head was trained along with its target, whose adapters are put into it next.
     ValueError when the folder is damaged or was made for another target.
     """
     folder = _head_folder(folder)
     file = _read_file(folder)
+    if is_joint(folder) and not merging:
+        raise ValueError(
+            f"The head in {folder} was trained along with its target, so it belongs to a changed "
+            f"one. Make that first: `headstart fuse {file.meta.target} {folder} OUT`."
+        )
     head_type, config_type = head_class(str(file.head.get("kind")))
     try:
         head = head_type(config_type.model_validate(file.head))
@@ -267,8 +284,9 @@ def fuse(
     """
     # What a GGUF file is written out as should not depend on whether there is an accelerator.
     is_gguf = Path(source).suffix == gguf.SUFFIX
-    target = Target.load(source, dtype=torch.float32 if is_gguf else "auto")
-    head = load_head(head_folder, target)
+    joint = is_joint(Path(head_folder))
+    target = Target.load(source, dtype=torch.float32 if is_gguf or joint else "auto")
+    head = load_head(head_folder, target, merging=joint)
     meta = read_head_file(head_folder).meta
     parent = Path(out).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -277,7 +295,11 @@ def fuse(
         written_beside(Path(out), f"{HEADS}/{CONFIG}", OURS) as part,
     ):
         spare = Path(beside, "target")
-        plain = _plain_folder(str(source), target, spare)
+        if joint:
+            target, plain = _changed(target, Path(head_folder), str(source), spare), spare
+            head.bind(target)
+        else:
+            plain = _plain_folder(str(source), target, spare)
         for file in _files_to_keep(plain):
             name = TARGET_CARD if file.name == CARD else file.relative_to(plain)
             _take(file, part / name, (link or plain == spare) and file.suffix == ".safetensors")
@@ -286,6 +308,14 @@ def fuse(
             write_index(head, part)
         card = model_card(head, meta, part)
         (part / CARD).write_text(card, encoding="utf-8")
+
+
+def _changed(target: Target, head_folder: Path, source: str, spare: Path) -> Target:
+    """The target with a joint head's adapters in its weights, in the type that it is stored in."""
+    merge(target.model, head_folder)
+    target.model.to(stored_dtype(source))
+    gguf.save_plain(target, spare)
+    return Target.load(spare)
 
 
 def _plain_folder(source: str, target: Target, spare: Path) -> Path:

@@ -31,11 +31,27 @@ class Measurement(BaseModel):
     conditions: str
 
 
+class Lora(BaseModel):
+    """How the target was changed along with the head, by low-rank adapters (model/joint.py).
+
+    keep: weight of the divergence from the original target in training. divergence: mean
+    Kullback-Leibler divergence from the original per held-out answer token, in nats.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int
+    alpha: float
+    keep: float
+    divergence: float | None = None
+
+
 class HeadMeta(BaseModel):
     """What is known about a trained head.
 
     target: the Hub id or name of its target. steps: how many steps ahead it was trained for.
-    tokens: how many answer tokens it saw. data_hash: sha256 of the training data.
+    tokens: how many answer tokens it saw. data_hash: sha256 of the training data. joint: how its
+    target was changed along with it; None for a frozen one.
 
     Calibration, all of it empty before (training/calibrate.py). temperatures: one per depth,
     dividing its logits so that path probabilities are calibrated; what a loaded head drafts with.
@@ -53,6 +69,7 @@ class HeadMeta(BaseModel):
     tokens: int | None = None
     data: str | None = None
     data_hash: str | None = None
+    joint: Lora | None = None
     temperatures: tuple[Temperature, ...] = ()
     rank_acceptance: tuple[tuple[Share, ...], ...] = ()
     calibration_rows: tuple[int, ...] = ()

@@ -65,6 +65,14 @@ def open_skeleton(name: str, revision: str | None) -> PreTrainedModel:
     return model
 
 
+def stored_dtype(name: str) -> torch.dtype:
+    """In which the weights of a model are stored: float32 for a GGUF file, and where unknown."""
+    source, file = _source(name)
+    config = _read_config(name, source, {"gguf_file": file, "revision": None})
+    stored = None if file else config.dtype
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
 def _read_config(name: str, source: str, where: dict[str, str | None]) -> PretrainedConfig:
     """ValueError for what is no language model, or is one that cannot be read."""
     try:

@@ -228,8 +228,7 @@ class Target:
         if tree is not None and cache is None:
             cache = self.new_cache(len(ids_BT))
         if lengths_B is not None:
-            steps_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-            ids_BT = ids_BT.masked_fill(steps_T >= lengths_B[:, None], 0)
+            ids_BT = _blank(ids_BT, lengths_B)
         steps_BT = _steps(ids_BT) if tree is None else tree.depths_BN
         lean = self._lean if cache is not None and self._suits(ids_BT, cache) else None
         mask: Tensor | dict[str, Tensor] | None = None  # None: the model's own causal mask
@@ -245,6 +244,12 @@ class Target:
         else:
             last_BTD, hidden = self._read(ids_BT, steps_BT, cache, mask, layers)
         return Seen(self.unembed(last_BTD) if logits else None, last_BTD, hidden)
+
+    def read_learning(self, ids_BT: Tensor, lengths_B: Tensor, layers: tuple[int, ...]) -> Seen:
+        """`read` of a text by a target that learns (model/joint.py): with a graph to go back."""
+        ids_BT = _blank(ids_BT, lengths_B)
+        last_BTD, hidden = self._read(ids_BT, _steps(ids_BT), None, None, layers)
+        return Seen(None, last_BTD, hidden)
 
     def _suits(self, ids_BT: Tensor, cache: KVCache) -> bool:
         """Whether a read takes the shorter way. Behind a text all do, and all of a quantised model:
@@ -345,6 +350,12 @@ class Target:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _blank(ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    """Behind the lengths may be anything, not only tokens that exist."""
+    steps_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+    return ids_BT.masked_fill(steps_T >= lengths_B[:, None], 0)
 
 
 def _steps(ids_BT: Tensor) -> Tensor:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from headstart.training.recipe import EvalConfig, Recipe
     from headstart.training.report import Progress
 
+CHANGES = (
+    "The joint section lets the target learn along: it CHANGES, and `headstart fuse` writes a "
+    "model of its own. Held-out conversations (data.holdout) choose the best head."
+)
+
 
 def train(
     recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe.")],
@@ -54,10 +59,13 @@ def run_recipe(recipe: Recipe, target: Target | None = None) -> Path:
     check_early(recipe)
     target = target or open_target(recipe)
     head = fresh_head(recipe, target)
+    evaluate = None
+    if recipe.joint is None:
+        evaluate = evaluator(recipe.eval, target)
+    else:
+        show(CHANGES)
     with _bar() as log:
-        result = run(
-            recipe, target=target, head=head, evaluate=evaluator(recipe.eval, target), log=log
-        )
+        result = run(recipe, target=target, head=head, evaluate=evaluate, log=log)
     length = "" if result.score is None else f", accepted length {result.score:.2f}"
     show(f"best head: {result.best} (step {result.best_step}{length})")
     return result.best

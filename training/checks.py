@@ -12,6 +12,7 @@ import torch
 
 from headstart.model.fused import is_head, read_head_file
 from headstart.model.head import UNSET, DraftHead
+from headstart.model.joint import check_peft
 from headstart.model.target import Target
 
 from .checkpoint import FOLDER, STATE, load_facts
@@ -32,6 +33,11 @@ def check_fit(recipe: Recipe, target: Target, head: DraftHead, decodes: bool) ->
             "A target in parts on several processes does not decode, so heads cannot be evaluated "
             "with it by decoding: leave `evaluate` out."
         )
+    if decodes and recipe.joint is not None:
+        raise ValueError(
+            "A target that is trained along does not decode until its adapters are in its weights, "
+            "so heads cannot be evaluated by decoding: leave `evaluate` out."
+        )
     steps = recipe.loss.steps
     if head.max_depth is not None and head.max_depth != steps:
         raise ValueError(
@@ -48,10 +54,27 @@ def check_fit(recipe: Recipe, target: Target, head: DraftHead, decodes: bool) ->
 
 def check_early(recipe: Recipe) -> None:
     """What can be known to be wrong before the target is loaded."""
-    with_engine(recipe)
+    check_joint(with_engine(recipe))
     check_trackers(recipe)
     folder = Path(recipe.train.output)
     check_folder(recipe, folder, load_facts(folder / FOLDER))
+
+
+def check_joint(recipe: Recipe) -> None:
+    """What cannot be where the target learns along."""
+    if recipe.joint is None:
+        return
+    check_peft()
+    for name, value, needed in (
+        ("data.features", recipe.data.features, None),
+        ("parallel.target", recipe.parallel.target, "replicated"),
+        ("parallel.engine", recipe.parallel.engine, "ddp"),
+    ):
+        if value != needed:
+            raise ValueError(
+                f"{name} is {value}, but the joint section lets the target learn along, which "
+                f"needs {name}={'null' if needed is None else needed}. Change one of them."
+            )
 
 
 def check_lengths(data: Conversations, target: Target) -> None:

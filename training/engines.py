@@ -12,8 +12,9 @@ may go on with another engine or on more or fewer processes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,17 @@ from .optim import make_optimizers, set_learning_rate
 from .parallel import Team
 from .recipe import Recipe
 
+ADAPTER = "adapter"  # how the names of the adapters' weights begin in a checkpoint
+
 
 class Unrolled(nn.Module):
     """The training computation as a module's forward, which is where engines step in."""
 
-    def __init__(self, head: DraftHead, recipe: Recipe):
+    def __init__(self, head: DraftHead, recipe: Recipe, adapters: Iterable[nn.Parameter] = ()):
+        """adapters: of the target, in joint training. They work outside, and learn along."""
         super().__init__()
         self.head, self.steps = head, recipe.loss.steps
+        self.adapters = nn.ParameterList(adapters)
         head.recompute = recipe.loss.recompute
         self.halved = recipe.train.precision == "bfloat16"
 
@@ -53,10 +58,16 @@ class Unrolled(nn.Module):
 class Engine(ABC):
     """Every method is called by all processes at the same time."""
 
-    def __init__(self, head: DraftHead, recipe: Recipe, team: Team):
-        self.head, self.team = head, team
+    def __init__(
+        self,
+        head: DraftHead,
+        recipe: Recipe,
+        team: Team,
+        adapters: Mapping[str, nn.Parameter] = MappingProxyType({}),
+    ):
+        self.head, self.team, self.adapters = head, team, adapters
         self.clip = recipe.train.clip
-        self.unrolled = Unrolled(head, recipe)
+        self.unrolled = Unrolled(head, recipe, adapters.values())
 
     @abstractmethod
     def forward(self, seen: Seen, tokens_BT: Tensor, *, last: bool) -> list[Tensor]:
@@ -67,15 +78,15 @@ class Engine(ABC):
         """Add up gradients, averaged over the processes behind the last batch of a step."""
 
     @abstractmethod
-    def update(self, rate: float) -> float:
+    def update(self, rate: float, adapters: float = 0.0) -> float:
         """Clip the gradients, step the optimizers and drop the gradients; the norm before.
 
-        A norm that is no finite number changes nothing.
+        adapters: their learning rate. A norm that is no finite number changes nothing.
         """
 
     def is_finite(self) -> bool:
         """Whether all weights of this process are numbers."""
-        return all(bool(_ours(weight).isfinite().all()) for weight in self.head.parameters())
+        return all(bool(_ours(weight).isfinite().all()) for weight in self.unrolled.parameters())
 
     @abstractmethod
     def whole_head(self) -> DraftHead | None:
@@ -83,7 +94,7 @@ class Engine(ABC):
 
     @abstractmethod
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Whole tensors by name, at least in the main process."""
+        """Whole tensors by name, at least in the main process; with the adapters' weights."""
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -93,10 +104,16 @@ class Engine(ABC):
 class Replicated(Engine):
     """Every process holds everything. A process alone is one of them."""
 
-    def __init__(self, head: DraftHead, recipe: Recipe, team: Team):
-        super().__init__(head, recipe, team)
+    def __init__(
+        self,
+        head: DraftHead,
+        recipe: Recipe,
+        team: Team,
+        adapters: Mapping[str, nn.Parameter] = MappingProxyType({}),
+    ):
+        super().__init__(head, recipe, team, adapters)
         self.module = self._spread(self.unrolled)
-        self.optimizers = make_optimizers(head, recipe.train)
+        self.optimizers = make_optimizers(head, recipe.train, adapters.values())
 
     def _spread(self, module: nn.Module) -> nn.Module:
         return self.team.prepare(module)
@@ -114,11 +131,11 @@ class Replicated(Engine):
         """Gradients are exchanged behind the last batch of a step only."""
         return self.team.backward_alone(self.module, not last)
 
-    def update(self, rate: float) -> float:
-        norm = nn.utils.clip_grad_norm_(self.head.parameters(), self.clip)
+    def update(self, rate: float, adapters: float = 0.0) -> float:
+        norm = nn.utils.clip_grad_norm_(self.unrolled.parameters(), self.clip)
         norm = whole(norm)
         if bool(norm.isfinite()):
-            set_learning_rate(self.optimizers, rate)
+            set_learning_rate(self.optimizers, rate, adapters)
             for optimizer in self.optimizers:
                 optimizer.step()
         for optimizer in self.optimizers:
@@ -129,7 +146,7 @@ class Replicated(Engine):
         return self.head
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {}
+        state = {f"{ADAPTER}.{name}": one.detach() for name, one in self.adapters.items()}
         for place, optimizer, weight in places(self.optimizers):
             for key, value in optimizer.state.get(weight, {}).items():
                 together = whole(value)
@@ -138,6 +155,8 @@ class Replicated(Engine):
         return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
+        for name, value in under(state, ADAPTER).items():
+            self.adapters[name].data.copy_(value)
         for place, optimizer, weight in places(self.optimizers):
             values = under(state, place)
             check_state(place, weight.shape, values)
@@ -169,11 +188,19 @@ class Sharded(Replicated):
         return filled(self.head, weights) if self.team.main else None
 
 
-def make_engine(head: DraftHead, recipe: Recipe, team: Team) -> Engine:
-    """The engine that `parallel.engine` names. The head holds the weights to start from."""
+def make_engine(
+    head: DraftHead,
+    recipe: Recipe,
+    team: Team,
+    adapters: Mapping[str, nn.Parameter] = MappingProxyType({}),
+) -> Engine:
+    """The engine that `parallel.engine` names. The head holds the weights to start from.
+
+    adapters: of the target, by name, in joint training (ddp only).
+    """
     kind = recipe.parallel.engine
     if kind == "ddp":
-        return Replicated(head, recipe, team)
+        return Replicated(head, recipe, team, adapters)
     if kind == "fsdp2":
         return Sharded(head, recipe, team)
     from .zero import Zero  # DeepSpeed is optional

@@ -54,10 +54,10 @@ from .data import Batch, Batches
 from .engines import make_engine
 from .estimate import flops_per_token
 from .evaluation import Evaluate, Evaluation, score
-from .features import open_features, read
+from .features import open_features
 from .interrupt import Abandoned, Interrupted, StopRequest
 from .launch import with_engine
-from .losses import Loss, loss_sum, loss_weight
+from .losses import Loss, answer_rows, loss_sum, loss_weight
 from .metrics import StepSums
 from .optim import learning_rate
 from .parallel import Team
@@ -66,6 +66,7 @@ from .recipe import LossConfig, Recipe
 from .report import Log, Report
 from .sources import read_conversations
 from .standing import Standing
+from .teacher import make_teacher
 
 TIMED_STEPS = 3  # the first is slower: memory and kernels are set up
 
@@ -126,7 +127,6 @@ class _Run:
         step = "none" if facts is None else str(facts["step"])
         settings = recipe.model_dump_json()
         self.team.must_agree({"data": self.data_hash, "recipe": settings, "checkpoint": step})
-        self.features = open_features(recipe, data, target, head)
         self.batches = Batches(self.corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
         self.at = Standing(total=total_steps(recipe.train, self.batches))
         self.saved_step: int | None = None
@@ -138,7 +138,8 @@ class _Run:
         else:
             choose_draft_vocab(head, self.corpus)
         self.flops = flops_per_token(recipe, target, head)
-        self.engine = make_engine(head, recipe, self.team)
+        self.teacher = make_teacher(recipe, head, open_features(recipe, data, target, head))
+        self.engine = make_engine(head, recipe, self.team, self.teacher.adapters)
         self.engine.restore(optimizer)
         self.evaluation = Evaluation(
             recipe, self.holdout, self.team, self.stop, self._held_out, evaluate
@@ -171,6 +172,7 @@ class _Run:
         finally:
             if self.report is not None:
                 self.report.close()
+            self.teacher.close()
         return Result(self.at.step, self.folder / "best", self.at.best_step, self.at.score)
 
     # --- one optimizer step
@@ -182,10 +184,12 @@ class _Run:
         torch.manual_seed((config.seed * 1_000_003 + self.at.step) * 1009 + self.team.index)
         if self.team.anyone(self.stop.asked):
             return True
+        self.teacher.begin(self.at.step, self.at.total)
         self.clock.start()
         whole = self._next_batches()
         # Every process knows the whole batches, so nothing has to be added up.
         weight = sum(loss_weight(loss, batch) for batch in whole)
+        rows = sum(len(answer_rows(batch)) for batch in whole)
         tokens = sum(int(batch.lengths_B.sum()) for batch in whole)
         batches = [self._part(batch) for batch in whole]
         self.clock.mark("data")
@@ -193,14 +197,17 @@ class _Run:
         for index, batch in enumerate(batches):
             last = index + 1 == len(batches)
             result = self._loss(batch, loss, last=last)
+            objective = self.teacher.objective(result, weight, rows)
             # Averaged over processes afterwards, hence the factor.
-            self.engine.backward(result.total * (self.team.count / weight), last=last)
+            self.engine.backward(objective * self.team.count, last=last)
             self.clock.mark("backward")  # and the exchange of gradients, which it overlaps
             sums = sums + result.sums
         sums = StepSums.unpack(self.team.sum(sums.pack()).cpu())
         figures = sums.figures()
         rate = learning_rate(config, self.at.step, self.at.total)
-        norm = self.engine.update(rate) if math.isfinite(figures["loss"]) else math.nan
+        adapters = self.teacher.rate(rate)
+        finite = math.isfinite(figures["loss"])
+        norm = self.engine.update(rate, adapters) if finite else math.nan
         self.clock.mark("update")
         self._must_be_finite(figures["loss"], norm, batches)
         self._advance(tokens, sums)
@@ -220,12 +227,14 @@ class _Run:
         return batch.part(self.team.index, self.team.count).to(self.target.device)
 
     def _loss(self, batch: Batch, config: LossConfig, *, last: bool = True) -> Loss:
-        seen = read(self.features, self.target, batch, self.head.layers)
+        seen = self.teacher.read(batch)
         self.clock.mark("target")
         hidden = self.engine.forward(seen, batch.tokens_BT, last=last)
         with self.engine.unrolled.autocast():
             result = loss_sum(config, self.head, seen, hidden, batch)
         self.clock.mark("head")
+        result = self.teacher.held(result, seen, batch)
+        self.clock.mark("target")
         return result
 
     def _held_out(self, batch: Batch) -> Loss:
@@ -263,13 +272,13 @@ class _Run:
                 self.report.eval(self.at.step, self.at.total, figures)
             if self.at.is_best(found):
                 self.at.score, self.at.best_step = found, self.at.step
-                self._save_head(whole, "best")
+                self._save_head(whole, "best", figures.get("holdout_divergence"))
             save_facts(self.folder / FOLDER, self._facts())
         self.team.wait()
 
     def _calibrate(self) -> None:
         """The best head, on held-out conversations. A run that is stopped here can go on here."""
-        if self.target.spread:  # the main process cannot read with it alone
+        if self.target.spread or self.teacher.adapters:  # such a target does not decode
             return
         done = not self.team.main
         if self.report is not None:  # in the main process
@@ -280,7 +289,9 @@ class _Run:
         if self.team.anyone(not done):
             raise Interrupted(self._how_to_go_on())
 
-    def _save_head(self, whole: DraftHead | None, name: str) -> None:
+    def _save_head(
+        self, whole: DraftHead | None, name: str, divergence: float | None = None
+    ) -> None:
         assert whole is not None
         meta = HeadMeta(
             target=self.target.name,
@@ -288,9 +299,10 @@ class _Run:
             tokens=self.at.answer_tokens,
             data=", ".join(self.recipe.data.paths) or None,
             data_hash=self.data_hash,
+            joint=self.teacher.meta(divergence),
         )
         try:
-            save_head(whole, self.folder / name, meta)
+            save_head(whole, self.folder / name, meta, beside=self.teacher.save)
         except OSError as error:
             raise could_not_save(self.folder / name, error) from error
 

@@ -15,8 +15,8 @@ only; `loss_sum_eager` is plain autograd over everything, and a test holds that 
 Indexing: anchor t, step k, teacher row r = t + 1 + k, label x[r + 1]. One teacher row serves all
 steps, so the chunks run over teacher rows.
 
-Legend: B batch rows, T positions, K draft steps, R rows of a chunk, D hidden size, V the
-vocabulary, W the draft vocabulary.
+Legend: B batch rows, T positions, F flat rows b * T + t, K draft steps, R rows of a chunk,
+D hidden size, V the vocabulary, W the draft vocabulary.
 """
 
 from __future__ import annotations
@@ -44,10 +44,14 @@ BLOCK_BYTES = 1 << 19  # of one fp32 row block on a CPU: several of them fit in 
 
 @dataclass(frozen=True)
 class Loss:
-    """total: weighted sum of the loss over valid rows, with a gradient. sums: for the metrics."""
+    """total: weighted sum of the loss over valid rows, with a gradient. sums: for the metrics.
+
+    divergence: in joint training, the sum over answer rows (training/joint.py), with a gradient.
+    """
 
     total: Tensor
     sums: StepSums
+    divergence: Tensor | None = None
 
 
 def valid_steps(batch: Batch, steps: int) -> Tensor:
@@ -58,6 +62,11 @@ def valid_steps(batch: Batch, steps: int) -> Tensor:
     padded_BT = torch.nn.functional.pad(mask_BT, (0, steps + 1))
     length = mask_BT.shape[1]
     return torch.stack([padded_BT[:, 2 + step :][:, :length] for step in range(steps)])
+
+
+def answer_rows(batch: Batch) -> Tensor:
+    """F, as flat indices: rows whose next token is of an answer that the head learns from."""
+    return valid_steps(batch, 1)[0].flatten().nonzero()[:, 0] + 1
 
 
 def step_weights(config: LossConfig, valid_KBT: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SINGLE = 7  # numbers that are not one per step
+
 
 @dataclass(frozen=True)
 class StepSums:
@@ -19,7 +21,8 @@ class StepSums:
 
     chains_3: over anchors with all K labels, their number, and the accepted tokens of a drafted
     chain at temperature 0 and at temperature 1. objective_2: the weighted loss that is minimised,
-    and the weight that it is divided by.
+    and the weight that it is divided by. divergence_2: in joint training, that of the changed
+    target from the original, and its rows.
     """
 
     count_K: Tensor
@@ -28,6 +31,7 @@ class StepSums:
     top1_K: Tensor
     chains_3: Tensor
     objective_2: Tensor
+    divergence_2: Tensor
 
     @staticmethod
     def of(
@@ -48,11 +52,12 @@ class StepSums:
             (top1_KBT * valid_KBT).sum((1, 2)).double(),
             torch.stack([complete_BT.sum().double(), greedy.double(), sampled.double()]),
             torch.stack([total.double(), weights_KBT.sum(dtype=torch.float64)]),
+            torch.zeros(2, dtype=torch.float64, device=total.device),
         )
 
     @staticmethod
     def zeros(steps: int, device: torch.device | str = "cpu") -> StepSums:
-        return StepSums.unpack(torch.zeros(4 * steps + 5, dtype=torch.float64, device=device))
+        return StepSums.unpack(torch.zeros(4 * steps + SINGLE, dtype=torch.float64, device=device))
 
     def __add__(self, other: StepSums) -> StepSums:
         return StepSums.unpack(self.pack() + other.pack())
@@ -60,13 +65,13 @@ class StepSums:
     def pack(self) -> Tensor:
         """One vector, for one reduction over processes."""
         rows = (self.count_K, self.loss_K, self.alpha_K, self.top1_K)
-        return torch.cat([*rows, self.chains_3, self.objective_2])
+        return torch.cat([*rows, self.chains_3, self.objective_2, self.divergence_2])
 
     @staticmethod
     def unpack(vector: Tensor) -> StepSums:
-        steps = (len(vector) - 5) // 4
-        count_K, loss_K, alpha_K, top1_K = vector[:-5].split(steps)
-        return StepSums(count_K, loss_K, alpha_K, top1_K, vector[-5:-2], vector[-2:])
+        steps = (len(vector) - SINGLE) // 4
+        by_step, single = vector[:-SINGLE].split(steps), vector[-SINGLE:].split((3, 2, 2))
+        return StepSums(*by_step, *single)
 
     def figures(self) -> dict[str, float]:
         """Means by name; accepted lengths count the token that the target adds itself."""
@@ -77,6 +82,8 @@ class StepSums:
             "accepted_length_t0": float(1 + self.chains_3[1] / chains),
             "accepted_length_t1": float(1 + self.chains_3[2] / chains),
         }
+        if self.divergence_2[1]:
+            figures["divergence"] = float(self.divergence_2[0] / self.divergence_2[1])
         for step in range(len(count_K)):
             figures[f"loss_{step + 1}"] = float(self.loss_K[step] / count_K[step])
             figures[f"alpha_{step + 1}"] = float(self.alpha_K[step] / count_K[step])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,12 +13,16 @@ from .muon import Float32Muon
 from .precision import native_bfloat16
 from .recipe import TrainConfig
 
+ADAPTERS = "adapters"  # the mark of their group
 
-def make_optimizers(module: nn.Module, config: TrainConfig) -> list[Optimizer]:
+
+def make_optimizers(
+    module: nn.Module, config: TrainConfig, adapters: Iterable[nn.Parameter] = ()
+) -> list[Optimizer]:
     """AdamW (arXiv 1711.05101) for everything, or Muon for the matrices and AdamW for the rest.
 
-    Norms and biases do not decay. Muon's updates are scaled to the size of AdamW's (arXiv
-    2502.16982), so that one learning rate serves both.
+    adapters: have a learning rate of their own. They, norms and biases do not decay. Muon's updates
+    are scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate serves both.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.dim() > 1]
@@ -32,6 +36,7 @@ def make_optimizers(module: nn.Module, config: TrainConfig) -> list[Optimizer]:
     groups = [
         {"params": adamw, "weight_decay": config.weight_decay},
         {"params": rest, "weight_decay": 0.0},
+        {"params": list(adapters), "weight_decay": 0.0, ADAPTERS: True},
     ]
     groups = [group for group in groups if group["params"]]
     return [*first, *([AdamW(groups, lr=config.lr, betas=config.betas)] if groups else [])]
@@ -58,7 +63,7 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     return config.lr * (config.lr_floor + (1 - config.lr_floor) * cosine)
 
 
-def set_learning_rate(optimizers: Sequence[Optimizer], rate: float) -> None:
+def set_learning_rate(optimizers: Sequence[Optimizer], rate: float, adapters: float = 0.0) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = adapters if group.get(ADAPTERS) else rate

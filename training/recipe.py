@@ -173,6 +173,24 @@ class ParallelConfig(Section):
     target: Literal["replicated", "sharded"] = "replicated"
 
 
+class JointConfig(Section):
+    """Training the target along with the head (training/joint.py). This CHANGES the target: what it
+    says is held near the original, and the fused checkpoint holds a model of its own.
+
+    rank, alpha: of the adapters; alpha / rank scales them. modules: names of linear layers that get
+    one; all-linear: all but the LM head. keep: weight of the divergence from the original, beside
+    the head's loss. lr: the adapters' learning rate as a part of train.lr. start: the part of the
+    run in which the head learns alone.
+    """
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    keep: float = Field(default=1.0, ge=0)
+    lr: float = Field(default=0.1, gt=0)
+    start: float = Field(default=0.25, ge=0, lt=1)
+
+
 class EvalConfig(Section):
     """Real decoding during training, by which the best head is chosen.
 
@@ -199,6 +217,7 @@ class Recipe(Section):
     loss: LossConfig = LossConfig()
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
+    joint: JointConfig | None = None
     eval: EvalConfig = EvalConfig()
 
 

@@ -53,7 +53,7 @@ class Zero(Engine):
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(total, scale_wrt_gas=False)
 
-    def update(self, rate: float) -> float:
+    def update(self, rate: float, adapters: float = 0.0) -> float:
         set_learning_rate([self.optimizer], rate)
         self.engine.step()  # it clips, and leaves out a step whose norm is no number
         return float(self.engine.get_global_grad_norm())
