@@ -310,6 +310,9 @@ def explain(recipe: Recipe) -> str:
     """The resolved recipe as YAML; what the recipe itself does not say is marked as default."""
     lines: list[str] = []
     for name, section in recipe:
+        if section is None:
+            lines.append(f"{name}: null  # default")
+            continue
         lines.append(f"{name}:")
         lines += [f"  {line}" for line in _explain_section(section)]
     return "\n".join(lines) + "\n"
