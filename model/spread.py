@@ -8,6 +8,8 @@ first process reads files; the others get their parts from it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -18,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 Made = TypeVar("Made")
+PATIENCE = timedelta(hours=6)  # reading a large model, decoding many prompts
 
 
 def is_spread(model: nn.Module) -> bool:
@@ -30,15 +33,23 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+@cache
+def patient() -> dist.ProcessGroup:
+    """All processes, for exchanges in which the others wait for work that the first does alone. A
+    process that dies ends the wait: gloo notices that its connection is closed."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
 def from_first(make: Callable[[], Made]) -> Made:
     """What the first process makes, in every process. Its ValueError is raised in all."""
     sent: list[object] = [None, None]
+    device = torch.device("cpu")
     if dist.get_rank() == 0:
         try:
             sent[0] = make()
         except ValueError as error:
             sent[1] = str(error)
-    dist.broadcast_object_list(sent, src=0)
+    dist.broadcast_object_list(sent, src=0, group=patient(), device=device)
     if sent[1] is not None:
         raise ValueError(sent[1])
     made: Made = sent[0]  # type: ignore[assignment]

@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from headstart.model.head import DraftHead
-from headstart.training import loop
+from headstart.training import loop, parallel
 from headstart.training.engines import Engine, make_engine
 from headstart.training.interrupt import Interrupted
 from headstart.training.parallel import local_device
@@ -40,8 +42,9 @@ def recipe_for(folder: Path, data: Path, settings: dict) -> Recipe:
     return make_recipe(values | {"parallel": {"engine": settings.get("engine", "ddp")}})
 
 
-def decoded(head: DraftHead) -> dict[str, float]:
+def decoded(head: DraftHead, seconds: float = 0.0) -> dict[str, float]:
     """In place of decoding: a figure that follows from the weights."""
+    time.sleep(seconds)
     return {"accepted_length": 1 + float(next(head.parameters()).abs().mean())}
 
 
@@ -55,13 +58,15 @@ def held(value: Tensor) -> int:
 
 def die(folder: Path, settings: dict) -> None:
     (folder / "died").write_text(str(time.monotonic()))
-    if settings["dies"] == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if settings["dies"] in ("killed", "stopped"):
+        os.kill(os.getpid(), signal.SIGKILL if settings["dies"] == "killed" else signal.SIGSTOP)
     raise RuntimeError("the disk of process 1 is gone")
 
 
 def main(folder: Path, data: Path, settings: dict) -> None:
     torch.set_num_threads(1)
+    if "exchange" in settings:
+        parallel.EXCHANGE = timedelta(seconds=settings["exchange"])
     target = tiny_target(device=local_device() if settings.get("gpus") else "cpu")
     head = tiny_head(target, draft_vocab=20)
     rank = int(os.environ["RANK"])
@@ -94,7 +99,7 @@ def main(folder: Path, data: Path, settings: dict) -> None:
             recipe_for(folder, data, settings),
             target=target,
             head=head,
-            evaluate=decoded,
+            evaluate=partial(decoded, seconds=settings.get("decodes", 0.0)),
             log=stop,
         )
     except Interrupted:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -62,6 +65,43 @@ def test_a_process_that_dies_ends_the_others(tmp_path, how):
         assert "Signal 9 (SIGKILL)" in done.stderr
     died = float((tmp_path / "run" / "died").read_text())
     assert seconds - (died - began) < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_one_on_another_machine_that_is_gone_ends_the_others_too(tmp_path, how):
+    """Without a launcher that sees both. stopped: as where the network is gone."""
+    data = write_rows(tmp_path / "data.jsonl", mixed_rows(24))
+    settings = json.dumps({"dies": how, "exchange": 5})
+    given = [sys.executable, HERE / "engines_worker.py", tmp_path / "run", data, settings]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        env = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "PYTHONPATH": HERE}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        added = {name: str(value) for name, value in env.items()}
+        inherited = os.environ.get("PYTHONPATH")
+        added["PYTHONPATH"] += os.pathsep + inherited if inherited else ""
+        processes.append(subprocess.Popen(given, env=os.environ | added, stderr=subprocess.PIPE))
+    try:
+        _, errors = processes[0].communicate(timeout=300)
+        ended = time.monotonic()
+        assert processes[0].returncode not in (0, None)
+        assert b"Error" in errors
+        assert ended - float((tmp_path / "run" / "died").read_text()) < 60
+    finally:
+        processes[1].kill()
+        processes[1].communicate()
+
+
+@pytest.mark.slow
+def test_the_main_process_may_decode_for_longer_than_an_exchange_takes(tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", mixed_rows(24))
+    settings = json.dumps({"exchange": 4, "decodes": 6})
+    done = launch_together(2, "engines_worker.py", tmp_path / "run", data, settings)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -263,6 +263,7 @@ class _Run:
         with suppress(Abandoned):
             figures = self.evaluation.figures(whole)
         self.head.train()
+        self.team.wait()  # for the main process, which alone decodes
         if self.team.anyone(figures is None) or figures is None:
             raise Interrupted(self._how_to_go_on())
         found = score(figures)
@@ -286,6 +287,7 @@ class _Run:
                 note = calibrate_best(self.folder / "best", self.target, self.holdout, self.recipe)
                 self.report.note(self.at.step, self.at.total, note)
                 done = True
+        self.team.wait()
         if self.team.anyone(not done):
             raise Interrupted(self._how_to_go_on())
 

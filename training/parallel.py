@@ -8,11 +8,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from headstart.model.spread import patient
+
 from .launch import LAUNCHED_FOR, world_size
+
+# The longest that a process may let the others wait with its part of an exchange: they do the same
+# work at the same time. One on another machine that is gone without a word is given up after that.
+EXCHANGE = timedelta(minutes=10)
 
 
 class Team:
@@ -23,11 +30,10 @@ class Team:
     """
 
     def __init__(self, device: torch.device):
-        # The others wait while the main process decodes, which may take long.
-        patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+        exchange = InitProcessGroupKwargs(timeout=EXCHANGE)
         with _without(LAUNCHED_FOR):
             self.accelerator = Accelerator(
-                cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patience]
+                cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[exchange]
             )
         if self.count != world_size():
             raise ValueError(
@@ -95,7 +101,9 @@ class Team:
             )
 
     def wait(self) -> None:
-        self.accelerator.wait_for_everyone()
+        """For all, and so for the main process, which alone writes files and decodes."""
+        if self.count > 1:
+            dist.barrier(patient())
 
 
 def local_device() -> torch.device:
