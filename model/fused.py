@@ -163,6 +163,14 @@ def load_head(folder: str | Path, target: Target, *, merging: bool = False) -> D
     return head.for_decoding(target)
 
 
+def start_from(head: DraftHead, folder: str | Path) -> None:
+    """Put the weights of a trained head of the same settings into one that is to be trained on.
+
+    Its target may be another one of the same sizes. ValueError where the two do not fit.
+    """
+    _fill(head, _head_folder(folder) / WEIGHTS, same_target=False)
+
+
 def as_loaded(head: DraftHead) -> DraftHead:
     """A copy of a bound head as it would be loaded again: its file holds bfloat16."""
     copy = type(head)(head.config)
@@ -176,7 +184,7 @@ def as_loaded(head: DraftHead) -> DraftHead:
     return copy.for_decoding(head.target)
 
 
-def _fill(head: DraftHead, path: Path) -> None:
+def _fill(head: DraftHead, path: Path, *, same_target: bool = True) -> None:
     """Put a file's tensors into a head; the two must have exactly the same ones."""
     state = head.state_dict()
     for tensor in state.values():
@@ -209,7 +217,7 @@ def _fill(head: DraftHead, path: Path) -> None:
     ids = head.draft_ids
     if ids is not None and not 0 <= int(ids[0]) <= int(ids[-1]) < head.config.vocab_size:
         raise ValueError(f"{path}: the draft vocabulary d2t names tokens that do not exist.")
-    if rows is not None:
+    if rows is not None and same_target:
         _check_lm_head(head, rows, path)
 
 

@@ -75,20 +75,32 @@ def fresh_head(recipe: Recipe, target: Target) -> DraftHead:
     """The head to start from."""
     import torch
 
+    from headstart.model.fused import start_from
+
     torch.manual_seed(recipe.train.seed)  # decides the weights that do not come from the target
     head = head_of(recipe, target)
     head.init_from_target()
+    if recipe.train.start_from is not None:
+        start_from(head, recipe.train.start_from)
     return head
 
 
 def head_of(recipe: Recipe, target: Target) -> DraftHead:
     """A head of the recipe's kind and settings."""
+    from headstart.model.fused import read_head_file
     from headstart.model.head import head_class, make_head
     from headstart.training.keys import merged
 
-    kind = recipe.head.kind
-    settings = merged(head_class(kind)[0].defaults(target), recipe.head.settings)
-    return make_head(target, kind, settings)
+    kind, start = recipe.head.kind, recipe.train.start_from
+    settings = head_class(kind)[0].defaults(target)
+    if start is not None:
+        settings = read_head_file(start).head
+        if settings["kind"] != kind:
+            raise ValueError(
+                f"train.start_from ({start}) is a head of kind {settings['kind']}, but head.kind "
+                f"is {kind}. Name another folder, or set head.kind={settings['kind']}."
+            )
+    return make_head(target, kind, merged(settings, recipe.head.settings))
 
 
 def open_target(recipe: Recipe) -> Target:

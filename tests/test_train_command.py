@@ -12,6 +12,7 @@ from chatty import save
 from safetensors.torch import load_file
 from tiny_run import mixed_rows, tiny_target, write_rows
 
+from headstart.model.fused import read_head_file
 from headstart.model.target import Target
 from headstart.scripts.train import evaluator, run_recipe
 from headstart.training.recipe import EvalConfig, load_recipe, make_recipe
@@ -117,3 +118,45 @@ def test_what_needs_no_target_is_checked_before_it_is_loaded(tmp_path, monkeypat
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.raises(ValueError, match=r"wandb login.*train\.wandb\.mode=offline"):
         run_recipe(make_recipe(recipe_values(tmp_path, wandb={"project": "x"})))
+
+
+def test_a_trained_head_can_be_trained_on(tmp_path):
+    """With its own settings and draft vocabulary, on another target of the same sizes too."""
+    values = recipe_values(tmp_path, output=str(tmp_path / "first"))
+    values["head"] = {"kind": "eagle3", "fc_norm": True, "draft_vocab": 20}
+    first = run_recipe(make_recipe(values), tiny_target())
+    other = tiny_target()
+    with torch.no_grad():
+        other.model.get_output_embeddings().weight.mul_(1.5)
+    more = {"start_from": str(first), "lr": 1e-12, "output": str(tmp_path / "second")}
+    values = recipe_values(tmp_path, **more)
+    values["head"] = {"kind": "eagle3", "window": 16}
+    second = run_recipe(make_recipe(values), other)
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    head = read_head_file(second).head
+    assert head["fc_norm"] and head["window"] == 16
+    assert read_head_file(second).meta.start == str(first)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({"kind": "mtp"}, r"is a head of kind eagle3, .*Name another folder"),
+        ({"kind": "eagle3", "taps": [0]}, r"holds fc.weight as .* asks for"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_no_start(head, message, tmp_path):
+    values = recipe_values(tmp_path, output=str(tmp_path / "first"))
+    first = run_recipe(make_recipe(values | {"head": {"kind": "eagle3"}}), tiny_target())
+    values = recipe_values(tmp_path, start_from=str(first), output=str(tmp_path / "second"))
+    with pytest.raises(ValueError, match=message):
+        run_recipe(make_recipe(values | {"head": head}), tiny_target())
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_start_that_is_not_there_is_said_before_the_target_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("headstart.scripts.train.open_target", None)
+    with pytest.raises(ValueError, match="holds no draft head"):
+        run_recipe(make_recipe(recipe_values(tmp_path, start_from=str(tmp_path / "none"))))

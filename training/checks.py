@@ -55,6 +55,8 @@ def check_fit(recipe: Recipe, target: Target, head: DraftHead, decodes: bool) ->
 def check_early(recipe: Recipe) -> None:
     """What can be known to be wrong before the target is loaded."""
     check_joint(with_engine(recipe))
+    if recipe.train.start_from is not None:
+        read_head_file(recipe.train.start_from)
     check_trackers(recipe)
     folder = Path(recipe.train.output)
     check_folder(recipe, folder, load_facts(folder / FOLDER))

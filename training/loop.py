@@ -301,6 +301,7 @@ class _Run:
             tokens=self.at.answer_tokens,
             data=", ".join(self.recipe.data.paths) or None,
             data_hash=self.data_hash,
+            start=self.recipe.train.start_from,
             joint=self.teacher.meta(divergence),
         )
         try:

@@ -124,20 +124,22 @@ class WandbConfig(Section):
 class TrainConfig(Section):
     """How to optimise.
 
-    output: folder of the run. epochs: passes over the data, unless steps says how many optimizer
-    steps. minutes: plan no more steps than fit into this time at the speed of the first ones
-    (evaluations come on top). accumulate: batches per optimizer step. optimizer: muon trains
-    matrices with Muon, which needs fewer steps, and the rest with AdamW; betas[1] is then its
-    momentum too. lr falls as a cosine to lr_floor * lr after a linear warm-up over the part
-    `warmup` of the run. precision: of the head's matrix products; its weights are always float32;
-    auto is bfloat16 where the hardware has it, else float32. save_every: steps between checkpoints
-    to resume from (0: only before evaluations and at the end). keep: how many of them stay (the
-    older ones as state_stepN, which take the place of the folder state to go back to). resume: go
-    on with the run in output; auto starts one where there is none yet, for jobs that a cluster
-    stops and starts again.
+    output: folder of the run. start_from: a head to begin with, as a folder (a fused one too), with
+    the settings that `head` does not change; of another target of the same sizes as well. epochs:
+    passes over the data, unless steps says how many optimizer steps. minutes: plan no more steps
+    than fit into this time at the speed of the first ones (evaluations come on top). accumulate:
+    batches per optimizer step. optimizer: muon trains matrices with Muon, which needs fewer steps,
+    and the rest with AdamW; betas[1] is then its momentum too. lr falls as a cosine to lr_floor *
+    lr after a linear warm-up over the part `warmup` of the run. precision: of the head's matrix
+    products; its weights are always float32; auto is bfloat16 where the hardware has it, else
+    float32. save_every: steps between checkpoints to resume from (0: only before evaluations and at
+    the end). keep: how many of them stay (the older ones as state_stepN, which take the place of
+    the folder state to go back to). resume: go on with the run in output; auto starts one where
+    there is none yet, for jobs that a cluster stops and starts again.
     """
 
     output: str
+    start_from: str | None = None
     epochs: int = Field(default=1, ge=1)
     steps: int | None = Field(default=None, ge=1)
     minutes: float | None = Field(default=None, gt=0)
