@@ -138,7 +138,7 @@ class _Run:
         else:
             choose_draft_vocab(head, self.corpus)
         self.flops = flops_per_token(recipe, target, head)
-        self.engine = make_engine(head, recipe, self.team)
+        self.engine = make_engine(head, recipe, self.team, self.clock)
         self.engine.restore(optimizer)
         self.evaluation = Evaluation(
             recipe, self.holdout, self.team, self.stop, self._held_out, evaluate
@@ -195,7 +195,7 @@ class _Run:
             result = self._loss(batch, loss, last=last)
             # Averaged over processes afterwards, hence the factor.
             self.engine.backward(result.total * (self.team.count / weight), last=last)
-            self.clock.mark("backward")  # and the exchange of gradients, which it overlaps
+            self.clock.mark("backward")  # with what it hides of the exchange of gradients
             sums = sums + result.sums
         sums = StepSums.unpack(self.team.sum(sums.pack()).cpu())
         figures = sums.figures()
