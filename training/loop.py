@@ -260,7 +260,7 @@ class _Run:
         self.at.evaluated = self.at.step
         if self.team.main:
             if figures and self.report is not None:
-                self.report.eval(self.at.step, self.at.total, figures)
+                self.report.eval(self.at.step, self.at.total, figures, self.evaluation.samples)
             if self.at.is_best(found):
                 self.at.score, self.at.best_step = found, self.at.step
                 self._save_head(whole, "best")
