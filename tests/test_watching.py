@@ -1,4 +1,4 @@
-"""What can be watched while a head trains: answers, and longer prompts."""
+"""What can be watched while a head trains: answers, longer prompts, how busy a GPU is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from headstart.model.target import Target
 from headstart.model.tree import TreeShape
 from headstart.scripts import train as command
 from headstart.scripts.train import evaluator, run_recipe, show_sample
+from headstart.training import estimate
 from headstart.training.interrupt import Interrupted
 from headstart.training.loop import train
 from headstart.training.recipe import EvalConfig, Recipe, make_recipe
@@ -208,3 +210,58 @@ def test_the_command_shows_and_keeps_what_the_head_helps_to_write(
     assert "> tell a" in told and " at 64 tokens)" in told
     (figures,) = [one for one in lines(tmp_path, "metrics.jsonl") if one["kind"] == "eval"]
     assert figures["accepted_length_64"] >= 1
+
+
+# --- how much of the GPU's arithmetic is used
+
+
+def on_a_gpu(monkeypatch, name: str, **changes) -> float | None:
+    """The peak of a GPU of that name for a target and a head in 16 bits."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    settings = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "precision": "bfloat16"}
+    settings |= changes
+    recipe = SimpleNamespace(train=SimpleNamespace(precision=settings.pop("precision")))
+    return estimate.peak(recipe, SimpleNamespace(**settings))
+
+
+def test_the_peak_is_that_of_the_data_sheet_or_none(monkeypatch):
+    assert on_a_gpu(monkeypatch, "NVIDIA H100 80GB HBM3") == 989e12
+    assert on_a_gpu(monkeypatch, "NVIDIA A100-SXM4-40GB") == 312e12
+    assert on_a_gpu(monkeypatch, "NVIDIA H200", dtype=torch.float16) == 989e12
+    others = ("NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "Tesla T4")
+    parts = ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "")
+    assert all(on_a_gpu(monkeypatch, name) is None for name in others + parts)
+    for change in ({"dtype": torch.float32}, {"precision": "float32"}):
+        assert on_a_gpu(monkeypatch, "NVIDIA H200", **change) is None
+    assert on_a_gpu(monkeypatch, "NVIDIA H200", device=torch.device("cpu")) is None
+
+
+def test_no_peak_no_utilisation(tmp_path):
+    run(recipe_for(tmp_path, {}, steps=1))
+    first = lines(tmp_path, "metrics.jsonl")[0]
+    assert first["tflops"] > 0 and "mfu" not in first
+
+
+def test_utilisation_is_logged_where_the_peak_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "peak", lambda recipe, target: 1e12)
+    run(recipe_for(tmp_path, {}, steps=2))
+    for line in lines(tmp_path, "metrics.jsonl")[:2]:  # a part of the tokens is only read
+        assert 0 < line["mfu"] < line["tflops"]
+
+
+def test_utilisation_counts_what_the_result_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "peak", lambda recipe, target: 1e9)
+    target = tiny_target()
+    plain, found = recipe_for(tmp_path, {}), {}
+    for recompute in (False, True):
+        loss = plain.loss.model_copy(update={"recompute": recompute})
+        recipe = plain.model_copy(update={"loss": loss})
+        found[recompute] = estimate.Arithmetic(recipe, target, tiny_head(target), 2)
+    tokens, rows = 1000.0, 600.0
+    once, again = (found[key].figures(tokens, rows) for key in (False, True))
+    assert once["mfu"] == again["mfu"] and once["tflops"] < again["tflops"]
+    everything = found[False].figures(tokens, tokens)
+    assert everything["mfu"] == pytest.approx(everything["tflops"] * 1e12 / 1e9)
+    vocab = target.vocab_size  # the target's logits, and the head's forward and backward, two steps
+    unused = 2 * (tokens - rows) * target.hidden_size * (vocab + 2 * 2 * vocab) / 2
+    assert (everything["mfu"] - once["mfu"]) * 1e9 == pytest.approx(unused)

@@ -52,7 +52,7 @@ from .checks import (
 from .clock import Clock
 from .data import Batch, Batches
 from .engines import make_engine
-from .estimate import flops_per_token
+from .estimate import Arithmetic
 from .evaluation import Evaluate, Evaluation, score
 from .features import open_features, read
 from .interrupt import Abandoned, Interrupted, StopRequest
@@ -137,7 +137,7 @@ class _Run:
             notes += changes
         else:
             choose_draft_vocab(head, self.corpus)
-        self.flops = flops_per_token(recipe, target, head)
+        self.arithmetic = Arithmetic(recipe, target, head, self.team.count)
         self.engine = make_engine(head, recipe, self.team, self.clock)
         self.engine.restore(optimizer)
         self.evaluation = Evaluation(
@@ -207,8 +207,8 @@ class _Run:
         seconds = time.monotonic() - began
         self._plan(seconds)
         figures |= {"lr": rate, "gradient_norm": norm, "tokens": float(self.at.tokens)}
-        tflops = tokens / seconds * self.flops / self.team.count / 1e12
-        self._report_step(figures | {"tflops": tflops} | self.clock.figures(tokens / seconds))
+        figures |= self.arithmetic.figures(tokens / seconds, float(sums.count_K[0]) / seconds)
+        self._report_step(figures | self.clock.figures(tokens / seconds))
         return False
 
     def _next_batches(self) -> list[Batch]:
