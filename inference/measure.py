@@ -107,7 +107,8 @@ def measure(
         turned = [PLAIN, *names[1 + place % max(len(names) - 1, 1) :], *names[1:]]
         for name in dict.fromkeys(turned):
             result = results[name]
-            answer = _run(target, contestants.get(name), prompt, stop, result.stats)
+            steps = _run(target, contestants.get(name), prompt, stop, result.stats)
+            answer = [token for step in steps for token in step]
             expected = answer if name == PLAIN else expected
             result.prompts += 1
             result.identical += answer == expected
@@ -125,14 +126,19 @@ def accepted_length(
     max_new_tokens: int,
     shape: TreeShape = DEFAULT_TREE,
     temperature: float = 0.0,
-) -> Stats:
-    """Only what the head does, without the plain runs: for checks during training."""
+) -> tuple[Stats, list[list[list[int]]]]:
+    """Only what the head does, without the plain runs: for checks during training.
+
+    Also each prompt's answer, as the tokens of its steps.
+    """
     stats = Stats()
     stop = Stop(max_new_tokens, frozenset(target.eos_ids))
-    for prompt in prompts:
+    answers = [
         _run(target, Contestant(head, shape), prompt, stop, stats, Sampler.of(temperature))
+        for prompt in prompts
+    ]
     Graphs.of(target).forget(head)  # the next check brings another one
-    return stats
+    return stats, answers
 
 
 def _run(
@@ -142,14 +148,15 @@ def _run(
     stop: Stop,
     stats: Stats,
     sampler: Sampler | None = None,
-) -> list[int]:
+) -> list[list[int]]:
+    """The tokens of each step."""
     tokens_BT = torch.tensor([list(prompt)])
     sampler = sampler or Sampler()  # greedy
     if contestant is None:
         rounds = plain(target, tokens_BT, sampler=sampler, stop=stop, stats=stats)
     else:
         rounds = contestant.decode(target, tokens_BT, sampler=sampler, stop=stop, stats=stats)
-    return [token for emitted in rounds for token in emitted[0]]
+    return [emitted[0] for emitted in rounds]
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int:

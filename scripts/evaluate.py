@@ -98,9 +98,9 @@ def compare(
     """Decode the first turns of a prompt file with everyone, in turn."""
     from headstart.inference.measure import measure
 
-    from .prompts import decodable
+    from .prompts import decodable, first_turns
 
-    ids = decodable(prompts or "heldout", limit, target)
+    ids = first_turns(target, decodable(prompts or "heldout", limit, target))
     with progress("decoding", len(ids)) as update:
         return measure(target, contestants, ids, max_new_tokens=max_new_tokens, report=update)
 

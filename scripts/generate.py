@@ -15,6 +15,7 @@ from .ui import check_top_p, coloured, console, legend, say
 if TYPE_CHECKING:
     from headstart.inference.generate import SpeculativeModel
     from headstart.inference.measure import Contestant
+    from headstart.model.target import Target
 
 
 BROKEN = "\ufffd"  # what a tokenizer writes for an unfinished character
@@ -107,7 +108,7 @@ def stream(
         **sampling,
     )
     answer = ""
-    for piece, tokens in pieces(model, steps):
+    for piece, tokens in pieces(model.target, steps):
         console.print(coloured(piece, tokens), end="")
         answer += piece
     stats = model.last_stats
@@ -119,7 +120,7 @@ def stream(
     return answer
 
 
-def pieces(model: SpeculativeModel, steps: Iterable[list[int]]) -> Iterable[tuple[str, int]]:
+def pieces(target: Target, steps: Iterable[list[int]]) -> Iterable[tuple[str, int]]:
     """The text that each step adds, and how many tokens it came from.
 
     A character can be spread over several tokens, so text is taken from the whole answer, and held
@@ -130,11 +131,11 @@ def pieces(model: SpeculativeModel, steps: Iterable[list[int]]) -> Iterable[tupl
     for step in steps:
         tokens += step
         held += len(step)
-        text = model.target.text(tokens)
+        text = target.text(tokens)
         if step and not text.endswith(BROKEN):
             yield text[shown:], held
             shown, held = len(text), 0
-    text = model.target.text(tokens)
+    text = target.text(tokens)
     if len(text) > shown:
         yield text[shown:], held
 

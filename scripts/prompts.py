@@ -70,8 +70,8 @@ def first_turns(target: Target, prompts: Sequence[Prompt]) -> list[list[int]]:
     ]
 
 
-def decodable(name: str, limit: int | None, target: Target) -> list[list[int]]:
-    """The first prompts of a file, or of a shipped one, as the target reads them.
+def decodable(name: str, limit: int | None, target: Target) -> list[Prompt]:
+    """The first prompts of a file, or of a shipped one, that the target can answer.
 
     ValueError for one that leaves no room for an answer: better now than when its turn comes.
     Shipped ones were not written for this target, so those that do not fit are left out.
@@ -79,23 +79,24 @@ def decodable(name: str, limit: int | None, target: Target) -> list[list[int]]:
     shipped = shipped_prompts(name)
     if Path(name).exists() or not shipped.is_file():
         prompts, _ = read_prompts([name])
-        ids = first_turns(target, prompts[:limit])
-        for prompt, tokens in zip(prompts, ids, strict=False):
+        prompts = prompts[:limit]
+        for prompt, tokens in zip(prompts, first_turns(target, prompts), strict=True):
             if not has_room(target, tokens):
                 raise ValueError(
                     f"The prompt {prompt.id!r} has {len(tokens)} tokens, but {target.name} reads "
                     f"{target.context_limit} in all, prompt and answer together. Shorten or "
                     "remove it."
                 )
-        return ids
+        return prompts
     prompts, _ = read_prompts([str(shipped)])
-    ids = [tokens for tokens in first_turns(target, prompts) if has_room(target, tokens)]
-    if not ids:
+    ids = first_turns(target, prompts)
+    fitting = [one for one, tokens in zip(prompts, ids, strict=True) if has_room(target, tokens)]
+    if not fitting:
         raise ValueError(
             f"No shipped prompt leaves {target.name} room for an answer. Name a file of shorter "
             "ones, or in a recipe set eval.prompts=null to choose by the held-out loss."
         )
-    return ids[:limit]
+    return fitting[:limit]
 
 
 def has_room(target: Target, tokens: Sequence[int]) -> bool:

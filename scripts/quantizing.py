@@ -21,9 +21,10 @@ def tell_quantized(target: Target) -> None:
 
     from headstart.model.quantized import quantization_report
 
-    from .prompts import decodable
+    from .prompts import decodable, first_turns
 
-    texts = [torch.tensor(ids) for ids in decodable("dev", TEXTS, target)]
+    prompts = decodable("dev", TEXTS, target)
+    texts = [torch.tensor(ids) for ids in first_turns(target, prompts)]
     change = quantization_report(target.model, texts)
     show(
         f"{target.quantized}: the likeliest next token is the same as in float32 after "

@@ -123,7 +123,7 @@ def make_cases(
     if not cases:
         raise ValueError(
             f"No prompt of {suite.name} leaves {target.name} room for {room} tokens: it reads "
-            f"{limit} in all. Lower --max-new-tokens or --context, or take a suite of shorter "
+            f"{limit} in all. Lower the number of new tokens or the context, or take shorter "
             "prompts."
         )
     return cases, len(prompts) - len(cases)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from textwrap import shorten
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .ui import progress, say, show
+from .ui import coloured, console, legend, progress, say, show
 
 if TYPE_CHECKING:
+    from headstart.inference.answer import Prompt
     from headstart.model.head import DraftHead
     from headstart.model.target import Target
+    from headstart.training.evaluation import Evaluate
     from headstart.training.recipe import EvalConfig, Recipe
     from headstart.training.report import Progress
+    from headstart.training.samples import Sample
+
+QUESTION, ANSWER = 100, 500  # characters of a sample that are shown
 
 CHANGES = (
     "The joint section lets the target learn along: it CHANGES, and `headstart fuse` writes a "
@@ -123,10 +129,11 @@ def open_target(recipe: Recipe) -> Target:
     return Target.load(config.name, dtype=config.dtype, device=device, revision=config.revision)
 
 
-def evaluator(
-    config: EvalConfig, target: Target
-) -> Callable[[DraftHead], Mapping[str, float]] | None:
-    """Real decoding of prompts, or None without prompts or a chat template to write them in."""
+def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
+    """Real decoding of prompts, or None without prompts or a chat template to write them in.
+
+    ValueError where prompts or contexts leave no room for an answer.
+    """
     if config.prompts is None:
         return None
     if target.spread:
@@ -140,25 +147,82 @@ def evaluator(
         return None
     from headstart.inference.measure import accepted_length
     from headstart.model.tree import TreeShape
+    from headstart.training.samples import Sample
 
-    from .prompts import decodable
+    from .generate import pieces
+    from .prompts import decodable, first_turns
 
-    ids = decodable(config.prompts, config.count, target)
-    shape = TreeShape.dynamic(config.nodes, config.depth, config.width)
+    _check_contexts(config, target)
+    prompts = decodable(config.prompts, config.count, target)
+    ids = first_turns(target, prompts)
+    longer = {context: _filled(prompts, context, config, target) for context in config.contexts}
+    options: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens,
+        "shape": TreeShape.dynamic(config.nodes, config.depth, config.width),
+        "temperature": config.temperature,
+    }
 
-    def evaluate(head: DraftHead) -> Mapping[str, float]:
-        stats = accepted_length(
-            target,
-            head,
-            ids,
-            max_new_tokens=config.max_new_tokens,
-            shape=shape,
-            temperature=config.temperature,
-        )
-        depths = {f"accepted_{d}": rate for d, rate in enumerate(stats.acceptance, start=1)}
-        return {"accepted_length": stats.tau, **depths}
+    def evaluate(head: DraftHead) -> dict[str, Any]:
+        stats, answers = accepted_length(target, head, ids, **options)
+        found: dict[str, Any] = {"accepted_length": stats.tau}
+        found |= {f"accepted_{d}": rate for d, rate in enumerate(stats.acceptance, start=1)}
+        for context, filled in longer.items():
+            stats, _ = accepted_length(target, head, filled, **options)
+            found[f"accepted_length_{context}"] = stats.tau
+        found["samples"] = [
+            Sample(prompt.turns[0], tuple(pieces(target, steps)))
+            for prompt, steps in list(zip(prompts, answers, strict=True))[: config.samples]
+        ]
+        return found
 
     return evaluate
+
+
+def _check_contexts(config: EvalConfig, target: Target) -> None:
+    longest, limit = max(config.contexts, default=0), target.context_limit
+    if limit is not None and longest and longest + config.max_new_tokens > limit:
+        raise ValueError(
+            f"eval.contexts asks for prompts of {longest} tokens and eval.max_new_tokens for "
+            f"{config.max_new_tokens} behind them, but {target.name} reads {limit} in all. Lower "
+            "one of them."
+        )
+
+
+def _filled(
+    prompts: list[Prompt], context: int, config: EvalConfig, target: Target
+) -> list[tuple[int, ...]]:
+    """The prompts with so much other text in front that each has about `context` tokens."""
+    from .suites import Suite, make_cases
+
+    suite = Suite("eval.prompts", prompts)
+    cases, left_out = make_cases(suite, target, context=context, room=config.max_new_tokens)
+    if left_out:
+        show(f"eval.contexts: {left_out} prompts of about {context} tokens leave no room, left out")
+    return [case.tokens for case in cases]
+
+
+def _by_context(at: Progress) -> str:
+    """The accepted lengths behind longer prompts, if there are such."""
+    name = "accepted_length_"
+    found = [
+        f"{value:.3f} at {key.removeprefix(name)} tokens"
+        for key, value in at.metrics.items()
+        if key.startswith(name)
+    ]
+    return f" ({', '.join(found)})" if found else ""
+
+
+def show_sample(sample: Sample) -> None:
+    """The beginning of an answer, in colours that tell how many tokens each step gave."""
+    show(f"> {shorten(sample.prompt, QUESTION, placeholder=' ...')}")
+    room, text = ANSWER, legend().append("\n")
+    for piece, tokens in sample.answer:
+        text.append(coloured(piece[:room], tokens))
+        room -= len(piece)
+        if room <= 0:
+            text.append(" ...")
+            break
+    console.print(text)
 
 
 @contextmanager
@@ -173,7 +237,9 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
                 return
             if at.kind == "eval" and "accepted_length" in at.metrics:
                 best = f"{at.metrics['accepted_length']:.3f}"
-                say(f"step {at.step}: accepted length {best} on held-out prompts")
+                say(f"step {at.step}: accepted length {best} on held-out prompts{_by_context(at)}")
+            for sample in at.samples:
+                show_sample(sample)
             loss = at.metrics.get("loss")
             note = f"accepted length {best}"
             update(at.step, note if loss is None else f"loss {loss:.3f}  {note}", at.total)

@@ -15,9 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from tiny_run import tiny_head, tiny_recipe, tiny_target
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from headstart.model.head import DraftHead
 from headstart.training import loop, parallel
@@ -28,6 +26,7 @@ from headstart.training.recipe import Recipe, make_recipe
 from headstart.training.report import Progress
 
 STEPS = 6
+SLOW = 0.2  # seconds more that a slow process takes for each batch
 
 
 def recipe_for(folder: Path, data: Path, settings: dict) -> Recipe:
@@ -56,6 +55,11 @@ def held(value: Tensor) -> int:
     return partition.numel()
 
 
+def slow_down(head: DraftHead) -> None:
+    at_once = head.unroll
+    head.unroll = lambda *given: (time.sleep(SLOW), at_once(*given))[1]
+
+
 def die(folder: Path, settings: dict) -> None:
     (folder / "died").write_text(str(time.monotonic()))
     if settings["dies"] in ("killed", "stopped"):
@@ -75,8 +79,10 @@ def main(folder: Path, data: Path, settings: dict) -> None:
         unroll = head.unroll
         calls = iter(range(1000))
         head.unroll = lambda *given: unroll(*given) if next(calls) < 4 else die(folder, settings)
+    if rank == settings.get("slow"):
+        slow_down(head)
     made: list[Engine] = []
-    exchanges = 0
+    exchanges, allreduce_hook = 0, parallel.allreduce_hook
 
     def counted(group, bucket):
         nonlocal exchanges
@@ -85,15 +91,13 @@ def main(folder: Path, data: Path, settings: dict) -> None:
 
     def keep(*given) -> Engine:
         made.append(make_engine(*given))
-        if isinstance(getattr(made[0], "module", None), DistributedDataParallel):
-            made[0].module.register_comm_hook(None, counted)
         return made[0]
 
     def stop(at: Progress) -> None:
         if at.kind == "train" and at.step == settings.get("stop"):
             os.kill(os.getpid(), signal.SIGINT)
 
-    loop.make_engine = keep
+    loop.make_engine, parallel.allreduce_hook = keep, counted
     try:
         loop.train(
             recipe_for(folder, data, settings),

@@ -161,8 +161,24 @@ def test_two_processes_equal_one(data, tmp_path, loss, optimizer, engine, recomp
     facts = together(tmp_path / "pair", data, 2, settings)
     if engine == "ddp":  # gradients are exchanged once per step, not once per batch
         assert all(one["exchanges"] == STEPS for one in facts)
+    told = {"share_exchange" in one for one in figures(tmp_path / "pair") if one["kind"] == "train"}
+    assert told == {engine == "ddp"}  # the others give no way to tell it apart
     # Muon orthogonalises in bfloat16.
     check_equal(tmp_path / "pair", tmp_path / "alone", 3e-5 if optimizer == "adamw" else 2e-4)
+
+
+@pytest.mark.slow
+def test_waiting_for_others_is_told_apart(data, tmp_path):
+    shares = {}
+    for slow in (0, 1):
+        together(tmp_path / str(slow), data, 2, {"slow": slow, "stop": 2})
+        steps = [line for line in figures(tmp_path / str(slow)) if line["kind"] == "train"]
+        shares[slow] = [line["share_exchange"] for line in steps]
+        for line in steps:
+            parts = [value for name, value in line.items() if name.startswith("share_")]
+            assert len(parts) == 6 and sum(parts) == pytest.approx(1) and min(parts) >= 0
+    # The figures are those of process 0, and each step is 0.6 s longer in the slow one.
+    assert min(shares[1]) > 0.5 and max(shares[0]) < 0.25, shares
 
 
 @pytest.mark.slow

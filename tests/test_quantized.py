@@ -263,12 +263,12 @@ def test_without_a_compiler_it_is_refused_and_heads_draft_in_floats(monkeypatch)
 def test_a_real_model_stays_itself_and_exact(smollm2):
     from headstart.inference.measure import Contestant, measure
     from headstart.model.fused import load_head
-    from headstart.scripts.prompts import decodable
+    from headstart.scripts.prompts import decodable, first_turns
     from headstart.scripts.shipped import shipped_head
 
     target = Target.load(smollm2, dtype="float32", quantize="int8")
     head = load_head(shipped_head(), target)
-    ids = decodable("heldout", 3, target)
+    ids = first_turns(target, decodable("heldout", 3, target))
     report = quantization_report(target.model, [torch.tensor(one) for one in ids])
     assert report.agreement > 0.93 and report.divergence < 0.02
     results = measure(target, {"mtp": Contestant(head)}, ids, max_new_tokens=16)

@@ -20,10 +20,12 @@ from .data import Batches, Corpus, frequent_tokens
 from .launch import with_engine
 from .recipe import Recipe, TrainConfig, changed_on_resume
 from .report import FIGURES
+from .samples import SAMPLES
 from .sources import Conversations
 from .trackers import check_trackers
 
-WRITTEN = ("best", "last", FIGURES)  # by a run, beside its state
+WRITTEN = ("best", "last", FIGURES, SAMPLES)  # by a run, beside its state
+SHOWN = ("samples", "contexts")  # by an evaluation, without a say in which head is the best
 
 
 def check_fit(recipe: Recipe, target: Target, head: DraftHead, decodes: bool) -> None:
@@ -151,7 +153,11 @@ def best_holds(facts: Mapping[str, Any], recipe: Recipe, best: Path) -> bool:
     """Whether the score of the best head so far can be compared with those to come, and the head
     that is kept is the one that has it: not where a run goes on from an older checkpoint."""
     before, now = facts["recipe"], recipe.model_dump(mode="json")
-    if before["eval"] != now["eval"]:
+    old, new = (
+        {name: value for name, value in one["eval"].items() if name not in SHOWN}
+        for one in (before, now)
+    )
+    if old != new:
         return False
     if before.get("parallel", {}).get("target", "replicated") != now["parallel"]["target"]:
         return False

@@ -8,7 +8,7 @@ import time
 import torch
 
 # Figures that say something of the machine, not of what is learned.
-MEASURED = ("tokens_per_second", "tflops", "memory_gb", "share_")
+MEASURED = ("tokens_per_second", "tflops", "mfu", "memory_gb", "share_")
 
 
 class Clock:

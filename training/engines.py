@@ -27,6 +27,7 @@ from headstart.model.head import DraftHead
 from headstart.model.seen import Seen
 from headstart.model.spread import whole
 
+from .clock import Clock
 from .optim import make_optimizers, set_learning_rate
 from .parallel import Team
 from .recipe import Recipe
@@ -109,14 +110,21 @@ class Replicated(Engine):
         head: DraftHead,
         recipe: Recipe,
         team: Team,
+        clock: Clock,
         adapters: Mapping[str, nn.Parameter] = MappingProxyType({}),
     ):
         super().__init__(head, recipe, team, adapters)
+        self.clock, self.waiting = clock, False
         self.module = self._spread(self.unrolled)
         self.optimizers = make_optimizers(head, recipe.train, adapters.values())
 
     def _spread(self, module: nn.Module) -> nn.Module:
-        return self.team.prepare(module)
+        return self.team.prepare(module, self._computed)
+
+    def _computed(self) -> None:
+        """Our own gradients are there; those of the others may not be."""
+        self.clock.mark("backward")
+        self.waiting = True
 
     def forward(self, seen: Seen, tokens_BT: Tensor, *, last: bool) -> list[Tensor]:
         with self._exchanging(last):  # DDP decides here what its backward pass will do
@@ -126,6 +134,9 @@ class Replicated(Engine):
     def backward(self, total: Tensor, *, last: bool) -> None:
         with self._exchanging(last):
             total.backward()
+        if self.waiting:
+            self.clock.mark("exchange")
+            self.waiting = False
 
     def _exchanging(self, last: bool) -> AbstractContextManager[object]:
         """Gradients are exchanged behind the last batch of a step only."""
@@ -192,17 +203,19 @@ def make_engine(
     head: DraftHead,
     recipe: Recipe,
     team: Team,
+    clock: Clock,
     adapters: Mapping[str, nn.Parameter] = MappingProxyType({}),
 ) -> Engine:
     """The engine that `parallel.engine` names. The head holds the weights to start from.
 
+    clock: told when a backward pass only waits for other processes, where the engine knows (ddp).
     adapters: of the target, by name, in joint training (ddp only).
     """
     kind = recipe.parallel.engine
     if kind == "ddp":
-        return Replicated(head, recipe, team, adapters)
+        return Replicated(head, recipe, team, clock, adapters)
     if kind == "fsdp2":
-        return Sharded(head, recipe, team)
+        return Sharded(head, recipe, team, clock)
     from .zero import Zero  # DeepSpeed is optional
 
     return Zero(head, recipe, team)

@@ -39,19 +39,23 @@ PARTS = {  # of the head, by engine: what lies in parts on all processes
 
 @dataclass(frozen=True)
 class GPU:
-    """memory_gb: what there is. tflops: dense bfloat16, by NVIDIA's data sheets."""
+    """memory_gb: what there is. tflops: dense bfloat16, by NVIDIA's data sheets.
+
+    names: what CUDA calls it. Variants with another peak (PCIe, NVL, parts of a GPU) have others.
+    """
 
     memory_gb: float
     tflops: float
+    names: tuple[str, ...]
 
 
 GPUS = {
-    "a100-40gb": GPU(40, 312),
-    "a100": GPU(80, 312),
-    "l40s": GPU(48, 362),
-    "h100": GPU(80, 989),
-    "h200": GPU(141, 989),
-    "b200": GPU(180, 2250),
+    "a100-40gb": GPU(40, 312, ("A100-SXM4-40GB", "A100-PCIE-40GB")),
+    "a100": GPU(80, 312, ("A100-SXM4-80GB", "A100 80GB PCIe")),
+    "l40s": GPU(48, 362, ("L40S",)),
+    "h100": GPU(80, 989, ("H100 80GB HBM3",)),
+    "h200": GPU(141, 989, ("H200",)),
+    "b200": GPU(180, 2250, ("B200",)),
 }
 
 
@@ -92,13 +96,50 @@ def total_gb(parts: Mapping[str, float]) -> float:
 
 def flops_per_token(recipe: Recipe, target: Target, head: DraftHead) -> float:
     """Of one token of the data, as if every one were to be predicted: an upper end."""
+    return sum(_flops(recipe, target, head, passes=4 if recipe.loss.recompute else 3))
+
+
+def _flops(recipe: Recipe, target: Target, head: DraftHead, *, passes: int) -> tuple[float, float]:
+    """Of a token, and what comes on top where it is to be predicted. passes: of the head."""
     steps = recipe.loss.steps
-    passes = 4 if recipe.loss.recompute else 3
     layers = 0 if recipe.data.features is not None else _active(target)
     inside = sum(one.numel() for one in head.parameters() if one.dim() > 1)
     drafted = head.config.draft_vocab or head.config.vocab_size
     logits = target.hidden_size * (target.vocab_size + 2 * steps * drafted)
-    return 2.0 * (layers + passes * steps * inside + logits)
+    return 2.0 * (layers + passes * steps * inside), 2.0 * logits
+
+
+def peak(recipe: Recipe, target: Target) -> float | None:
+    """FLOP per second that this GPU can do at most; None where that is not known: on a CPU, on a
+    GPU that is not in `GPUS`, and where target or head compute in float32. The precision has to be
+    resolved."""
+    halves = target.dtype in (torch.bfloat16, torch.float16)
+    if target.device.type != "cuda" or not halves or recipe.train.precision != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(target.device).removeprefix("NVIDIA ")
+    return next((1e12 * gpu.tflops for gpu in GPUS.values() if name in gpu.names), None)
+
+
+class Arithmetic:
+    """How much of it a process does per second: the figures `tflops` and `mfu`.
+
+    tflops is what `headstart plan` counts. mfu (arXiv 2204.02311) is over the GPU's peak, and
+    counts what the result needs: nothing that is worked out again, only tokens to be predicted
+    where logits are concerned, and no attention scores.
+    """
+
+    def __init__(self, recipe: Recipe, target: Target, head: DraftHead, processes: int):
+        self.flops, self.processes = flops_per_token(recipe, target, head), processes
+        self.token, self.row = _flops(recipe, target, head, passes=3)
+        self.peak = peak(recipe, target)
+
+    def figures(self, tokens: float, rows: float) -> dict[str, float]:
+        """tokens, rows: of all processes per second, and those of them that are predicted."""
+        figures = {"tflops": tokens * self.flops / self.processes / 1e12}
+        if self.peak is not None:
+            useful = tokens * self.token + rows * self.row
+            figures["mfu"] = useful / self.processes / self.peak
+        return figures
 
 
 def _attention(recipe: Recipe, head: DraftHead, tokens: float) -> tuple[float, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -15,15 +16,20 @@ from .losses import Loss
 from .metrics import StepSums
 from .parallel import Team
 from .recipe import Recipe
+from .samples import Sample
 from .sources import in_batches
 
-Evaluate = Callable[[DraftHead], Mapping[str, float]]
+# Figures, and under `samples` a list of `Sample` where there are answers to show.
+Evaluate = Callable[[DraftHead], Mapping[str, Any]]
 SCORE = "accepted_length"  # what `Evaluate` has to return among its figures
 HELD_OUT = "holdout_accepted_length_t0"  # what chooses the best head where nothing is decoded
 
 
 class Evaluation:
-    """evaluate: decodes with a head, or None. loss: of this process' rows of a batch."""
+    """evaluate: decodes with a head, or None. loss: of this process' rows of a batch.
+
+    samples: answers of the last time that `figures` was called.
+    """
 
     def __init__(
         self,
@@ -36,6 +42,7 @@ class Evaluation:
     ):
         self.recipe, self.holdout, self.team, self.stop = recipe, holdout, team, stop
         self.loss, self.evaluate = loss, evaluate
+        self.samples: Sequence[Sample] = ()
 
     @torch.no_grad()
     def figures(self, whole: DraftHead | None) -> dict[str, float]:
@@ -63,6 +70,7 @@ class Evaluation:
         assert whole is not None
         with self.stop.abandons():
             figures = dict(self.evaluate(as_loaded(whole)))
+        self.samples = figures.pop("samples", ())
         if SCORE not in figures:
             raise ValueError(f"evaluate has to return {SCORE!r} among its figures.")
         return figures

@@ -52,7 +52,7 @@ from .checks import (
 from .clock import Clock
 from .data import Batch, Batches
 from .engines import make_engine
-from .estimate import flops_per_token
+from .estimate import Arithmetic
 from .evaluation import Evaluate, Evaluation, score
 from .features import open_features
 from .interrupt import Abandoned, Interrupted, StopRequest
@@ -137,9 +137,9 @@ class _Run:
             notes += changes
         else:
             choose_draft_vocab(head, self.corpus)
-        self.flops = flops_per_token(recipe, target, head)
+        self.arithmetic = Arithmetic(recipe, target, head, self.team.count)
         self.teacher = make_teacher(recipe, head, open_features(recipe, data, target, head))
-        self.engine = make_engine(head, recipe, self.team, self.teacher.adapters)
+        self.engine = make_engine(head, recipe, self.team, self.clock, self.teacher.adapters)
         self.engine.restore(optimizer)
         self.evaluation = Evaluation(
             recipe, self.holdout, self.team, self.stop, self._held_out, evaluate
@@ -200,7 +200,7 @@ class _Run:
             objective = self.teacher.objective(result, weight, rows)
             # Averaged over processes afterwards, hence the factor.
             self.engine.backward(objective * self.team.count, last=last)
-            self.clock.mark("backward")  # and the exchange of gradients, which it overlaps
+            self.clock.mark("backward")  # with what it hides of the exchange of gradients
             sums = sums + result.sums
         sums = StepSums.unpack(self.team.sum(sums.pack()).cpu())
         figures = sums.figures()
@@ -214,8 +214,8 @@ class _Run:
         seconds = time.monotonic() - began
         self._plan(seconds)
         figures |= {"lr": rate, "gradient_norm": norm, "tokens": float(self.at.tokens)}
-        tflops = tokens / seconds * self.flops / self.team.count / 1e12
-        self._report_step(figures | {"tflops": tflops} | self.clock.figures(tokens / seconds))
+        figures |= self.arithmetic.figures(tokens / seconds, float(sums.count_K[0]) / seconds)
+        self._report_step(figures | self.clock.figures(tokens / seconds))
         return False
 
     def _next_batches(self) -> list[Batch]:
@@ -270,7 +270,7 @@ class _Run:
         self.at.evaluated = self.at.step
         if self.team.main:
             if figures and self.report is not None:
-                self.report.eval(self.at.step, self.at.total, figures)
+                self.report.eval(self.at.step, self.at.total, figures, self.evaluation.samples)
             if self.at.is_best(found):
                 self.at.score, self.at.best_step = found, self.at.step
                 self._save_head(whole, "best", figures.get("holdout_divergence"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
@@ -12,6 +12,10 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed import GradBucket, ProcessGroup
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
 
 from headstart.model.spread import patient
 
@@ -65,9 +69,17 @@ class Team:
         """True in the process that writes files and decodes for evaluation."""
         return self.index == 0
 
-    def prepare(self, module: nn.Module) -> nn.Module:
-        """The module, with gradients averaged over the processes."""
+    def prepare(self, module: nn.Module, computed: Callable[[], None]) -> nn.Module:
+        """The module, with gradients averaged over the processes.
+
+        computed: told in a backward pass when the last gradients go out: what is left is to wait.
+        """
         prepared: nn.Module = self.accelerator.prepare_model(module)
+        if isinstance(prepared, DistributedDataParallel):
+            # A lambda, since DDP takes no hook whose annotations are texts, as they are here.
+            prepared.register_comm_hook(
+                prepared.process_group, lambda group, bucket: _send(group, bucket, computed)
+            )
         return prepared
 
     def backward_alone(self, module: nn.Module, alone: bool) -> AbstractContextManager[object]:
@@ -111,6 +123,13 @@ def local_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _send(group: ProcessGroup, bucket: GradBucket, computed: Callable[[], None]) -> Future[Tensor]:
+    """Start to exchange some gradients, as DDP itself would."""
+    if bucket.is_last():
+        computed()
+    return allreduce_hook(group, bucket)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -199,7 +199,9 @@ class EvalConfig(Section):
     every: optimizer steps between two evaluations (0: only at the end; below 1: as a part of the
     run, so 0.25 evaluates four times). prompts: a prompt JSONL, or the name of a shipped one; null,
     or a target without chat template: the held-out loss decides. count: prompts used. nodes, depth,
-    width: the tree.
+    width: the tree. samples: answers that are shown and kept in samples.jsonl. contexts: lengths in
+    tokens that the prompts are also filled up to, to see how the accepted length changes; they do
+    not choose the best head, and each takes longer than the evaluation itself.
     """
 
     every: float = Field(default=0, ge=0)
@@ -210,6 +212,14 @@ class EvalConfig(Section):
     nodes: int = Field(default=8, ge=2)
     depth: int = Field(default=4, ge=1)
     width: int = Field(default=4, ge=1)
+    samples: int = Field(default=1, ge=0)
+    contexts: tuple[Annotated[int, Field(ge=1)], ...] = ()
+
+    @model_validator(mode="after")
+    def _prompts_to_fill(self) -> Self:
+        if self.contexts and self.prompts is None:
+            raise ValueError("contexts are lengths of prompts, but prompts is null: name a file")
+        return self
 
 
 class Recipe(Section):

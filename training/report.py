@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from headstart.model.files import replace_text
 
 from .recipe import Recipe
+from .samples import SAMPLES, Sample
 from .trackers import Trackers
 
 FIGURES = "metrics.jsonl"
@@ -23,6 +24,7 @@ class Progress:
     """What the caller is told. eta: seconds that are left, or None before the first step.
 
     kind: "train" after every optimizer step, "eval" after an evaluation, "note" for a message.
+    samples: answers that the evaluation wrote.
     """
 
     kind: Literal["train", "eval", "note"]
@@ -31,20 +33,23 @@ class Progress:
     metrics: Figures
     eta: float | None
     message: str = ""
+    samples: Sequence[Sample] = ()
 
 
 Log = Callable[[Progress], None]
 
 
 class Report:
-    """Written by the main process only; `metrics.jsonl` holds one JSON object per line."""
+    """Written by the main process only; `metrics.jsonl` and `samples.jsonl` hold one JSON object
+    per line."""
 
     def __init__(self, recipe: Recipe, folder: Path, log: Log | None, step: int, evaluated: int):
         """step, evaluated: where the run begins, and its last finished evaluation before."""
         self.log, self.first = log, step
         self.began = time.monotonic()
-        self.path = folder / FIGURES
+        self.path, self.samples = folder / FIGURES, folder / SAMPLES
         _keep_until(self.path, step, evaluated)
+        _keep_until(self.samples, evaluated, evaluated)
         self.file = self.path.open("a", encoding="utf-8")
         self.trackers = Trackers(recipe, folder)
 
@@ -54,9 +59,14 @@ class Report:
             self._write("train", step, figures)
         self._tell("train", step, total, figures)
 
-    def eval(self, step: int, total: int, figures: Figures) -> None:
+    def eval(self, step: int, total: int, figures: Figures, samples: Sequence[Sample] = ()) -> None:
         self._write("eval", step, figures)
-        self._tell("eval", step, total, figures)
+        if samples:
+            lines = [json.dumps({"step": step, "kind": "eval", **asdict(one)}) for one in samples]
+            with self.samples.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in lines))
+            self.trackers.show(step, samples)
+        self._tell("eval", step, total, figures, samples=samples)
 
     def note(self, step: int, total: int, message: str) -> None:
         self._tell("note", step, total, {}, message)
@@ -82,9 +92,11 @@ class Report:
         total: int,
         figures: Figures,
         message: str = "",
+        samples: Sequence[Sample] = (),
     ) -> None:
         if self.log is not None:
-            self.log(Progress(kind, step, total, figures, self._eta(step, total), message))
+            eta = self._eta(step, total)
+            self.log(Progress(kind, step, total, figures, eta, message, samples))
 
     def _eta(self, step: int, total: int) -> float | None:
         if step <= self.first:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from headstart.model.files import replace_text
 
 from .recipe import Recipe, WandbConfig
+from .samples import Sample, as_html, as_text
 
 WANDB_ID = "wandb_id"  # in the folder of the run, so that a run that goes on is one run there too
 TENSORBOARD = "tensorboard"
@@ -30,6 +31,15 @@ class Trackers:
             self.wandb.log(named, step=step)
         if self.tensorboard is not None:
             self.tensorboard.log(named, step=step)
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        """Answers of an evaluation."""
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({"eval/samples": wandb.Html(as_html(samples))}, step=step)
+        if self.tensorboard is not None:
+            self.tensorboard.log({"eval/samples": as_text(samples)}, step=step)
 
     def keep(self, head: Path) -> None:
         """The finished head, as an artifact where there are such."""
