@@ -23,7 +23,7 @@ from transformers import (
 from . import gguf
 from .families import decoder_layers, inner_model, refuse_config
 from .hashing import weights_hash
-from .spread import from_first, spread
+from .spread import from_first, spread, tensor_plan
 
 
 def open_pretrained(
@@ -35,9 +35,17 @@ def open_pretrained(
     where = {"gguf_file": file, "revision": revision}
     _read_config(name, source, where)
     extra = gguf.model_arguments() if file else {}
+    model = _load(name, source, dtype=_dtype(dtype, place), **where, **extra)
+    if file:
+        gguf.take_output_weight(model, Path(source) / file)
+    return model.to(place), _tokenizer(source, where)
+
+
+def _load(name: str, source: str, **options: Any) -> PreTrainedModel:
+    """ValueError for weights that are missing or cannot be read."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_dtype(dtype, place), output_loading_info=True, **where, **extra
+            source, output_loading_info=True, **options
         )
     except (OSError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(
@@ -51,9 +59,8 @@ def open_pretrained(
             f"{name} lacks weights that its configuration asks for ({missing}). The folder is "
             "incomplete or of another model. Download it again."
         )
-    if file:
-        gguf.take_output_weight(model, Path(source) / file)
-    return model.to(place), _tokenizer(source, where)
+    opened: PreTrainedModel = model
+    return opened
 
 
 def open_skeleton(name: str, revision: str | None) -> PreTrainedModel:
@@ -78,6 +85,27 @@ def _read_config(name: str, source: str, where: dict[str, str | None]) -> Pretra
     if where["gguf_file"] is None:
         _refuse_quantized(config, name)
     return config
+
+
+def open_tensor_parallel(
+    name: str, dtype: torch.dtype | str, device: torch.device, revision: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | str]:
+    """As `open_pretrained`, with the layers in parts by transformers' tensor parallelism.
+
+    Every process calls it, and reads its part of the files.
+    """
+    source, file = _source(name)
+    if file is not None:
+        raise ValueError(
+            f"{name} is a GGUF file, which is not read in parts. Set parallel.target=sharded, or "
+            "name the model's folder or Hub id."
+        )
+    plan = tensor_plan(open_skeleton(name, revision), name)
+    where = {"gguf_file": None, "revision": revision}
+    model = _load(
+        name, source, dtype=_dtype(dtype, device), revision=revision, distributed_config=plan
+    )
+    return model, _tokenizer(source, where)
 
 
 def open_spread(

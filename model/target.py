@@ -36,16 +36,16 @@ from .families import (
     refuse,
     refuse_unused_window,
 )
-from .hashing import remember
+from .hashing import remember, weights_hash
 from .lean import Lean
 from .native import Native
 from .packed import MOST_ROWS, identity, pack_linears
-from .pretrained import open_pretrained, open_skeleton, open_spread
+from .pretrained import open_pretrained, open_skeleton, open_spread, open_tensor_parallel
 from .quantized import Int8, available, check_kind
 from .quantized import quantize as quantize_target
 from .seen import Seen
 from .shorter import shorter_way
-from .spread import is_spread
+from .spread import is_spread, reads_together
 from .tree import Tree
 
 SUBSETS = 4  # vocabularies whose LM head rows are kept at hand
@@ -57,7 +57,8 @@ class Target:
     model: untouched, in eval mode, no parameter asks for a gradient. config: of its text part.
     name: where it came from. hidden_size: width of the LM head's input. vocab_size: rows of the LM
     head, which can be more than the tokenizer knows. quantized: what to, or None. spread: whether
-    its layers lie in parts on several processes.
+    its layers lie in parts on several processes. reads_together: whether those processes have to
+    read the same rows.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Target:
         self._lean: Accelerated | Native | Lean | None = None
         self.quantized: str | None = None
         self.recorded: object = None  # what decoding keeps from one run to the next
-        self.spread = is_spread(model)
+        self.spread, self.reads_together = is_spread(model), reads_together(model)
         if self.device.type == "meta":
             return
         probe(self)
@@ -127,11 +128,17 @@ class Target:
         dtype: torch.dtype | str = "auto",
         device: torch.device,
         revision: str | None = None,
+        tensor_parallel: bool = False,
     ) -> Target:
         """As `load`, with its layers in parts on all processes of the run, which call this together
-        and `read` too. Such a target trains heads; it does not decode."""
-        model, tokenizer, digest = open_spread(str(name), dtype, device, revision)
-        remember(model, digest)
+        and `read` too (the same rows where it is tensor-parallel). Such a target trains heads; it
+        does not decode."""
+        if tensor_parallel:
+            model, tokenizer = open_tensor_parallel(str(name), dtype, device, revision)
+            weights_hash(model)  # now, while all processes are here
+        else:
+            model, tokenizer, digest = open_spread(str(name), dtype, device, revision)
+            remember(model, digest)
         return cls(model, tokenizer, str(name))
 
     @classmethod

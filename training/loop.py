@@ -186,11 +186,10 @@ class _Run:
         # Every process knows the whole batches, so nothing has to be added up.
         weight = sum(loss_weight(loss, batch) for batch in whole)
         tokens = sum(int(batch.lengths_B.sum()) for batch in whole)
-        batches = [self._part(batch) for batch in whole]
         self.clock.mark("data")
         sums = StepSums.zeros(loss.steps, self.target.device)
-        for index, batch in enumerate(batches):
-            last = index + 1 == len(batches)
+        for index, batch in enumerate(whole):
+            last = index + 1 == len(whole)
             result = self._loss(batch, loss, last=last)
             # Averaged over processes afterwards, hence the factor.
             self.engine.backward(result.total * (self.team.count / weight), last=last)
@@ -201,7 +200,7 @@ class _Run:
         rate = learning_rate(config, self.at.step, self.at.total)
         norm = self.engine.update(rate) if math.isfinite(figures["loss"]) else math.nan
         self.clock.mark("update")
-        self._must_be_finite(figures["loss"], norm, batches)
+        self._must_be_finite(figures["loss"], norm, whole)
         self._advance(tokens, sums)
         seconds = time.monotonic() - began
         self._plan(seconds)
@@ -214,12 +213,9 @@ class _Run:
         places = range(self.at.position, self.at.position + self.recipe.train.accumulate)
         return [self.corpus.batch(self.batches.at(place)) for place in places]
 
-    def _part(self, batch: Batch) -> Batch:
-        """Our rows of a batch, where the target is."""
-        return batch.part(self.team.index, self.team.count).to(self.target.device)
-
-    def _loss(self, batch: Batch, config: LossConfig, *, last: bool = True) -> Loss:
-        seen = read(self.features, self.target, batch, self.head.layers)
+    def _loss(self, whole: Batch, config: LossConfig, *, last: bool = True) -> Loss:
+        """Of our rows of a batch."""
+        batch, seen = read(self.features, self.target, whole, self.head.layers, self.team)
         self.clock.mark("target")
         hidden = self.engine.forward(seen, batch.tokens_BT, last=last)
         with self.engine.unrolled.autocast():
@@ -288,7 +284,7 @@ class _Run:
         for batch in in_batches(self.holdout, self.recipe.data.batch_tokens):
             if self._anyone(self.stop.asked):
                 raise Abandoned
-            sums = sums + self._loss(self._part(batch), self.recipe.loss).sums
+            sums = sums + self._loss(batch, self.recipe.loss).sums
         figures = StepSums.unpack(self.team.sum(sums.pack()).cpu()).figures()
         return {f"holdout_{name}": value for name, value in figures.items()}
 
@@ -364,15 +360,15 @@ class _Run:
             keep = self.at.step % self.recipe.train.log_every == 0 or self.at.step == self.at.total
             self.report.train(self.at.step, self.at.total, figures, keep=keep)
 
-    def _must_be_finite(self, loss: float, norm: float, batches: list[Batch]) -> None:
+    def _must_be_finite(self, loss: float, norm: float, whole: list[Batch]) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         path = self.folder / f"bad_batch_step{self.at.step}_process{self.team.index}.safetensors"
         tensors: dict[str, Tensor] = {}
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(map(self.team.part, whole)):
             tensors |= {f"{index}.{name}": value for name, value in vars(batch).items()}
         save_tensors(path, tensors)
-        rows = [self.batches.at(self.at.position + index) for index in range(len(batches))]
+        rows = [self.batches.at(self.at.position + index) for index in range(len(whole))]
         if not self._anyone(not self.engine.is_finite()):
             self._save()
         raise FloatingPointError(

@@ -163,14 +163,15 @@ class ParallelConfig(Section):
     """How several processes share the work (training/engines.py says what each engine spreads).
 
     engine: auto is what `accelerate launch` was configured for, else ddp. deepspeed: a JSON file
-    for zero1, zero2 and zero3, with more settings (offloading, bucket sizes). target: sharded puts
-    its layers in parts on all processes, for targets that do not fit one accelerator; held-out
-    conversations then choose the best head, since such a target does not decode.
+    for zero1, zero2 and zero3, with more settings (offloading, bucket sizes). target: for one that
+    fits no accelerator; held-out conversations then choose the best head, since such a target does
+    not decode. sharded: its layers lie in parts on all processes, put together one at a time.
+    tensor_parallel: all processes compute a part of every layer, of the whole batch.
     """
 
     engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     deepspeed: str | None = None
-    target: Literal["replicated", "sharded"] = "replicated"
+    target: Literal["replicated", "sharded", "tensor_parallel"] = "replicated"
 
 
 class EvalConfig(Section):
