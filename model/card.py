@@ -127,6 +127,7 @@ def _training(head: DraftHead, meta: HeadMeta) -> str:
         "answer tokens": None if meta.tokens is None else f"{meta.tokens:,}",
         "data": meta.data,
         "data sha256": meta.data_hash,
+        "target's layers in training, weight-only": meta.weight_only,
     }
     return "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
 

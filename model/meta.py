@@ -35,7 +35,8 @@ class HeadMeta(BaseModel):
     """What is known about a trained head.
 
     target: the Hub id or name of its target. steps: how many steps ahead it was trained for.
-    tokens: how many answer tokens it saw. data_hash: sha256 of the training data.
+    tokens: how many answer tokens it saw. data_hash: sha256 of the training data. weight_only: what
+    the target's layers were held in while it was trained, if not in their own type.
 
     Calibration, all of it empty before (training/calibrate.py). temperatures: one per depth,
     dividing its logits so that path probabilities are calibrated; what a loaded head drafts with.
@@ -53,6 +54,7 @@ class HeadMeta(BaseModel):
     tokens: int | None = None
     data: str | None = None
     data_hash: str | None = None
+    weight_only: str | None = None
     temperatures: tuple[Temperature, ...] = ()
     rank_acceptance: tuple[tuple[Share, ...], ...] = ()
     calibration_rows: tuple[int, ...] = ()

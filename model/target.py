@@ -40,13 +40,20 @@ from .hashing import remember, weights_hash
 from .lean import Lean
 from .native import Native
 from .packed import MOST_ROWS, identity, pack_linears
-from .pretrained import open_pretrained, open_skeleton, open_spread, open_tensor_parallel
+from .pretrained import (
+    open_pretrained,
+    open_skeleton,
+    open_spread,
+    open_tensor_parallel,
+    open_weight_only,
+)
 from .quantized import Int8, available, check_kind
 from .quantized import quantize as quantize_target
 from .seen import Seen
 from .shorter import shorter_way
 from .spread import is_spread, reads_together
 from .tree import Tree
+from .weight_only import check_weight_only
 
 SUBSETS = 4  # vocabularies whose LM head rows are kept at hand
 
@@ -56,9 +63,9 @@ class Target:
 
     model: untouched, in eval mode, no parameter asks for a gradient. config: of its text part.
     name: where it came from. hidden_size: width of the LM head's input. vocab_size: rows of the LM
-    head, which can be more than the tokenizer knows. quantized: what to, or None. spread: whether
-    its layers lie in parts on several processes. reads_together: whether those processes have to
-    read the same rows.
+    head, which can be more than the tokenizer knows. quantized: what it computes in, or None.
+    weight_only: what its layers are held in, if not in their own type. spread: whether its layers
+    lie in parts on several processes. reads_together: whether those have to read the same rows.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class Target:
         tokenizer: PreTrainedTokenizerBase | str,
         name: str,
         quantize: str | None = None,
+        weight_only: str | None = None,
     ):
         """tokenizer: or the reason why there is none. ValueError if the model cannot be read."""
         refuse(model, name)
@@ -87,6 +95,7 @@ class Target:
         self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
         self._lean: Accelerated | Native | Lean | None = None
         self.quantized: str | None = None
+        self.weight_only = weight_only
         self.recorded: object = None  # what decoding keeps from one run to the next
         self.spread, self.reads_together = is_spread(model), reads_together(model)
         if self.device.type == "meta":
@@ -95,7 +104,7 @@ class Target:
         if quantize is not None:
             quantize_target(self, quantize)
             self.quantized = quantize
-        if not self.spread:
+        if not self.spread and weight_only is None:
             self._lean = shorter_way(self._decoder, self._layers, self.config)
             pack_linears(model)  # after the probes, which would pack what they widen
 
@@ -108,15 +117,23 @@ class Target:
         device: torch.device | str | None = None,
         revision: str | None = None,
         quantize: str | None = None,
+        weight_only: str | None = None,
     ) -> Target:
         """Open a Hub id, a model folder (a fused one too), or a .gguf file.
 
         dtype "auto" is float32 on a CPU and bfloat16 on an accelerator; device None is the
         accelerator if there is one. quantize: "int8" for products of integers (CPU, float32); that
-        model is then the target, whose output is kept. ValueError says what cannot be opened and
-        what to do.
+        model is then the target, whose output is kept. weight_only: "int8", "float8" or "nf4", to
+        hold its layers in less memory while heads are trained on it; decoding is slower then.
+        ValueError says what cannot be opened and what to do.
         """
         check_kind(quantize)
+        check_weight_only(weight_only)
+        if weight_only is not None:
+            if quantize is not None:
+                raise ValueError("Give either quantize or weight_only: they exclude each other.")
+            held = open_weight_only(str(name), dtype, device, revision, weight_only)
+            return cls(*held, str(name), weight_only=weight_only)
         model, tokenizer = open_pretrained(str(name), dtype, device, revision)
         return cls(model, tokenizer, str(name), quantize)
 

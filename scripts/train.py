@@ -105,7 +105,13 @@ def open_target(recipe: Recipe) -> Target:
             revision=config.revision,
             tensor_parallel=recipe.parallel.target == "tensor_parallel",
         )
-    return Target.load(config.name, dtype=config.dtype, device=device, revision=config.revision)
+    return Target.load(
+        config.name,
+        dtype=config.dtype,
+        device=device,
+        revision=config.revision,
+        weight_only=config.quantize,
+    )
 
 
 def evaluator(

@@ -13,6 +13,7 @@ import torch
 from headstart.model.fused import is_head, read_head_file
 from headstart.model.head import UNSET, DraftHead
 from headstart.model.target import Target
+from headstart.model.weight_only import check_weight_only
 
 from .checkpoint import FOLDER, STATE, load_facts
 from .data import Batches, Corpus, frequent_tokens
@@ -50,6 +51,7 @@ def check_early(recipe: Recipe) -> None:
     """What can be known to be wrong before the target is loaded."""
     with_engine(recipe)
     check_trackers(recipe)
+    check_weight_only(recipe.target.quantize)
     folder = Path(recipe.train.output)
     check_folder(recipe, folder, load_facts(folder / FOLDER))
 

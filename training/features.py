@@ -65,6 +65,7 @@ class Index(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     target_hash: str
+    weight_only: str | None = None  # what the target's layers were held in
     data_hash: str
     layers: tuple[int, ...]
     hidden_size: int
@@ -89,6 +90,7 @@ def wanted(
     """The empty index of a store for this data, target and taps. kind None: the target's type."""
     return Index(
         target_hash=target_hash(target),
+        weight_only=target.weight_only,
         data_hash=data_hash(data),
         layers=tuple(sorted(layers)),
         hidden_size=target.hidden_size,
@@ -307,6 +309,7 @@ def _check_room(folder: Path, index: Index, data: Conversations) -> None:
 def _check_same(folder: Path, found: Index, wanted: Index) -> None:
     named = {
         "target_hash": "another target",
+        "weight_only": "a target with another target.quantize",
         "data_hash": "other data (or another data.max_length, data.holdout or train.seed)",
         "hidden_size": "another hidden size",
         "kind": "another type of numbers",

@@ -308,6 +308,7 @@ class _Run:
             tokens=self.at.answer_tokens,
             data=", ".join(self.recipe.data.paths) or None,
             data_hash=self.data_hash,
+            weight_only=self.target.weight_only,
         )
         try:
             save_head(whole, self.folder / name, meta)
