@@ -94,6 +94,9 @@ def test_a_target_in_parts_trains_the_same_head(tmp_path, kind, engine, how):
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
     heads = [json.loads((r.parent / "run/best/config.json").read_text()) for r in (pair, alone)]
     assert heads[0]["headstart"]["target_hash"] == heads[1]["headstart"]["target_hash"]
+    # To go on with a whole target is allowed: it is the same one.
+    whole = ("parallel.target=replicated", "parallel.engine=ddp", "train.resume=true")
+    run_recipe(load_recipe(pair, whole))
 
 
 @pytest.mark.slow
