@@ -141,6 +141,7 @@ def _training(head: DraftHead, meta: HeadMeta) -> str:
         "data": meta.data,
         "data sha256": meta.data_hash,
         "began as": meta.start,
+        "target's layers in training, weight-only": meta.weight_only,
     }
     return "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
 

@@ -36,17 +36,24 @@ from .families import (
     refuse,
     refuse_unused_window,
 )
-from .hashing import remember
+from .hashing import remember, weights_hash
 from .lean import Lean
 from .native import Native
 from .packed import MOST_ROWS, identity, pack_linears
-from .pretrained import open_pretrained, open_skeleton, open_spread
+from .pretrained import (
+    open_pretrained,
+    open_skeleton,
+    open_spread,
+    open_tensor_parallel,
+    open_weight_only,
+)
 from .quantized import Int8, available, check_kind
 from .quantized import quantize as quantize_target
 from .seen import Seen
 from .shorter import shorter_way
-from .spread import is_spread
+from .spread import is_spread, reads_together
 from .tree import Tree
+from .weight_only import check_weight_only
 
 SUBSETS = 4  # vocabularies whose LM head rows are kept at hand
 
@@ -56,8 +63,9 @@ class Target:
 
     model: untouched, in eval mode, no parameter asks for a gradient. config: of its text part.
     name: where it came from. hidden_size: width of the LM head's input. vocab_size: rows of the LM
-    head, which can be more than the tokenizer knows. quantized: what to, or None. spread: whether
-    its layers lie in parts on several processes.
+    head, which can be more than the tokenizer knows. quantized: what it computes in, or None.
+    weight_only: what its layers are held in, if not in their own type. spread: whether its layers
+    lie in parts on several processes. reads_together: whether those have to read the same rows.
     """
 
     def __init__(
@@ -66,6 +74,7 @@ class Target:
         tokenizer: PreTrainedTokenizerBase | str,
         name: str,
         quantize: str | None = None,
+        weight_only: str | None = None,
     ):
         """tokenizer: or the reason why there is none. ValueError if the model cannot be read."""
         refuse(model, name)
@@ -86,15 +95,16 @@ class Target:
         self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
         self._lean: Accelerated | Native | Lean | None = None
         self.quantized: str | None = None
+        self.weight_only = weight_only
         self.recorded: object = None  # what decoding keeps from one run to the next
-        self.spread = is_spread(model)
+        self.spread, self.reads_together = is_spread(model), reads_together(model)
         if self.device.type == "meta":
             return
         probe(self)
         if quantize is not None:
             quantize_target(self, quantize)
             self.quantized = quantize
-        if not self.spread:
+        if not self.spread and weight_only is None:
             self._lean = shorter_way(self._decoder, self._layers, self.config)
             pack_linears(model)  # after the probes, which would pack what they widen
 
@@ -107,15 +117,23 @@ class Target:
         device: torch.device | str | None = None,
         revision: str | None = None,
         quantize: str | None = None,
+        weight_only: str | None = None,
     ) -> Target:
         """Open a Hub id, a model folder (a fused one too), or a .gguf file.
 
         dtype "auto" is float32 on a CPU and bfloat16 on an accelerator; device None is the
         accelerator if there is one. quantize: "int8" for products of integers (CPU, float32); that
-        model is then the target, whose output is kept. ValueError says what cannot be opened and
-        what to do.
+        model is then the target, whose output is kept. weight_only: "int8", "float8" or "nf4", to
+        hold its layers in less memory while heads are trained on it; decoding is slower then.
+        ValueError says what cannot be opened and what to do.
         """
         check_kind(quantize)
+        check_weight_only(weight_only)
+        if weight_only is not None:
+            if quantize is not None:
+                raise ValueError("Give either quantize or weight_only: they exclude each other.")
+            held = open_weight_only(str(name), dtype, device, revision, weight_only)
+            return cls(*held, str(name), weight_only=weight_only)
         model, tokenizer = open_pretrained(str(name), dtype, device, revision)
         return cls(model, tokenizer, str(name), quantize)
 
@@ -127,11 +145,17 @@ class Target:
         dtype: torch.dtype | str = "auto",
         device: torch.device,
         revision: str | None = None,
+        tensor_parallel: bool = False,
     ) -> Target:
         """As `load`, with its layers in parts on all processes of the run, which call this together
-        and `read` too. Such a target trains heads; it does not decode."""
-        model, tokenizer, digest = open_spread(str(name), dtype, device, revision)
-        remember(model, digest)
+        and `read` too (the same rows where it is tensor-parallel). Such a target trains heads; it
+        does not decode."""
+        if tensor_parallel:
+            model, tokenizer = open_tensor_parallel(str(name), dtype, device, revision)
+            weights_hash(model)  # now, while all processes are here
+        else:
+            model, tokenizer, digest = open_spread(str(name), dtype, device, revision)
+            remember(model, digest)
         return cls(model, tokenizer, str(name))
 
     @classmethod

@@ -116,6 +116,32 @@ def test_what_an_engine_spreads(tmp_path, engine):
     assert eight["head: kept for the backward pass"] < one["head: kept for the backward pass"]
 
 
+def test_what_a_target_takes_by_how_it_is_held(tmp_path):
+    folder = folder_of(llama(), tmp_path)
+    model = LlamaForCausalLM(llama())
+    whole = sum(one.numel() for one in model.parameters())
+    layers = [one for one in model.model.layers.parameters() if one.dim() == 2]
+    inside, largest = sum(one.numel() for one in layers), max(one.numel() for one in layers)
+    plain = recipe_for(folder)
+    one = estimate.memory(plain, *shapes(plain), processes=1)
+
+    shared = recipe_for(folder, parallel={"target": "tensor_parallel"})
+    four = estimate.memory(shared, *shapes(shared), processes=4)
+    assert four["target: weights"] == pytest.approx(4 * (whole - inside * 3 / 4))
+    # Every process reads the whole batch: 2,048 tokens, and keeps its 512 of them.
+    assert four["target: one layer at work"] == one["target: one layer at work"]
+    assert four["target: features"] == one["target: features"] * (2048 + 512) / 2048
+    assert four["head: kept for the backward pass"] < one["head: kept for the backward pass"] / 3
+
+    for kind, size in (("int8", 1), ("float8", 1), ("nf4", 0.525)):
+        values = plain.model_dump(exclude_none=True)
+        held = make_recipe(values | {"target": values["target"] | {"quantize": kind}})
+        found = estimate.memory(held, *shapes(held), processes=1)
+        expected = 4 * (whole - inside + largest) + size * inside
+        assert found["target: weights"] == pytest.approx(expected)
+        assert found["target: features"] == one["target: features"]
+
+
 def test_of_experts_only_the_chosen_ones_count(tmp_path):
     config = MixtralConfig(
         vocab_size=VOCAB,
@@ -174,3 +200,8 @@ def test_what_does_not_fit_says_what_would(tmp_path):
     assert "parallel.target=sharded it takes" in " ".join(result.output.split())
     assert json.loads(result.output.splitlines()[-1])["fits"] is False
     assert run(*command, "parallel.target=sharded", "parallel.engine=fsdp2").exit_code == 0
+    assert run(*command, "parallel.target=tensor_parallel").exit_code == 0
+    smaller = [*command, "--gpu", "h200"]  # the target alone takes 141 GB in its own type
+    assert "target.quantize=float8 it takes" in " ".join(run(*smaller, ok=False).output.split())
+    alone = [*command[:-1], "1", "loss.recompute=true"]
+    assert run(*alone, "target.quantize=nf4").exit_code == 0

@@ -14,6 +14,7 @@ from headstart.model.fused import is_head, read_head_file
 from headstart.model.head import UNSET, DraftHead
 from headstart.model.joint import check_peft
 from headstart.model.target import Target
+from headstart.model.weight_only import check_weight_only
 
 from .checkpoint import FOLDER, STATE, load_facts
 from .data import Batches, Corpus, frequent_tokens
@@ -60,6 +61,7 @@ def check_early(recipe: Recipe) -> None:
     if recipe.train.start_from is not None:
         read_head_file(recipe.train.start_from)
     check_trackers(recipe)
+    check_weight_only(recipe.target.quantize)
     folder = Path(recipe.train.output)
     check_folder(recipe, folder, load_facts(folder / FOLDER))
 
@@ -71,6 +73,7 @@ def check_joint(recipe: Recipe) -> None:
     check_peft()
     for name, value, needed in (
         ("data.features", recipe.data.features, None),
+        ("target.quantize", recipe.target.quantize, None),
         ("parallel.target", recipe.parallel.target, "replicated"),
         ("parallel.engine", recipe.parallel.engine, "ddp"),
     ):

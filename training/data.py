@@ -41,14 +41,18 @@ class Batch:
         A process without a row gets one that teaches nothing: it has to take part in every
         exchange between the processes all the same.
         """
-        idle = index >= len(self.lengths_B)
-        rows = slice(0, 1) if idle else slice(index, None, count)
+        rows, columns = self.share(index, count)
         rows_B = None if self.rows_B is None else self.rows_B[rows]
-        if idle:
-            idle_BT = torch.zeros_like(self.loss_mask_BT[:1, :MIN_TOKENS])
-            lengths_B = self.lengths_B[:1].clamp(max=MIN_TOKENS)
-            return Batch(self.tokens_BT[:1, :MIN_TOKENS], lengths_B, idle_BT, rows_B)
-        return Batch(self.tokens_BT[rows], self.lengths_B[rows], self.loss_mask_BT[rows], rows_B)
+        lengths_B, mask_BT = self.lengths_B[rows], self.loss_mask_BT[rows, columns]
+        if index >= len(self.lengths_B):
+            lengths_B, mask_BT = lengths_B.clamp(max=MIN_TOKENS), torch.zeros_like(mask_BT)
+        return Batch(self.tokens_BT[rows, columns], lengths_B, mask_BT, rows_B)
+
+    def share(self, index: int, count: int) -> tuple[slice, slice]:
+        """Which rows and columns the `part` of a process is."""
+        if index >= len(self.lengths_B):
+            return slice(0, 1), slice(0, MIN_TOKENS)
+        return slice(index, None, count), slice(None)
 
 
 def padded_length(length: int, longest: int) -> int:

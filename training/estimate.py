@@ -18,6 +18,8 @@ from headstart.model.head import DraftHead
 from headstart.model.recurrent import QUERY_CHUNK
 from headstart.model.seen import Seen
 from headstart.model.target import Target
+from headstart.model.weight_only import BITS
+from headstart.model.weight_only import Kind as WeightOnly
 
 from .losses import chunk_rows, wide_numbers
 from .recipe import Recipe
@@ -66,6 +68,9 @@ def memory(recipe: Recipe, target: Target, head: DraftHead, processes: int) -> d
     """
     width = _bytes(recipe, target)
     tokens = max(recipe.data.batch_tokens / processes, recipe.data.max_length)
+    # Where all processes compute every layer together, each reads the whole batch.
+    together = recipe.parallel.target == "tensor_parallel"
+    read = max(recipe.data.batch_tokens, tokens) if together else tokens
     spread = PARTS[recipe.parallel.engine]
     numbers = sum(one.numel() for one in head.parameters())
     moments = _moments(recipe, head)
@@ -81,8 +86,10 @@ def memory(recipe: Recipe, target: Target, head: DraftHead, processes: int) -> d
         head, recipe, recompute=recipe.loss.recompute
     )
     found["target: weights"] = _target_bytes(recipe, target, processes, width)
-    found["target: features"] = tokens * (len(head.layers) + 1) * target.hidden_size * width
-    found["target: one layer at work"] = tokens * width * _widest(target)
+    # Of the whole batch, and our rows of it while both are there.
+    rows_seen = read + tokens if together else tokens
+    found["target: features"] = rows_seen * (len(head.layers) + 1) * target.hidden_size * width
+    found["target: one layer at work"] = read * width * _widest(target)
     rows = min(recipe.loss.chunk_rows or chunk_rows(head, True), tokens)
     # The logits come before the backward pass, the head's attention is worked out within it.
     found["logits, or a step going backward"] = max(rows * FULL * wide_numbers(head), at_work)
@@ -194,11 +201,28 @@ def _bytes(recipe: Recipe, target: Target) -> int:
 
 def _target_bytes(recipe: Recipe, target: Target, processes: int, width: int) -> float:
     whole = sum(one.numel() for one in target.model.parameters())
+    if recipe.target.quantize is not None:
+        return _held_bytes(target, recipe.target.quantize, width)
     if recipe.parallel.target == "replicated":
         return float(width * whole)
+    if recipe.parallel.target == "tensor_parallel":  # norms stay whole, which weigh nothing
+        return width * (whole - _matrices(target) * (1 - 1 / processes))
     layers = [sum(one.numel() for one in layer.parameters()) for layer in target.layers]
     # Two are whole at a time: the one at work, and the next.
     return width * (whole - sum(layers) * (1 - 1 / processes) + 2 * max(layers))
+
+
+def _held_bytes(target: Target, kind: WeightOnly, width: int) -> float:
+    """Of a target with quantised layers, and of the largest weight in its own type: one at a time
+    is put back into it."""
+    whole = sum(one.numel() for one in target.model.parameters())
+    matrices = _matrices(target)
+    largest = max(one.numel() for one in target.layers.parameters())
+    return width * (whole - matrices + largest) + matrices * BITS[kind] / 8
+
+
+def _matrices(target: Target) -> int:
+    return sum(one.numel() for one in target.layers.parameters() if one.dim() > 1)
 
 
 def _widest(target: Target) -> int:

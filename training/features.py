@@ -33,6 +33,7 @@ from headstart.model.target import Target
 
 from .checks import fingerprint
 from .data import Batch, Corpus
+from .parallel import Team
 from .recipe import Recipe
 from .sources import Conversations, in_batches
 
@@ -64,6 +65,7 @@ class Index(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     target_hash: str
+    weight_only: str | None = None  # what the target's layers were held in
     data_hash: str
     layers: tuple[int, ...]
     hidden_size: int
@@ -88,6 +90,7 @@ def wanted(
     """The empty index of a store for this data, target and taps. kind None: the target's type."""
     return Index(
         target_hash=target_hash(target),
+        weight_only=target.weight_only,
         data_hash=data_hash(data),
         layers=tuple(sorted(layers)),
         hidden_size=target.hidden_size,
@@ -200,12 +203,20 @@ def open_features(
     return Features(Path(recipe.data.features), wanted(data, target, head.layers, None))
 
 
-def read(features: Features | None, target: Target, batch: Batch, layers: tuple[int, ...]) -> Seen:
-    """What the target sees of a batch: stored, or worked out now."""
+def read(
+    features: Features | None, target: Target, whole: Batch, layers: tuple[int, ...], team: Team
+) -> tuple[Batch, Seen]:
+    """Our rows of a batch, where the target is, and what the target sees of them: stored, or worked
+    out now. Processes that share every layer read the whole batch, and each keeps its rows."""
+    batch = team.part(whole)
     if features is not None:
-        return features.read(batch, target.device, target.dtype)
-    lengths_B = batch.lengths_B
-    return target.read(batch.tokens_BT, lengths_B=lengths_B, layers=layers, logits=False)
+        return batch, features.read(batch, target.device, target.dtype)
+    read = whole.to(target.device) if target.reads_together else batch
+    lengths_B = read.lengths_B
+    seen = target.read(read.tokens_BT, lengths_B=lengths_B, layers=layers, logits=False)
+    if target.reads_together:
+        seen = seen.part(*whole.share(team.index, team.count))
+    return batch, seen
 
 
 def data_hash(data: Conversations) -> str:
@@ -298,6 +309,7 @@ def _check_room(folder: Path, index: Index, data: Conversations) -> None:
 def _check_same(folder: Path, found: Index, wanted: Index) -> None:
     named = {
         "target_hash": "another target",
+        "weight_only": "a target with another target.quantize",
         "data_hash": "other data (or another data.max_length, data.holdout or train.seed)",
         "hidden_size": "another hidden size",
         "kind": "another type of numbers",

@@ -138,7 +138,8 @@ class _Run:
         else:
             choose_draft_vocab(head, self.corpus)
         self.arithmetic = Arithmetic(recipe, target, head, self.team.count)
-        self.teacher = make_teacher(recipe, head, open_features(recipe, data, target, head))
+        features = open_features(recipe, data, target, head)
+        self.teacher = make_teacher(recipe, head, features, self.team)
         self.engine = make_engine(head, recipe, self.team, self.clock, self.teacher.adapters)
         self.engine.restore(optimizer)
         self.evaluation = Evaluation(
@@ -191,11 +192,10 @@ class _Run:
         weight = sum(loss_weight(loss, batch) for batch in whole)
         rows = sum(len(answer_rows(batch)) for batch in whole)
         tokens = sum(int(batch.lengths_B.sum()) for batch in whole)
-        batches = [self._part(batch) for batch in whole]
         self.clock.mark("data")
         sums = StepSums.zeros(loss.steps, self.target.device)
-        for index, batch in enumerate(batches):
-            last = index + 1 == len(batches)
+        for index, batch in enumerate(whole):
+            last = index + 1 == len(whole)
             result = self._loss(batch, loss, last=last)
             objective = self.teacher.objective(result, weight, rows)
             # Averaged over processes afterwards, hence the factor.
@@ -209,7 +209,7 @@ class _Run:
         finite = math.isfinite(figures["loss"])
         norm = self.engine.update(rate, adapters) if finite else math.nan
         self.clock.mark("update")
-        self._must_be_finite(figures["loss"], norm, batches)
+        self._must_be_finite(figures["loss"], norm, whole)
         self._advance(tokens, sums)
         seconds = time.monotonic() - began
         self._plan(seconds)
@@ -222,12 +222,9 @@ class _Run:
         places = range(self.at.position, self.at.position + self.recipe.train.accumulate)
         return [self.corpus.batch(self.batches.at(place)) for place in places]
 
-    def _part(self, batch: Batch) -> Batch:
-        """Our rows of a batch, where the target is."""
-        return batch.part(self.team.index, self.team.count).to(self.target.device)
-
-    def _loss(self, batch: Batch, config: LossConfig, *, last: bool = True) -> Loss:
-        seen = self.teacher.read(batch)
+    def _loss(self, whole: Batch, config: LossConfig, *, last: bool = True) -> Loss:
+        """Of our rows of a batch."""
+        batch, seen = self.teacher.read(whole)
         self.clock.mark("target")
         hidden = self.engine.forward(seen, batch.tokens_BT, last=last)
         with self.engine.unrolled.autocast():
@@ -237,8 +234,8 @@ class _Run:
         self.clock.mark("target")
         return result
 
-    def _held_out(self, batch: Batch) -> Loss:
-        return self._loss(self._part(batch), self.recipe.loss)
+    def _held_out(self, whole: Batch) -> Loss:
+        return self._loss(whole, self.recipe.loss)
 
     def _advance(self, tokens: int, sums: StepSums) -> None:
         self.at.step += 1
@@ -303,6 +300,7 @@ class _Run:
             data_hash=self.data_hash,
             start=self.recipe.train.start_from,
             joint=self.teacher.meta(divergence),
+            weight_only=self.target.weight_only,
         )
         try:
             save_head(whole, self.folder / name, meta, beside=self.teacher.save)
@@ -355,15 +353,15 @@ class _Run:
             keep = self.at.step % self.recipe.train.log_every == 0 or self.at.step == self.at.total
             self.report.train(self.at.step, self.at.total, figures, keep=keep)
 
-    def _must_be_finite(self, loss: float, norm: float, batches: list[Batch]) -> None:
+    def _must_be_finite(self, loss: float, norm: float, whole: list[Batch]) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         path = self.folder / f"bad_batch_step{self.at.step}_process{self.team.index}.safetensors"
         tensors: dict[str, Tensor] = {}
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(map(self.team.part, whole)):
             tensors |= {f"{index}.{name}": value for name, value in vars(batch).items()}
         save_tensors(path, tensors)
-        rows = [self.batches.at(self.at.position + index) for index in range(len(batches))]
+        rows = [self.batches.at(self.at.position + index) for index in range(len(whole))]
         if not self.team.anyone(not self.engine.is_finite()):
             self._save()
         raise FloatingPointError(

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticUndefined
 
 from headstart.model.head import head_class
+from headstart.model.weight_only import Kind as WeightOnly
 
 from .keys import dotted, unknown_keys, unknown_open_keys, wrong_head_values
 
@@ -26,18 +27,23 @@ class Section(BaseModel):
 class TargetConfig(Section):
     """The frozen model. name: Hub id, folder or .gguf; or random: settings of a tiny random one.
 
-    dtype: of the target's own weights; auto is float32 on a CPU and bfloat16 on a GPU.
+    dtype: of the target's own weights; auto is float32 on a CPU and bfloat16 on a GPU. quantize:
+    hold its layers in 8 bits, or 4 (nf4), while the head is trained (model/weight_only.py); the
+    head learns what that target says, and can be fused with the target's own weights.
     """
 
     name: str | None = None
     random: dict[str, Any] | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     revision: str | None = None
+    quantize: WeightOnly | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.name is None) == (self.random is None):
             raise ValueError("give either name (a model to load) or random (sizes of a random one)")
+        if self.random is not None and self.quantize is not None:
+            raise ValueError("quantize is for a model to load (name), not for a random one")
         return self
 
 
@@ -165,14 +171,15 @@ class ParallelConfig(Section):
     """How several processes share the work (training/engines.py says what each engine spreads).
 
     engine: auto is what `accelerate launch` was configured for, else ddp. deepspeed: a JSON file
-    for zero1, zero2 and zero3, with more settings (offloading, bucket sizes). target: sharded puts
-    its layers in parts on all processes, for targets that do not fit one accelerator; held-out
-    conversations then choose the best head, since such a target does not decode.
+    for zero1, zero2 and zero3, with more settings (offloading, bucket sizes). target: for one that
+    fits no accelerator; held-out conversations then choose the best head, since such a target does
+    not decode. sharded: its layers lie in parts on all processes, put together one at a time.
+    tensor_parallel: all processes compute a part of every layer, of the whole batch.
     """
 
     engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     deepspeed: str | None = None
-    target: Literal["replicated", "sharded"] = "replicated"
+    target: Literal["replicated", "sharded", "tensor_parallel"] = "replicated"
 
 
 class JointConfig(Section):
@@ -231,6 +238,15 @@ class Recipe(Section):
     parallel: ParallelConfig = ParallelConfig()
     joint: JointConfig | None = None
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _in_parts_or_quantised(self) -> Self:
+        if self.target.quantize is not None and self.parallel.target != "replicated":
+            raise ValueError(
+                f"target.quantize={self.target.quantize} and parallel.target="
+                f"{self.parallel.target} exclude each other: leave one of them out"
+            )
+        return self
 
 
 END = "..."  # what YAML writes behind a value that stands alone

@@ -18,6 +18,7 @@ from headstart.model.seen import Seen
 from .data import Batch
 from .features import Features, read
 from .losses import Loss
+from .parallel import Team
 from .recipe import Recipe
 
 
@@ -29,16 +30,16 @@ class Teacher:
 
     adapters: Mapping[str, nn.Parameter]
 
-    def __init__(self, head: DraftHead, features: Features | None = None):
-        self.head, self.target, self.features = head, head.target, features
+    def __init__(self, head: DraftHead, team: Team, features: Features | None = None):
+        self.head, self.target, self.team, self.features = head, head.target, team, features
         self.adapters = {}
 
     def begin(self, step: int, total: int) -> None:
         """An optimizer step, of so many."""
 
-    def read(self, batch: Batch) -> Seen:
-        """What the target sees of a batch; where it learns, with a graph."""
-        return read(self.features, self.target, batch, self.head.layers)
+    def read(self, whole: Batch) -> tuple[Batch, Seen]:
+        """Our rows of a batch, and what the target sees of them; where it learns, with a graph."""
+        return read(self.features, self.target, whole, self.head.layers, self.team)
 
     def held(self, loss: Loss, seen: Seen, batch: Batch) -> Loss:
         """The loss, with what holds the target near the original beside it."""
@@ -64,9 +65,9 @@ class Teacher:
         """Leave the target as it was before."""
 
 
-def make_teacher(recipe: Recipe, head: DraftHead, features: Features | None) -> Teacher:
+def make_teacher(recipe: Recipe, head: DraftHead, features: Features | None, team: Team) -> Teacher:
     if recipe.joint is None:
-        return Teacher(head, features)
+        return Teacher(head, team, features)
     from .joint import Joint  # peft is optional
 
-    return Joint(recipe.joint, recipe, head)
+    return Joint(recipe.joint, recipe, head, team)
