@@ -9,7 +9,7 @@ Legend: B batch rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +32,15 @@ class Batch:
     rows_B: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        tokens_BT, lengths_B = self.tokens_BT.to(device), self.lengths_B.to(device)
-        return Batch(tokens_BT, lengths_B, self.loss_mask_BT.to(device), self.rows_B)
+        return self._each(lambda values: values.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """Where a GPU can fetch it beside its other work."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tokens_BT, lengths_B = change(self.tokens_BT), change(self.lengths_B)
+        return Batch(tokens_BT, lengths_B, change(self.loss_mask_BT), self.rows_B)
 
     def part(self, index: int, count: int) -> Batch:
         """The rows of one of `count` processes.
@@ -145,9 +152,11 @@ class Batches:
         return self._plan(epoch)[position - self.count(epoch)]
 
     def _plan(self, epoch: int) -> list[list[int]]:
-        if epoch not in self._plans:
-            self._plans = {epoch: self._planned(epoch)}  # one epoch at a time is in memory
-        return self._plans[epoch]
+        plan = self._plans.get(epoch)
+        if plan is None:
+            plan = self._planned(epoch)
+            self._plans = {epoch: plan}  # one epoch at a time is in memory
+        return plan
 
     def _planned(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

@@ -159,14 +159,23 @@ class Features:
 
     def read(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> Seen:
         """What the target saw of a batch, as `Target.read` gives it; zeros behind the lengths."""
+        return self.seen(self.load(batch, dtype), device)
+
+    def load(self, batch: Batch, dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
+        """L x B x T x D in main memory. pinned: where a GPU fetches it on its own."""
         assert batch.rows_B is not None
         rows, length = batch.rows_B.tolist(), batch.tokens_BT.shape[1]
         taps = len(self.index.layers) + 1
-        seen_LBTD = torch.zeros(taps, len(rows), length, self.index.hidden_size, dtype=dtype)
+        shape = (taps, len(rows), length, self.index.hidden_size)
+        seen_LBTD = torch.zeros(shape, dtype=dtype, pin_memory=pinned)
         for place, row in enumerate(rows):
             values_LTD = self._row(row)[:, : int(batch.lengths_B[place])]
             seen_LBTD[:, place, : values_LTD.shape[1]] = values_LTD.to(dtype)
-        seen_LBTD = seen_LBTD.to(device)
+        return seen_LBTD
+
+    def seen(self, seen_LBTD: Tensor, device: torch.device) -> Seen:
+        """From what `load` gave."""
+        seen_LBTD = seen_LBTD.to(device, non_blocking=True)
         hidden = dict(zip(self.index.layers, seen_LBTD, strict=False))
         return Seen(None, seen_LBTD[-1], hidden)
 

@@ -24,6 +24,7 @@ from headstart.model.fused import save_head
 from headstart.model.hashing import target_hash
 from headstart.model.head import DraftHead
 from headstart.model.meta import HeadMeta
+from headstart.model.seen import Seen
 from headstart.model.target import Target
 
 from .calibrate import calibrate_best
@@ -55,6 +56,7 @@ from .engines import make_engine
 from .estimate import flops_per_token
 from .evaluation import Evaluate, Evaluation, score
 from .features import open_features, read
+from .feed import Feed
 from .interrupt import Abandoned, Interrupted, StopRequest
 from .launch import with_engine
 from .losses import Loss, loss_sum, loss_weight
@@ -129,6 +131,14 @@ class _Run:
         self.features = open_features(recipe, data, target, head)
         self.batches = Batches(self.corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
         self.at = Standing(total=total_steps(recipe.train, self.batches))
+        self.feed = Feed(
+            self.corpus,
+            self.batches,
+            self.features,
+            self.team,
+            recipe.train.accumulate,
+            target.dtype,
+        )
         self.saved_step: int | None = None
         notes = [summary(data)]
         optimizer: dict[str, Tensor] = {}
@@ -169,6 +179,7 @@ class _Run:
             if self.report is not None:
                 self.report.keep(self.folder / "best")
         finally:
+            self.feed.close()
             if self.report is not None:
                 self.report.close()
         return Result(self.at.step, self.folder / "best", self.at.best_step, self.at.score)
@@ -183,16 +194,18 @@ class _Run:
         if self.team.anyone(self.stop.asked):
             return True
         self.clock.start()
-        whole = self._next_batches()
+        final = self.at.step + 1 == self.at.total
+        pairs = self.feed.step(self.at.position, final=final)
         # Every process knows the whole batches, so nothing has to be added up.
-        weight = sum(loss_weight(loss, batch) for batch in whole)
-        tokens = sum(int(batch.lengths_B.sum()) for batch in whole)
-        batches = [self._part(batch) for batch in whole]
+        weight = sum(loss_weight(loss, whole) for whole, _ in pairs)
+        tokens = sum(int(whole.lengths_B.sum()) for whole, _ in pairs)
+        batches = [ours for _, ours in pairs]
         self.clock.mark("data")
         sums = StepSums.zeros(loss.steps, self.target.device)
         for index, batch in enumerate(batches):
             last = index + 1 == len(batches)
-            result = self._loss(batch, loss, last=last)
+            seen = self.feed.seen(self.at.position + index, final=final and last)
+            result = self._loss(batch, loss, seen, last=last)
             # Averaged over processes afterwards, hence the factor.
             self.engine.backward(result.total * (self.team.count / weight), last=last)
             self.clock.mark("backward")  # and the exchange of gradients, which it overlaps
@@ -211,16 +224,11 @@ class _Run:
         self._report_step(figures | {"tflops": tflops} | self.clock.figures(tokens / seconds))
         return False
 
-    def _next_batches(self) -> list[Batch]:
-        places = range(self.at.position, self.at.position + self.recipe.train.accumulate)
-        return [self.corpus.batch(self.batches.at(place)) for place in places]
-
-    def _part(self, batch: Batch) -> Batch:
-        """Our rows of a batch, where the target is."""
-        return batch.part(self.team.index, self.team.count).to(self.target.device)
-
-    def _loss(self, batch: Batch, config: LossConfig, *, last: bool = True) -> Loss:
-        seen = read(self.features, self.target, batch, self.head.layers)
+    def _loss(
+        self, batch: Batch, config: LossConfig, seen: Seen | None = None, *, last: bool = True
+    ) -> Loss:
+        if seen is None:
+            seen = read(self.features, self.target, batch, self.head.layers)
         self.clock.mark("target")
         hidden = self.engine.forward(seen, batch.tokens_BT, last=last)
         with self.engine.unrolled.autocast():
@@ -229,7 +237,8 @@ class _Run:
         return result
 
     def _held_out(self, batch: Batch) -> Loss:
-        return self._loss(self._part(batch), self.recipe.loss)
+        ours = batch.part(self.team.index, self.team.count).to(self.target.device)
+        return self._loss(ours, self.recipe.loss)
 
     def _advance(self, tokens: int, sums: StepSums) -> None:
         self.at.step += 1
