@@ -212,6 +212,7 @@ class Target:
         cache: KVCache | None = None,
         *,
         lengths_B: Tensor | None = None,
+        starts_BT: Tensor | None = None,
         layers: tuple[int, ...] = (),
         logits: bool = True,
     ) -> Seen:
@@ -220,7 +221,9 @@ class Target:
         Text is causal and stands behind what each row of the cache holds. A tree's node stands
         `depth` positions behind it and sees the row's committed tokens, its ancestors and itself.
         With a cache the rows read stay pending until `cache.commit`; without one nothing is kept.
-        lengths_B: valid tokens per row of a text; behind them may be anything.
+        lengths_B: valid tokens per row of a text; behind them may be anything. starts_BT: rows hold
+        several texts, each of which sees itself only; where that of each position begins (without a
+        cache, and where `probe_packed` holds).
         layers: decoder layers (0-based) whose output is wanted too.
         """
         tree = tokens if isinstance(tokens, Tree) and tokens.nodes > 1 else None
@@ -233,6 +236,10 @@ class Target:
         steps_BT = _steps(ids_BT) if tree is None else tree.depths_BN
         lean = self._lean if cache is not None and self._suits(ids_BT, cache) else None
         mask: Tensor | dict[str, Tensor] | None = None  # None: the model's own causal mask
+        if starts_BT is not None:
+            assert cache is None
+            steps_BT = steps_BT - starts_BT
+            mask = self._windows.mask_texts(starts_BT, self.dtype)
         if cache is not None:
             cache.expect(ids_BT.shape[1])
             if isinstance(lean, Accelerated):

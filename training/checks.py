@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from headstart.model.families import probe_packed
 from headstart.model.fused import is_head, read_head_file
 from headstart.model.head import UNSET, DraftHead
 from headstart.model.target import Target
@@ -32,6 +33,8 @@ def check_fit(recipe: Recipe, target: Target, head: DraftHead, decodes: bool) ->
             "A target in parts on several processes does not decode, so heads cannot be evaluated "
             "with it by decoding: leave `evaluate` out."
         )
+    if recipe.data.pack and recipe.data.features is None:
+        probe_packed(target)
     steps = recipe.loss.steps
     if head.max_depth is not None and head.max_depth != steps:
         raise ValueError(

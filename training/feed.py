@@ -79,7 +79,7 @@ class Feed:
         return self.features.load(self._part(self._whole(position)), self.dtype, pinned=self.pins)
 
     def _whole(self, position: int) -> Batch:
-        return self.corpus.batch(self.batches.at(position))
+        return self.batches.batch(self.corpus, position)
 
     def _part(self, batch: Batch) -> Batch:
         return batch.part(self.team.index, self.team.count)

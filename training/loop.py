@@ -129,7 +129,12 @@ class _Run:
         settings = recipe.model_dump_json()
         self.team.must_agree({"data": self.data_hash, "recipe": settings, "checkpoint": step})
         self.features = open_features(recipe, data, target, head)
-        self.batches = Batches(self.corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
+        self.batches = Batches(
+            self.corpus.lengths,
+            recipe.data.batch_tokens,
+            recipe.train.seed,
+            pack=recipe.data.pack,
+        )
         self.at = Standing(total=total_steps(recipe.train, self.batches))
         self.feed = Feed(
             self.corpus,
@@ -230,7 +235,7 @@ class _Run:
         if seen is None:
             seen = read(self.features, self.target, batch, self.head.layers)
         self.clock.mark("target")
-        hidden = self.engine.forward(seen, batch.tokens_BT, last=last)
+        hidden = self.engine.forward(seen, batch.tokens_BT, batch.starts_BT, last=last)
         with self.engine.unrolled.autocast():
             result = loss_sum(config, self.head, seen, hidden, batch)
         self.clock.mark("head")
@@ -355,7 +360,7 @@ class _Run:
         path = self.folder / f"bad_batch_step{self.at.step}_process{self.team.index}.safetensors"
         tensors: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
-            tensors |= {f"{index}.{name}": value for name, value in vars(batch).items()}
+            tensors |= {f"{index}.{name}": value for name, value in batch.tensors().items()}
         save_tensors(path, tensors)
         rows = [self.batches.at(self.at.position + index) for index in range(len(batches))]
         if not self.team.anyone(not self.engine.is_finite()):
