@@ -89,12 +89,12 @@ def test_what_holds_the_target_is_the_divergence_from_the_original():
     def gradients(objective: torch.Tensor) -> list[torch.Tensor]:
         return list(torch.autograd.grad(objective, list(teacher.adapters.values())))
 
-    _, seen = teacher.read(batch)
+    seen = teacher.read(batch, batch)
     loss = loss_sum(recipe.loss, head, seen, head.unroll(seen, batch.tokens_BT, 2), batch)
     loss = teacher.held(loss, seen, batch)
     found = gradients(teacher.objective(loss, 10.0, 8))
 
-    _, seen = teacher.read(batch)
+    seen = teacher.read(batch, batch)
     part = loss_sum(recipe.loss, head, seen, head.unroll(seen, batch.tokens_BT, 2), batch)
     p = target.unembed(original_BTD).log_softmax(-1)
     q = target.unembed(seen.last_BTD).log_softmax(-1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from headstart.model.families import probe_packed
 from headstart.model.fused import is_head, read_head_file
 from headstart.model.head import UNSET, DraftHead
 from headstart.model.joint import check_peft
@@ -41,6 +42,8 @@ def check_fit(recipe: Recipe, target: Target, head: DraftHead, decodes: bool) ->
             "A target that is trained along does not decode until its adapters are in its weights, "
             "so heads cannot be evaluated by decoding: leave `evaluate` out."
         )
+    if recipe.data.pack and recipe.data.features is None:
+        probe_packed(target)
     steps = recipe.loss.steps
     if head.max_depth is not None and head.max_depth != steps:
         raise ValueError(

@@ -33,7 +33,6 @@ from headstart.model.target import Target
 
 from .checks import fingerprint
 from .data import Batch, Corpus
-from .parallel import Team
 from .recipe import Recipe
 from .sources import Conversations, in_batches
 
@@ -162,14 +161,29 @@ class Features:
 
     def read(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> Seen:
         """What the target saw of a batch, as `Target.read` gives it; zeros behind the lengths."""
-        assert batch.rows_B is not None
-        rows, length = batch.rows_B.tolist(), batch.tokens_BT.shape[1]
+        return self.seen(self.load(batch, dtype), device)
+
+    def load(self, batch: Batch, dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
+        """L x B x T x D in main memory. pinned: where a GPU fetches it on its own."""
+        assert batch.rows_BM is not None
+        rows, length = batch.rows_BM.tolist(), batch.tokens_BT.shape[1]
         taps = len(self.index.layers) + 1
-        seen_LBTD = torch.zeros(taps, len(rows), length, self.index.hidden_size, dtype=dtype)
-        for place, row in enumerate(rows):
-            values_LTD = self._row(row)[:, : int(batch.lengths_B[place])]
-            seen_LBTD[:, place, : values_LTD.shape[1]] = values_LTD.to(dtype)
-        seen_LBTD = seen_LBTD.to(device)
+        shape = (taps, len(rows), length, self.index.hidden_size)
+        seen_LBTD = torch.zeros(shape, dtype=dtype, pin_memory=pinned)
+        for place, together in enumerate(rows):
+            at, end = 0, int(batch.lengths_B[place])
+            for row in together:
+                if row < 0 or at == end:
+                    break
+                values_LTD = self._row(row)[:, : end - at]
+                until = at + values_LTD.shape[1]
+                seen_LBTD[:, place, at:until] = values_LTD.to(dtype)
+                at = until
+        return seen_LBTD
+
+    def seen(self, seen_LBTD: Tensor, device: torch.device) -> Seen:
+        """From what `load` gave."""
+        seen_LBTD = seen_LBTD.to(device, non_blocking=True)
         hidden = dict(zip(self.index.layers, seen_LBTD, strict=False))
         return Seen(None, seen_LBTD[-1], hidden)
 
@@ -201,22 +215,6 @@ def open_features(
     if recipe.data.features is None:
         return None
     return Features(Path(recipe.data.features), wanted(data, target, head.layers, None))
-
-
-def read(
-    features: Features | None, target: Target, whole: Batch, layers: tuple[int, ...], team: Team
-) -> tuple[Batch, Seen]:
-    """Our rows of a batch, where the target is, and what the target sees of them: stored, or worked
-    out now. Processes that share every layer read the whole batch, and each keeps its rows."""
-    batch = team.part(whole)
-    if features is not None:
-        return batch, features.read(batch, target.device, target.dtype)
-    read = whole.to(target.device) if target.reads_together else batch
-    lengths_B = read.lengths_B
-    seen = target.read(read.tokens_BT, lengths_B=lengths_B, layers=layers, logits=False)
-    if target.reads_together:
-        seen = seen.part(*whole.share(team.index, team.count))
-    return batch, seen
 
 
 def data_hash(data: Conversations) -> str:
@@ -259,8 +257,8 @@ def _shard(
             )
             taps = [*(seen.hidden[layer] for layer in index.layers), seen.last_BTD]
             values_LBTD = torch.stack(taps).cpu()
-            assert batch.rows_B is not None
-            for place, row in enumerate(batch.rows_B.tolist()):
+            assert batch.rows_BM is not None
+            for place, row in enumerate(batch.rows_BM[:, 0].tolist()):
                 values_LTD = values_LBTD[:, place, : int(batch.lengths_B[place])].contiguous()
                 stored = _stored(str(row), values_LTD, index.kind)
                 tensors |= stored

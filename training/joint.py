@@ -53,13 +53,14 @@ class Joint(Teacher):
     def begin(self, step: int, total: int) -> None:
         self.learns = step >= self.config.start * total
 
-    def read(self, whole: Batch) -> tuple[Batch, Seen]:
-        batch = self.team.part(whole)
+    def read(self, whole: Batch, ours: Batch) -> Seen:
         with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
-            return batch, self._read(batch)
+            return self._read(ours)
 
     def _read(self, batch: Batch) -> Seen:
-        return self.target.read_learning(batch.tokens_BT, batch.lengths_B, self.head.layers)
+        return self.target.read_texts(
+            batch.tokens_BT, batch.lengths_B, batch.starts_BT, self.head.layers
+        )
 
     def held(self, loss: Loss, seen: Seen, batch: Batch) -> Loss:
         with self.model.disable_adapter(), torch.no_grad():

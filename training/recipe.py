@@ -66,7 +66,8 @@ class DataConfig(Section):
     or random_rows: so many made-up sequences, for a random target. batch_tokens: rows times the
     longest row, so the memory of a batch. max_length: longer conversations are cut. holdout:
     conversations kept out of training to measure the loss on. skip_broken: leave broken lines out
-    instead of stopping. features: a folder that `headstart features` wrote with this recipe: what
+    instead of stopping. pack: rows hold several conversations, each of which sees itself only, in
+    place of padding. features: a folder that `headstart features` wrote with this recipe: what
     the target sees is then taken from there instead of being worked out again.
     """
 
@@ -77,6 +78,7 @@ class DataConfig(Section):
     batch_tokens: int = Field(default=4096, ge=3)
     holdout: int = Field(default=0, ge=0)
     skip_broken: bool = False
+    pack: bool = False
     features: str | None = None
 
     @model_validator(mode="after")

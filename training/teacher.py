@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from headstart.model.head import DraftHead
@@ -16,7 +17,7 @@ from headstart.model.meta import Lora
 from headstart.model.seen import Seen
 
 from .data import Batch
-from .features import Features, read
+from .features import Features
 from .losses import Loss
 from .parallel import Team
 from .recipe import Recipe
@@ -37,9 +38,20 @@ class Teacher:
     def begin(self, step: int, total: int) -> None:
         """An optimizer step, of so many."""
 
-    def read(self, whole: Batch) -> tuple[Batch, Seen]:
-        """Our rows of a batch, and what the target sees of them; where it learns, with a graph."""
-        return read(self.features, self.target, whole, self.head.layers, self.team)
+    def read(self, whole: Batch, ours: Batch) -> Seen:
+        """What the target sees of our rows of a batch; where it learns, with a graph.
+
+        Processes that share every layer read the whole batch together, and each keeps its rows.
+        """
+        if self.features is not None:
+            return self.features.read(ours, self.target.device, self.target.dtype)
+        together = self.target.reads_together
+        batch = whole.to(self.target.device) if together else ours
+        with torch.no_grad():
+            seen = self.target.read_texts(
+                batch.tokens_BT, batch.lengths_B, batch.starts_BT, self.head.layers
+            )
+        return seen.part(*whole.share(self.team.index, self.team.count)) if together else seen
 
     def held(self, loss: Loss, seen: Seen, batch: Batch) -> Loss:
         """The loss, with what holds the target near the original beside it."""
