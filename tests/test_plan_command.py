@@ -16,19 +16,21 @@ from headstart.scripts.loss_memory import peak_bytes
 from headstart.scripts.plan import shapes
 from headstart.training import estimate
 from headstart.training.data import Batch
+from headstart.training.joint import Joint
 from headstart.training.losses import loss_sum
 from headstart.training.optim import make_optimizers
+from headstart.training.parallel import Team
 from headstart.training.recipe import Recipe, make_recipe
 
 VOCAB, HIDDEN = 4000, 192
 
 
-def llama() -> LlamaConfig:
+def llama(layers: int = 4) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=6,
         num_key_value_heads=2,
         tie_word_embeddings=False,
@@ -88,6 +90,39 @@ def test_memory_is_what_a_step_takes(tmp_path, kind, recompute, length):
     )
     # It may be too careful, but hardly too hopeful.
     assert 0.7 < measured / expected < 1.1, (measured, parts)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_a_target_that_learns_along_takes_is_what_is_measured(recompute, tmp_path):
+    config = llama(layers=8)
+    sections = {"data": {"max_length": 256}, "loss": {"recompute": recompute}}
+    recipe = recipe_for(folder_of(config, tmp_path), **sections)
+    recipe = make_recipe(recipe.model_dump(exclude_none=True) | {"joint": {"rank": 8}})
+    parts = estimate.memory(recipe, *shapes(recipe), processes=1)
+    real = Target.wrap(LlamaForCausalLM(config))
+    head = make_head(real, "eagle3", {})
+    head.recompute = recompute
+    teacher = Joint(recipe.joint, recipe, head, Team(real.device))
+    optimizers = make_optimizers(head, recipe.train, teacher.adapters.values())
+    tokens_BT = torch.randint(0, VOCAB, (8, 256))
+    mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+    batch = Batch(tokens_BT, torch.full((8,), 256), mask_BT)
+
+    def step() -> None:
+        seen = teacher.read(batch, batch)
+        hidden = head.unroll(seen, tokens_BT, 3)
+        loss = teacher.held(loss_sum(recipe.loss, head, seen, hidden, batch), seen, batch)
+        teacher.objective(loss, 1.0, 1).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    measured = peak_bytes(step, real.device)
+    there = ("head: weights", "target: weights")
+    expected = sum(value for name, value in parts.items() if name not in there)
+    assert 0.7 < measured / expected < 1.1, (measured, parts)
+    frozen = make_recipe(recipe.model_dump(exclude_none=True, exclude={"joint"}))
+    without = estimate.flops_per_token(frozen, *shapes(frozen))
+    assert estimate.flops_per_token(recipe, *shapes(recipe)) > 1.3 * without
 
 
 def test_sizes_are_those_of_the_model(tmp_path):
