@@ -303,6 +303,7 @@ class _Run:
             data_hash=self.data_hash,
             start=self.recipe.train.start_from,
             joint=self.teacher.meta(divergence),
+            recipe=self.recipe.decisive(),
         )
         try:
             save_head(whole, self.folder / name, meta, beside=self.teacher.save)

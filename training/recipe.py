@@ -222,6 +222,17 @@ class EvalConfig(Section):
         return self
 
 
+# Settings that name files, or say how a run is watched and saved.
+UNDECISIVE = {
+    "data": {"path", "features", "split", "skip_broken"},
+    "loss": {"chunk_rows", "recompute"},
+    "train": {
+        *("output", "start_from", "log_every", "save_every", "keep", "resume"),
+        *("wandb", "tensorboard"),
+    },
+}
+
+
 class Recipe(Section):
     target: TargetConfig
     head: HeadSection
@@ -231,6 +242,14 @@ class Recipe(Section):
     parallel: ParallelConfig = ParallelConfig()
     joint: JointConfig | None = None
     eval: EvalConfig = EvalConfig()
+
+    def decisive(self) -> dict[str, dict[str, Any]]:
+        """What decides what a head learns from given data, without names of files: for its card."""
+        sections = {"data", "loss", "train", "joint"}
+        found: dict[str, dict[str, Any]] = self.model_dump(
+            mode="json", include=sections, exclude=UNDECISIVE, exclude_none=True
+        )
+        return found
 
 
 END = "..."  # what YAML writes behind a value that stands alone
