@@ -10,6 +10,7 @@ from safetensors import safe_open
 from .engines import LM_HEAD, unservable
 from .head import DraftHead
 from .hub import HEADS, WEIGHTS
+from .joint import is_joint
 
 STEPS = 3  # guesses per round of an engine's chain
 
@@ -17,6 +18,7 @@ STEPS = 3  # guesses per round of an engine's chain
 def usage(head: DraftHead, target: str, folder: Path, place: str, alone: bool) -> str:
     """place: how commands name the checkpoint in the folder. alone: a head without its target."""
     fused = "fused" if alone else place
+    whole = target if alone and not is_joint(folder) else fused  # what holds the target's weights
     first = [f"headstart fuse {target} {place} fused"] if alone else []
     parts = [
         "## Use",
@@ -29,10 +31,10 @@ def usage(head: DraftHead, target: str, folder: Path, place: str, alone: bool) -
             "out = model.generate(ids, max_new_tokens=100)",
             "print(model.target.tokenizer.decode(out[0]), model.last_stats.tau)",
         ),
-        _plain(target, alone),
+        _plain(whole, alone),
         _python(
             "from transformers import pipeline",
-            f'answer = pipeline("text-generation", model="{target if alone else place}")',
+            f'answer = pipeline("text-generation", model="{whole}")',
             'print(answer("Why is the sky blue?", max_new_tokens=100))',
         ),
         _engines(head, target, folder, place, alone),
@@ -40,9 +42,9 @@ def usage(head: DraftHead, target: str, folder: Path, place: str, alone: bool) -
     return "\n\n".join(parts)
 
 
-def _plain(target: str, alone: bool) -> str:
+def _plain(whole: str, alone: bool) -> str:
     if alone:
-        return f"`transformers` opens {target}, or what was fused, without the head:"
+        return f"`transformers` opens `{whole}`, without the head:"
     return "`transformers`, vLLM and SGLang open the checkpoint as the plain target:"
 
 
@@ -58,7 +60,7 @@ def _engines(head: DraftHead, target: str, folder: Path, place: str, alone: bool
         fetch = [] if place == "FOLDER" else [f"hf download {place} --local-dir fused"]
         fused = place if place == "FOLDER" else "fused"
         return _serving(fused, f"{fused}/{HEADS}", fetch)
-    if _holds_lm_head(head, folder):
+    if _holds_lm_head(head, folder) and not is_joint(folder):
         return _serving(target, place, [])
     return _serving("fused", f"fused/{HEADS}", [f"headstart fuse {target} {place} fused"])
 

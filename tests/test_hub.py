@@ -133,6 +133,16 @@ def test_a_fused_checkpoint_goes_up_and_comes_back(
         "print(all(torch.equal(x, y) for x, y in pairs))\n"
     )
     assert same.splitlines() == [f"True {name}", "True"]
+    plain = worker.code(
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({name!r})\n"
+        "print(sum(float(one.double().sum()) for one in model.parameters()))"
+    )
+    ours = Target.load(folder).model
+    assert plain == str(sum(float(one.double().sum()) for one in ours.parameters()))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "hi"}\n')
+    ask = ["--prompts", tmp_path / "p.jsonl", "--max-new-tokens", 4, "--budget", "8"]
+    assert f'"target": "{name}"' in worker.run("eval", name, *ask)
     got = {call.rsplit("/", 1)[1] for call in hub.calls if call.startswith("GET /me")}
     assert "README.md" not in got and "README.target.md" not in got  # only what is used
 
