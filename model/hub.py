@@ -200,7 +200,10 @@ def _unreachable(repo: str, error: Exception) -> str:
 def _refused(repo: str, error: HfHubHTTPError) -> str:
     status = error.response.status_code
     if status == 401:
-        return f"The Hub does not know your token. {LOGIN}"
+        return (
+            "The Hub does not know your token (HF_TOKEN, where it is set, comes before what "
+            f"`hf auth login` stored). {LOGIN}"
+        )
     if status == 403:
         return (
             f"Your token may not write to {repo}: it may only read, or the owner is neither you "

@@ -59,15 +59,15 @@ class Repo:
 
 class Hub:
     """What is stored. blobs: large files by hash. sent: how often each came whole. drops: how many
-    more times the connection is lost in the middle of a file of that hash or name. down: answers
-    nobody. calls: "METHOD path" of every request."""
+    more times the connection is lost in the middle of a file of that hash or name. race: somebody
+    else commits while files are sent. down: answers nobody. calls: "METHOD path" per request."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.sent: Counter[str] = Counter()
         self.drops: Counter[str] = Counter()
-        self.down = False
+        self.race = self.down = False
         self.calls: list[str] = []
         self.url = ""
 
@@ -241,6 +241,8 @@ class _Handler(BaseHTTPRequestHandler):
         files = json.loads(self._body())["files"]
         self._may_write(name)
         there = self._commit_at(name, revision).files
+        if self.hub.race:
+            self._repo(name).add(revision, "meanwhile", there)
         self._json(
             {
                 "files": [

@@ -275,6 +275,13 @@ def test_another_model_is_not_replaced(
     assert "a head for another target" in worker.refused("push", other / "fused", name)
     public = worker.refused("push", made / "fused", name, "--private")
     assert "exists and is public" in public
+    hub.race = True
+    try:
+        meanwhile = worker.refused("push", other / "fused", name, "--replace")
+    finally:
+        hub.race = False
+    assert "changed on the Hub meanwhile" in meanwhile
+    assert hub.repos[name].head.message == "meanwhile"
 
 
 def test_a_card_of_somebody_is_kept(
