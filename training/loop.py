@@ -310,6 +310,7 @@ class _Run:
             start=self.recipe.train.start_from,
             joint=self.teacher.meta(divergence),
             weight_only=self.target.weight_only,
+            recipe=self.recipe.decisive(),
         )
         try:
             save_head(whole, self.folder / name, meta, beside=self.teacher.save)

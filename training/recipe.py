@@ -231,6 +231,17 @@ class EvalConfig(Section):
         return self
 
 
+# Settings that name files, or say how a run is watched and saved.
+UNDECISIVE = {
+    "data": {"path", "features", "split", "skip_broken"},
+    "loss": {"chunk_rows", "recompute"},
+    "train": {
+        *("output", "start_from", "log_every", "save_every", "keep", "resume"),
+        *("wandb", "tensorboard"),
+    },
+}
+
+
 class Recipe(Section):
     target: TargetConfig
     head: HeadSection
@@ -249,6 +260,14 @@ class Recipe(Section):
                 f"{self.parallel.target} exclude each other: leave one of them out"
             )
         return self
+
+    def decisive(self) -> dict[str, dict[str, Any]]:
+        """What decides what a head learns from given data, without names of files: for its card."""
+        sections = {"data", "loss", "train", "joint"}
+        found: dict[str, dict[str, Any]] = self.model_dump(
+            mode="json", include=sections, exclude=UNDECISIVE, exclude_none=True
+        )
+        return found
 
 
 END = "..."  # what YAML writes behind a value that stands alone
@@ -302,38 +321,6 @@ def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe
     if wrong or recipe is None:
         raise ValueError("\n  ".join([f"Wrong values in {source}:", *wrong]))
     return recipe
-
-
-# These may differ when a run goes on: they change what is reported and kept, not what is learned,
-# or are what a run that failed has to change. None moves the position in the data.
-FREE_ON_RESUME = (
-    *("train.output", "train.resume", "train.log_every", "train.save_every", "train.keep"),
-    *("train.lr", "train.clip", "train.precision"),
-    *("loss.chunk_rows", "loss.recompute", "data.features"),
-)
-FREE_SECTIONS = ("eval.", "parallel.", "train.wandb", "train.tensorboard")
-
-
-def changed_on_resume(before: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """Settings that differ from those a run was started with, and matter."""
-    old, new = _flat(before, ""), _flat(recipe.model_dump(mode="json"), "")
-    return [
-        f"{key}: was {old.get(key)}, is {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and key not in FREE_ON_RESUME
-        and not key.startswith(FREE_SECTIONS)
-    ]
-
-
-def _flat(values: Mapping[str, Any], path: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{path}{key}.")
-        else:
-            flat[f"{path}{key}"] = value
-    return flat
 
 
 def explain(recipe: Recipe) -> str:
