@@ -16,6 +16,7 @@ from headstart.model.head import UNSET, DraftHead
 from headstart.model.target import Target
 
 from .checkpoint import FOLDER, STATE, load_facts
+from .compiled import check_compiler
 from .data import Batches, Corpus, frequent_tokens
 from .launch import with_engine
 from .recipe import Recipe, TrainConfig, changed_on_resume
@@ -33,6 +34,8 @@ def check_fit(recipe: Recipe, target: Target, head: DraftHead, decodes: bool) ->
             "A target in parts on several processes does not decode, so heads cannot be evaluated "
             "with it by decoding: leave `evaluate` out."
         )
+    if recipe.train.compile:
+        check_compiler(recipe.parallel.engine, target.device)
     if recipe.data.pack and recipe.data.features is None:
         probe_packed(target)
     steps = recipe.loss.steps
