@@ -149,6 +149,7 @@ class _Unrolled:
         """Of one step: the same again when the step is worked out again."""
         return partial(self._attend, step)
 
+    @torch.compiler.disable  # compiled layers leave it out: it keeps what later steps see
     def _attend(self, step: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if step and self.layout == "kvshare":
             return _causal(queries, self.keys[0], self.values[0], self.window, self.starts_BT)

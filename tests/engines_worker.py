@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from headstart.model.head import DraftHead
-from headstart.training import loop, parallel
+from headstart.training import compiled, loop, parallel
 from headstart.training.engines import Engine, make_engine
 from headstart.training.interrupt import Interrupted
 from headstart.training.parallel import local_device
@@ -30,9 +30,9 @@ SLOW = 0.2  # seconds more that a slow process takes for each batch
 
 
 def recipe_for(folder: Path, data: Path, settings: dict) -> Recipe:
-    """settings: engine, loss, recompute, pack, and of train optimizer, resume and precision."""
+    """settings: engine, loss, recompute, pack, backend, and of train all in `free`."""
     train = {"steps": STEPS, "accumulate": 3, "log_every": 1, "lr": 1e-3, "save_every": 0}
-    free = ("optimizer", "resume", "precision")
+    free = ("optimizer", "resume", "precision", "compile")
     train |= {key: settings[key] for key in free if key in settings}
     values = tiny_recipe(folder, data, **train).model_dump(exclude_none=True)
     values["data"] |= {"holdout": 5, "batch_tokens": 64, "pack": settings.get("pack", False)}
@@ -98,6 +98,7 @@ def main(folder: Path, data: Path, settings: dict) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     loop.make_engine, parallel.allreduce_hook = keep, counted
+    compiled.BACKEND = settings.get("backend", compiled.BACKEND)
     try:
         loop.train(
             recipe_for(folder, data, settings),

@@ -18,6 +18,7 @@ from headstart.model.target import Target
 from headstart.model.weight_only import check_weight_only
 
 from .checkpoint import FOLDER, STATE, load_facts
+from .compiled import check_compiler
 from .data import Batches, Corpus, frequent_tokens
 from .launch import with_engine
 from .recipe import Recipe, TrainConfig
@@ -30,7 +31,7 @@ from .trackers import check_trackers
 # or are what a run that failed has to change. None moves the position in the data.
 FREE_ON_RESUME = (
     *("train.output", "train.resume", "train.log_every", "train.save_every", "train.keep"),
-    *("train.lr", "train.clip", "train.precision"),
+    *("train.lr", "train.clip", "train.precision", "train.compile"),
     *("loss.chunk_rows", "loss.recompute", "data.features"),
 )
 FREE_SECTIONS = ("eval.", "parallel.", "train.wandb", "train.tensorboard")
@@ -50,6 +51,8 @@ def check_fit(recipe: Recipe, target: Target, head: DraftHead, decodes: bool) ->
             "A target that is trained along does not decode until its adapters are in its weights, "
             "so heads cannot be evaluated by decoding: leave `evaluate` out."
         )
+    if recipe.train.compile:
+        check_compiler(recipe.parallel.engine, target.device)
     if recipe.data.pack and recipe.data.features is None:
         probe_packed(target)
     steps = recipe.loss.steps

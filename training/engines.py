@@ -28,6 +28,7 @@ from headstart.model.seen import Seen
 from headstart.model.spread import whole
 
 from .clock import Clock
+from .compiled import compile_blocks
 from .optim import make_optimizers, set_learning_rate
 from .parallel import Team
 from .recipe import Recipe
@@ -45,6 +46,8 @@ class Unrolled(nn.Module):
         self.adapters = nn.ParameterList(adapters)
         head.recompute = recipe.loss.recompute
         self.halved = recipe.train.precision == "bfloat16"
+        if recipe.train.compile:
+            compile_blocks(head)
 
     def forward(
         self, seen: Seen, tokens_BT: Tensor, starts_BT: Tensor | None = None

@@ -140,8 +140,9 @@ class TrainConfig(Section):
     and the rest with AdamW; betas[1] is then its momentum too. lr falls as a cosine to lr_floor *
     lr after a linear warm-up over the part `warmup` of the run. precision: of the head's matrix
     products; its weights are always float32; auto is bfloat16 where the hardware has it, else
-    float32. save_every: steps between checkpoints to resume from (0: only before evaluations and at
-    the end). keep: how many of them stay (the older ones as state_stepN, which take the place of
+    float32. compile: the head's layers by torch.compile, which fuses what stands between matrix
+    products. save_every: steps between checkpoints to resume from (0: only before evaluations and
+    at the end). keep: how many of them stay (the older ones as state_stepN, which take the place of
     the folder state to go back to). resume: go on with the run in output; auto starts one where
     there is none yet, for jobs that a cluster stops and starts again.
     """
@@ -160,6 +161,7 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
     seed: int = 0
     log_every: int = Field(default=10, ge=1)
     save_every: int = Field(default=500, ge=0)
