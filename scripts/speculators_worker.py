@@ -78,9 +78,7 @@ def main(folder: Path, attention: str, compiled: bool) -> None:
 
 def make_model(folder: Path, settings: dict[str, Any], attention: str) -> Any:
     """Its model, with the weights that Headstart's head starts from."""
-    layer = LlamaConfig(
-        **settings["layer"], num_hidden_layers=1, layer_types=["full_attention"], mlp_bias=False
-    )
+    layer = LlamaConfig(**settings["layer"], num_hidden_layers=1)
     start = load_file(folder / "head.safetensors")
     model = Eagle3DraftModel.from_training_args(
         layer,
