@@ -112,8 +112,9 @@ def against_speculators(
             pair = [round(speed(run, prepared, warm_up)[SPEED]) for run in turns[-1]]
             show(f"turn {turn + 1}: Headstart {pair[0]}, speculators {pair[1]} tokens/s")
     failed = {way: run for way, run in tried.items() if isinstance(run, str)}
-    theirs = {"speculators": theirs_is, "ways": speeds | failed, "way": way}
-    print(json.dumps({**prepared.facts, **theirs, **summary(turns, prepared, warm_up)}))
+    theirs = {"beside": theirs_is, "ways": speeds | failed, "way": way}
+    measured = summary(turns, prepared, warm_up)
+    print(json.dumps({**prepared.facts, **theirs, "measured": measured}))
 
 
 def versions(python: Path) -> dict[str, str]:
