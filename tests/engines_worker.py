@@ -60,6 +60,11 @@ def slow_down(head: DraftHead) -> None:
     head.unroll = lambda *given: (time.sleep(SLOW), at_once(*given))[1]
 
 
+def dies_later(head: DraftHead, folder: Path, settings: dict) -> None:
+    unroll, calls = head.unroll, iter(range(1000))
+    head.unroll = lambda *given: unroll(*given) if next(calls) < 4 else die(folder, settings)
+
+
 def die(folder: Path, settings: dict) -> None:
     (folder / "died").write_text(str(time.monotonic()))
     if settings["dies"] in ("killed", "stopped"):
@@ -76,9 +81,7 @@ def main(folder: Path, data: Path, settings: dict) -> None:
     rank = int(os.environ["RANK"])
     data = Path(str(data).replace("{rank}", str(rank)))
     if rank == 1 and "dies" in settings:
-        unroll = head.unroll
-        calls = iter(range(1000))
-        head.unroll = lambda *given: unroll(*given) if next(calls) < 4 else die(folder, settings)
+        dies_later(head, folder, settings)
     if rank == settings.get("slow"):
         slow_down(head)
     made: list[Engine] = []
