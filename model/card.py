@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .engines import unservable
+from .engines import launch_line, unservable
 from .head import DraftHead
 from .meta import HeadMeta, Lora, Measurement
 
@@ -34,7 +34,7 @@ def model_card(head: DraftHead, meta: HeadMeta, folder: Path) -> str:
         f"of kind `{head.kind}` ({millions:.1f} M parameters) that guesses several tokens ahead. "
         "Decoding checks the guesses with these weights, so the text is what they alone would "
         "write.",
-        _usage(head),
+        _usage(head, meta.steps),
         "## Measured\n\n" + (_table(meta) if meta.measured else "Not measured."),
         *(["## Calibration\n\n" + _calibration(meta)] if meta.calibration_rows else []),
         "## Training\n\n" + _training(head, meta),
@@ -54,7 +54,7 @@ def _changed(joint: Lora | None) -> str:
     return f"{text})"
 
 
-def _usage(head: DraftHead) -> str:
+def _usage(head: DraftHead, steps: int | None) -> str:
     lines = [
         "## Use\n",
         '    headstart generate FOLDER "..."\n',
@@ -63,9 +63,8 @@ def _usage(head: DraftHead) -> str:
     reason = unservable(head)
     if head.kind == "eagle3" and reason is None:
         lines.append(
-            "To draft with the head (a chain, not a tree), vLLM takes\n"
-            '`--speculative-config \'{"method": "eagle3", "model": "FOLDER/draft_heads", '
-            '"num_speculative_tokens": 3}\'`.'
+            "To draft with the head (a chain, not a tree) in vLLM:\n\n"
+            f"    {launch_line('vllm', 'FOLDER', head, steps)}"
         )
     elif reason is not None:
         lines.append(f"Stock engines cannot draft with the head: {reason}.")

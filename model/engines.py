@@ -6,7 +6,9 @@ entry here keeps its own names and has no engine keys.
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import shlex
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from .heads import eagle3, mtp
 from .layers import LayerConfig
 
 LM_HEAD = "lm_head.weight"
+USUAL_STEPS = 3  # guesses per pass where nothing says how far the head was trained
+
+Engine = Literal["vllm", "sglang"]
 
 
 def engine_keys(head: DraftHead, target: PretrainedConfig) -> dict[str, Any]:
@@ -45,6 +50,39 @@ def unservable(head: DraftHead) -> str | None:
     if head.config.layer.qk_norm:
         return "their EAGLE-3 layer has no norm on queries and keys"
     return None
+
+
+def launch_line(engine: Engine, folder: str, head: DraftHead, steps: int | None) -> str:
+    """How an engine is started that drafts with the head of a fused folder: a chain, not a tree.
+
+    steps: how many steps ahead the head was trained for. ValueError where it cannot be served.
+    """
+    reason = unservable(head)
+    if reason is None and isinstance(head, mtp.Head):
+        reason = (
+            "they know mtp heads of their own model families only (transformers reads this one, "
+            "where it is in the index: `headstart fuse --index`)"
+        )
+    if reason is not None:
+        raise ValueError(
+            f"vLLM and SGLang cannot draft with the head in {folder}: {reason}. They serve the "
+            "folder as the plain target. Train a head of kind eagle3, or use `headstart serve`."
+        )
+    steps = steps or USUAL_STEPS
+    heads = f"{folder.rstrip('/')}/draft_heads"
+    if engine == "vllm":
+        drafting = {"method": "eagle3", "model": heads, "num_speculative_tokens": steps}
+        return shlex.join(["vllm", "serve", folder, "--speculative-config", json.dumps(drafting)])
+    options = {
+        "model-path": folder,
+        "speculative-algorithm": "EAGLE3",
+        "speculative-draft-model-path": heads,
+        "speculative-num-steps": steps,
+        "speculative-eagle-topk": 1,
+        "speculative-num-draft-tokens": steps + 1,
+    }
+    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return shlex.join(["python", "-m", "sglang.launch_server", *given])
 
 
 def tensor_name(head: DraftHead, ours: str) -> str:

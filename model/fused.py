@@ -144,12 +144,7 @@ def load_head(folder: str | Path, target: Target, *, merging: bool = False) -> D
             f"The head in {folder} was trained along with its target, so it belongs to a changed "
             f"one. Make that first: `headstart fuse {file.meta.target} {folder} OUT`."
         )
-    head_type, config_type = head_class(str(file.head.get("kind")))
-    try:
-        head = head_type(config_type.model_validate(file.head))
-    except ValidationError as error:
-        raise ValueError(f"{folder / CONFIG} does not describe a draft head: {error}") from error
-    head.bind(target)
+    head = _empty(file, folder).bind(target)
     found = target_hash(target)
     if file.target_hash != found:
         raise ValueError(
@@ -161,6 +156,21 @@ def load_head(folder: str | Path, target: Target, *, merging: bool = False) -> D
     head.temperatures = file.meta.temperatures
     head.rank_acceptance = file.meta.rank_acceptance
     return head.for_decoding(target)
+
+
+def outline(folder: str | Path) -> DraftHead:
+    """The head in a folder (or in a fused one) without its weights, and bound to no target."""
+    folder = _head_folder(folder)
+    with torch.device("meta"):
+        return _empty(_read_file(folder), folder)
+
+
+def _empty(file: HeadFile, folder: Path) -> DraftHead:
+    head_type, config_type = head_class(str(file.head.get("kind")))
+    try:
+        return head_type(config_type.model_validate(file.head))
+    except ValidationError as error:
+        raise ValueError(f"{folder / CONFIG} does not describe a draft head: {error}") from error
 
 
 def start_from(head: DraftHead, folder: str | Path) -> None:
