@@ -86,13 +86,16 @@ class SpeculativeModel:
         *,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
+        revision: str | None = None,
         quantize: str | None = None,
     ) -> SpeculativeModel:
         """Open a fused checkpoint: a target with its heads in `draft_heads/`.
 
-        Arguments as in `Target.load`.
+        folder: where it is, or its name on the Hub (`owner/name`). Arguments as in `Target.load`.
         """
-        return cls(*load_fused(folder, dtype=dtype, device=device, quantize=quantize))
+        return cls(
+            *load_fused(folder, dtype=dtype, device=device, revision=revision, quantize=quantize)
+        )
 
     def generate(
         self,

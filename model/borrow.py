@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .spread import whole
+from .weight_only import full
 
 if TYPE_CHECKING:
     from .target import Target
@@ -44,7 +45,7 @@ def copy_last_layer(target: Target, layer: nn.Module) -> bool:
     if set(ours) != set(theirs) or any(ours[n].shape != theirs[n].shape for n in ours):
         return False
     for name, parameter in ours.items():
-        parameter.copy_(whole(theirs[name]))
+        parameter.copy_(full(whole(theirs[name])))
     return True
 
 

@@ -1,45 +1,136 @@
-"""The model card of a fused checkpoint, written from what its files say."""
+"""The model card of a fused checkpoint or of a head alone, written from what their files say.
+
+A card ends with a seal, the hash of what is before it: one that was edited by hand is known by it,
+and never written over.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .engines import launch_line, unservable
 from .head import DraftHead
 from .meta import HeadMeta, Lora, Measurement
+from .usage import usage
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TARGET_CARD = "README.target.md"  # the target's own card, kept beside ours
+SEAL = re.compile(
+    r"\n<!-- written by headstart ([0-9a-f]{16}); a card that was edited is kept -->\n$"
+)
+HEADER = re.compile(r"\A\s*---\n.*?\n---\s*", re.DOTALL)
+LICENCE = ("license", "license_name", "license_link")  # the Hub's keys
 
 
-def model_card(head: DraftHead, meta: HeadMeta, folder: Path) -> str:
-    """Markdown with the Hub's header. folder: the fused one, for the target's licence."""
+def model_card(
+    head: DraftHead,
+    meta: HeadMeta,
+    folder: Path,
+    *,
+    place: str = "FOLDER",
+    alone: bool = False,
+    licence: Mapping[str, str] | None = None,
+) -> str:
+    """Markdown with the Hub's header, sealed. The head need not be bound.
+
+    folder: what the card is about; a fused one holds the target's card, and in it its licence.
+    place: how it is named in commands, the folder or a Hub id. alone: a head without its target.
+    licence: the target's, where its card is not in the folder (keys of the Hub's header).
+    """
+    name = meta.target.split("/")[-1]
+    noted = {} if meta.license is None else {"license": meta.license}
+    terms: dict[str, Any] = licence_of(folder / TARGET_CARD) or dict(licence or {}) or noted
     data = ModelCardData(
         base_model=meta.target if HUB_ID.fullmatch(meta.target) else None,
-        base_model_relation="finetune",
-        license=_licence(folder) or meta.license,
+        base_model_relation="adapter" if alone else "finetune",
         library_name="headstart",
         pipeline_tag="text-generation",
-        tags=["speculative-decoding", "multi-token-prediction", head.kind],
+        tags=["speculative-decoding", "multi-token-prediction", "headstart", head.kind],
+        model_name=f"{name} with a draft head" if meta.measured else None,
+        eval_results=_results(meta) or None,
+        **terms,
     )
-    millions = sum(parameter.numel() for parameter in head.parameters()) / 1e6
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {meta.target.split('/')[-1]} with a draft head",
-        f"The weights of {meta.target}, {_changed(meta.joint)}, and in `draft_heads/` a draft head "
-        f"of kind `{head.kind}` ({millions:.1f} M parameters) that guesses several tokens ahead. "
-        "Decoding checks the guesses with these weights, so the text is what they alone would "
-        "write.",
-        _usage(head, meta.steps),
+        f"# {'A draft head for ' + name if alone else name + ' with a draft head'}",
+        _what(head, meta, alone),
+        usage(head, meta, folder, place, alone),
         "## Measured\n\n" + (_table(meta) if meta.measured else "Not measured."),
         *(["## Calibration\n\n" + _calibration(meta)] if meta.calibration_rows else []),
         "## Training\n\n" + _training(head, meta),
     ]
-    return "\n\n".join(parts) + "\n"
+    return _sealed("\n\n".join(parts) + "\n")
+
+
+def is_edited(text: str) -> bool:
+    """Whether somebody wrote or changed this card by hand. One without a text, as the Hub makes
+    for a new repository, has nothing to lose."""
+    found = SEAL.search(text)
+    if found is None:
+        return bool(HEADER.sub("", text).strip())
+    return _hash(text[: found.start()]) != found[1]
+
+
+def _sealed(text: str) -> str:
+    return f"{text}\n<!-- written by headstart {_hash(text)}; a card that was edited is kept -->\n"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _what(head: DraftHead, meta: HeadMeta, alone: bool) -> str:
+    millions = sum(parameter.numel() for parameter in head.parameters()) / 1e6
+    size = f"of kind `{head.kind}` ({millions:.1f} M parameters)"
+    if alone:
+        changed = (
+            f" In training the target was {_changed(meta.joint)}: `adapter/` holds the change, "
+            "and fusing makes it."
+            if meta.joint is not None
+            else ""
+        )
+        return (
+            f"A draft head {size} for {meta.target}, which guesses several of its tokens ahead. "
+            "Decoding checks the guesses with the target's weights, so the text is what they alone "
+            "would write. The head belongs to just these weights; on others it is refused."
+            f"{changed}"
+        )
+    return (
+        f"The weights of {meta.target}, {_changed(meta.joint)}, and in `draft_heads/` a draft head "
+        f"{size} that guesses several tokens ahead. Decoding checks the guesses with these "
+        "weights, so the text is what they alone would write."
+    )
+
+
+def _results(meta: HeadMeta) -> list[EvalResult]:
+    """The Hub's model-index: what was measured, with the conditions as its configuration."""
+    found = []
+    for one in meta.measured:
+        figures = {"accepted_length": one.accepted_length}
+        if one.speedup is not None:
+            figures["speedup"] = one.speedup
+        if one.answers:
+            figures["identical_to_plain"] = one.identical / one.answers
+        found += [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=one.prompts.split(",")[0],
+                dataset_name=one.prompts,
+                dataset_config=one.conditions,
+                metric_type=metric,
+                metric_name=metric.replace("_", " "),
+                metric_value=value,
+            )
+            for metric, value in figures.items()
+        ]
+    return found
 
 
 def _changed(joint: Lora | None) -> str:
@@ -54,23 +145,6 @@ def _changed(joint: Lora | None) -> str:
     return f"{text})"
 
 
-def _usage(head: DraftHead, steps: int | None) -> str:
-    lines = [
-        "## Use\n",
-        '    headstart generate FOLDER "..."\n',
-        "`transformers`, vLLM and SGLang open the folder as the plain target.",
-    ]
-    reason = unservable(head)
-    if head.kind == "eagle3" and reason is None:
-        lines.append(
-            "To draft with the head (a chain, not a tree) in vLLM:\n\n"
-            f"    {launch_line('vllm', 'FOLDER', head, steps)}"
-        )
-    elif reason is not None:
-        lines.append(f"Stock engines cannot draft with the head: {reason}.")
-    return "\n".join(lines)
-
-
 def _table(meta: HeadMeta) -> str:
     rows = [
         "| prompts | tokens | identical | accepted length | acceptance by depth | speedup "
@@ -82,6 +156,10 @@ def _table(meta: HeadMeta) -> str:
         "forward pass of the target. Speedup: total tokens over total time, relative to plain "
         "decoding in the same engine.",
     ]
+    answers = sum(one.answers for one in meta.measured)
+    if answers:
+        same = sum(one.identical for one in meta.measured)
+        rows += ["", f"{same:,} of {answers:,} answers equal plain decoding's, token for token."]
     return "\n".join(rows)
 
 
@@ -140,13 +218,17 @@ def _training(head: DraftHead, meta: HeadMeta) -> str:
         "data": meta.data,
         "data sha256": meta.data_hash,
         "began as": meta.start,
+        "target's layers in training, weight-only": meta.weight_only,
     }
-    return "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
+    text = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
+    if meta.recipe:
+        text += f"\n\nRecipe:\n\n```yaml\n{yaml.safe_dump(meta.recipe, sort_keys=False)}```"
+    return text
 
 
-def _licence(folder: Path) -> str | None:
-    card = folder / TARGET_CARD
+def licence_of(card: Path) -> dict[str, str]:
+    """What the header of a card says of the licence; empty where there is none."""
     if not card.exists():
-        return None
-    licence: str | None = ModelCard.load(card).data.to_dict().get("license")
-    return licence
+        return {}
+    data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    return {key: data[key] for key in LICENCE if isinstance(data.get(key), str)}

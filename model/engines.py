@@ -22,6 +22,7 @@ LM_HEAD = "lm_head.weight"
 USUAL_STEPS = 3  # guesses per pass where nothing says how far the head was trained
 
 Engine = Literal["vllm", "sglang"]
+ENGINES: tuple[Engine, ...] = ("vllm", "sglang")
 
 
 def engine_keys(head: DraftHead, target: PretrainedConfig) -> dict[str, Any]:
@@ -52,31 +53,27 @@ def unservable(head: DraftHead) -> str | None:
     return None
 
 
-def launch_line(engine: Engine, folder: str, head: DraftHead, steps: int | None) -> str:
-    """How an engine is started that drafts with the head of a fused folder: a chain, not a tree.
-
-    steps: how many steps ahead the head was trained for. ValueError where it cannot be served.
-    """
+def undraftable(head: DraftHead) -> str | None:
+    """Why vLLM and SGLang cannot draft with this head, or None when they can."""
     reason = unservable(head)
-    if reason is None and isinstance(head, mtp.Head):
-        reason = (
-            "they know mtp heads of their own model families only (transformers reads this one, "
-            "where it is in the index: `headstart fuse --index`)"
-        )
-    if reason is not None:
-        raise ValueError(
-            f"vLLM and SGLang cannot draft with the head in {folder}: {reason}. They serve the "
-            "folder as the plain target. Train a head of kind eagle3, or use `headstart serve`."
-        )
+    if reason is None and not isinstance(head, eagle3.Head):
+        return f"they draft with heads of kind eagle3, not with one of kind {head.kind}"
+    return reason
+
+
+def launch_line(engine: Engine, target: str, draft: str, steps: int | None) -> str:
+    """How an engine is started that drafts a chain with a head.
+
+    target, draft: their folders. steps: how many steps ahead the head was trained for.
+    """
     steps = steps or USUAL_STEPS
-    heads = f"{folder.rstrip('/')}/draft_heads"
     if engine == "vllm":
-        drafting = {"method": "eagle3", "model": heads, "num_speculative_tokens": steps}
-        return shlex.join(["vllm", "serve", folder, "--speculative-config", json.dumps(drafting)])
+        drafting = {"method": "eagle3", "model": draft, "num_speculative_tokens": steps}
+        return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(drafting)])
     options = {
-        "model-path": folder,
+        "model-path": target,
         "speculative-algorithm": "EAGLE3",
-        "speculative-draft-model-path": heads,
+        "speculative-draft-model-path": draft,
         "speculative-num-steps": steps,
         "speculative-eagle-topk": 1,
         "speculative-num-draft-tokens": steps + 1,

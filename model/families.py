@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,9 +66,20 @@ class Windows:
         if self.kinds == (FULL,):
             return _additive(seen_BNS, dtype)
         new_places_BN = depths_BN + cache.lengths_B[:, None]
-        places_BS = cache.positions(depths_BN)
+        return self._of_kinds(seen_BNS, new_places_BN, cache.positions(depths_BN), dtype)
+
+    def mask_texts(self, starts_BT: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """As `mask`, for rows of several texts that see themselves only (`Target.read`)."""
+        places_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
+        seen_BTT = (places_T <= places_T[:, None]) & (places_T >= starts_BT[:, :, None])
+        positions_BT = places_T - starts_BT
+        return self._of_kinds(seen_BTT, positions_BT, positions_BT, dtype)
+
+    def _of_kinds(
+        self, seen_BNS: Tensor, query_BN: Tensor, key_BS: Tensor, dtype: torch.dtype
+    ) -> Tensor | dict[str, Tensor]:
         masks = {
-            kind: _additive(seen_BNS & self._near(kind, new_places_BN, places_BS), dtype)
+            kind: _additive(seen_BNS & self._near(kind, query_BN, key_BS), dtype)
             for kind in self.kinds
         }
         return masks if len(masks) > 1 else masks[self.kinds[0]]
@@ -272,6 +284,28 @@ def _read_branches(target: Target, text_1T: Tensor) -> Tensor:
     cache.commit(torch.tensor([[0, 2, 4]], device=target.device), counts_B)
     last_token = torch.tensor([[three]], device=target.device)
     return torch.cat([first, target.read(last_token, cache, logits=False).last_BTD], 1)
+
+
+@torch.no_grad()
+def probe_packed(target: Target) -> None:
+    """ValueError if several texts in one row are not read as each of them alone."""
+    lengths = (3, 5, 2)
+    ids = [5, 3, 7, 2, 6, 4, 1, 2, 3, 6]
+    texts = [i % target.vocab_size for i in ids]
+    row_1T = torch.tensor([texts], device=target.device)
+    bounds = [sum(lengths[:place]) for place in range(len(lengths) + 1)]
+    starts = [start for start, size in zip(bounds, lengths, strict=False) for _ in range(size)]
+    starts_1T = torch.tensor([starts], device=target.device)
+    whole_1 = torch.tensor([len(ids)], device=target.device)
+    together = target.read_texts(row_1T, whole_1, starts_1T).last_BTD
+    apart = [
+        target.read(row_1T[:, start:end], logits=False).last_BTD for start, end in pairwise(bounds)
+    ]
+    if not _close(together, torch.cat(apart, 1)):
+        raise ValueError(
+            f"{target.name} ({target.config.model_type}) does not read several texts in one row as "
+            "each of them alone: its code ignores the mask or the positions. Leave data.pack out."
+        )
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:

@@ -27,22 +27,28 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from . import gguf
-from .card import CARD, TARGET_CARD, model_card
+from .card import CARD, TARGET_CARD, is_edited, model_card
 from .engines import LM_HEAD, engine_keys, lm_head_rows, tensor_name
 from .files import recover, replace_text, written_beside
 from .hashing import target_hash
 from .head import DraftHead, head_class
+from .hub import (
+    CHAT_TEMPLATES,
+    CONFIG,
+    HEADS,
+    OURS,
+    TARGET_FILES,
+    WEIGHTS,
+    fetch_fused,
+    fetch_head,
+    hub_name,
+)
 from .indexed import write_index
 from .joint import is_joint, merge
 from .meta import HeadMeta, Measurement
 from .pretrained import stored_dtype
 from .target import Target
 
-HEADS = "draft_heads"
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-OURS = "headstart"
-CHAT_TEMPLATES = "additional_chat_templates"  # transformers' name for the folder
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
@@ -102,32 +108,44 @@ def _write_head(head: DraftHead, part: Path, config: dict[str, Any], with_lm_hea
 
 
 def read_head_file(folder: str | Path) -> HeadFile:
-    """What the head in a folder (or in a fused one) is, how it was trained, what was measured."""
+    """What the head in a folder (or in a fused one, or on the Hub) is, how it was trained, what was
+    measured."""
     return _read_file(_head_folder(folder))
 
 
-def record(folder: str | Path, head: DraftHead, measured: Measurement) -> None:
+def record(folder: str | Path, head: DraftHead, measured: Measurement) -> bool:
     """Add a measurement to a head's folder, or to a fused one and its card.
 
-    It takes the place of an earlier one on the same prompts under the same conditions.
+    It takes the place of an earlier one on the same prompts under the same conditions. Returns as
+    `rewrite_meta` does.
     """
     meta = read_head_file(folder).meta
     same = (measured.prompts, measured.conditions)
     others = [one for one in meta.measured if (one.prompts, one.conditions) != same]
-    rewrite_meta(folder, head, meta.model_copy(update={"measured": (*others, measured)}))
+    return rewrite_meta(folder, head, meta.model_copy(update={"measured": (*others, measured)}))
 
 
-def rewrite_meta(folder: str | Path, head: DraftHead, meta: HeadMeta) -> None:
+def rewrite_meta(folder: str | Path, head: DraftHead, meta: HeadMeta) -> bool:
     """Replace what a head's folder, or a fused one and its card, say about the head.
 
-    The weights are not touched, and config.json is written whole or not at all.
+    The weights are not touched, and config.json is written whole or not at all. A card that was
+    edited by hand is left as it is; then False.
     """
     inner = _head_folder(folder)
     config = json.loads((inner / CONFIG).read_text(encoding="utf-8"))
     config[OURS]["meta"] = meta.model_dump(mode="json")
     replace_text(inner / CONFIG, json.dumps(config, indent=2) + "\n")
-    if is_fused(folder):
-        replace_text(Path(folder) / CARD, model_card(head, meta, Path(folder)))
+    if not is_fused(folder):
+        return True
+    if has_edited_card(folder):
+        return False
+    replace_text(Path(folder) / CARD, model_card(head, meta, Path(folder)))
+    return True
+
+
+def has_edited_card(folder: str | Path) -> bool:
+    card = Path(folder) / CARD
+    return card.is_file() and is_edited(card.read_text(encoding="utf-8"))
 
 
 def load_head(folder: str | Path, target: Target, *, merging: bool = False) -> DraftHead:
@@ -144,7 +162,8 @@ def load_head(folder: str | Path, target: Target, *, merging: bool = False) -> D
             f"The head in {folder} was trained along with its target, so it belongs to a changed "
             f"one. Make that first: `headstart fuse {file.meta.target} {folder} OUT`."
         )
-    head = _empty(file, folder).bind(target)
+    head = unbound_head(file, folder)
+    head.bind(target)
     found = target_hash(target)
     if file.target_hash != found:
         raise ValueError(
@@ -158,14 +177,8 @@ def load_head(folder: str | Path, target: Target, *, merging: bool = False) -> D
     return head.for_decoding(target)
 
 
-def outline(folder: str | Path) -> DraftHead:
-    """The head in a folder (or in a fused one) without its weights, and bound to no target."""
-    folder = _head_folder(folder)
-    with torch.device("meta"):
-        return _empty(_read_file(folder), folder)
-
-
-def _empty(file: HeadFile, folder: Path) -> DraftHead:
+def unbound_head(file: HeadFile, folder: Path) -> DraftHead:
+    """A head of the described kind and sizes, without its weights. folder: for the message."""
     head_type, config_type = head_class(str(file.head.get("kind")))
     try:
         return head_type(config_type.model_validate(file.head))
@@ -242,8 +255,7 @@ def _check_lm_head(head: DraftHead, rows_VD: Tensor, path: Path) -> None:
 
 def _head_folder(folder: str | Path) -> Path:
     recover(Path(folder))
-    inner = Path(folder) / HEADS
-    return inner if inner.is_dir() else Path(folder)
+    return fetch_head(folder)
 
 
 def _read_file(folder: Path) -> HeadFile:
@@ -263,15 +275,23 @@ def load_fused(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
+    revision: str | None = None,
     quantize: str | None = None,
 ) -> tuple[Target, DraftHead]:
-    """Open a fused folder: its target and its head. Arguments as in `Target.load`."""
+    """Open a fused folder, or one on the Hub (`owner/name`): its target and its head.
+
+    Arguments as in `Target.load`. ValueError for what is no fused checkpoint.
+    """
+    from_hub = hub_name(folder) is not None
+    name, folder = str(folder), fetch_fused(folder, revision)
     if not is_fused(folder):
         raise ValueError(
             f"{folder} is not a fused checkpoint: it has no {HEADS} folder. "
             "Make one with `headstart fuse`."
         )
     target = Target.load(folder, dtype=dtype, device=device, quantize=quantize)
+    if from_hub:
+        target.name = name  # not that of a folder in the cache
     return target, load_head(folder, target)
 
 
@@ -296,13 +316,20 @@ def fuse(
     """Write a fused checkpoint, whole or not at all.
 
     source: the target as a folder, a Hub id or a GGUF file (which is written out as a plain
-    folder). head_folder: a head trained on it. link: hard-link the target's weight files instead of
-    copying them; saves the space, but whoever changes one changes both. index: list the head among
-    the target's own weights, for transformers' `generate(use_mtp=True)` (see `indexed.py`).
+    folder). head_folder: a head trained on it, as a folder or on the Hub. link: hard-link the
+    target's weight files instead of copying them; saves the space, but whoever changes one changes
+    both. index: list the head among the target's own weights, for transformers'
+    `generate(use_mtp=True)` (see `indexed.py`).
     """
+    if has_edited_card(out) and is_fused(out):
+        raise ValueError(
+            f"{Path(out) / CARD} was edited by hand, and fusing anew would lose that. Move it "
+            "away, or name a new folder."
+        )
+    head_folder = _head_folder(head_folder)
     # What a GGUF file is written out as should not depend on whether there is an accelerator.
     is_gguf = Path(source).suffix == gguf.SUFFIX
-    joint = is_joint(Path(head_folder))
+    joint = is_joint(head_folder)
     target = Target.load(source, dtype=torch.float32 if is_gguf or joint else "auto")
     head = load_head(head_folder, target, merging=joint)
     meta = read_head_file(head_folder).meta
@@ -314,7 +341,7 @@ def fuse(
     ):
         spare = Path(beside, "target")
         if joint:
-            target, plain = _changed(target, Path(head_folder), str(source), spare), spare
+            target, plain = _changed(target, head_folder, str(source), spare), spare
             head.bind(target)
         else:
             plain = _plain_folder(str(source), target, spare)
@@ -343,7 +370,7 @@ def _plain_folder(source: str, target: Target, spare: Path) -> Path:
     if Path(source).is_dir():
         return Path(source)
     snapshot_download(source, allow_patterns=[f"{CHAT_TEMPLATES}/*.jinja"])
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md"]
+    patterns = [*TARGET_FILES, "*.py", "*.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]
     return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
 
 

@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .spread import here, is_spread, whole
+
 if TYPE_CHECKING:
     from .target import Target
 
@@ -27,10 +29,12 @@ def weights_hash(model: nn.Module) -> str:
     Hashed, in order of name and once where tied: the name, the shape, and the sha256 of the values
     rounded to bfloat16 (others than floating-point ones as they are). So float32 and bfloat16
     copies, shards and a GGUF file saved as a folder agree; float16 may not (its range is smaller).
+    Processes that hold parts of the model call this together.
     """
     if model not in _hashes:
         tensors = _distinct(model.state_dict())
-        with ThreadPoolExecutor() as pool:
+        # Parts are put together from all processes, one tensor after the other.
+        with ThreadPoolExecutor(1 if is_spread(model) else None) as pool:
             digests = pool.map(_digest, tensors.values())
             lines = [
                 f"{name} {list(tensor.shape)} {digest}\n"
@@ -50,7 +54,7 @@ def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
     seen: set[tuple[int, torch.Size]] = set()
     distinct: dict[str, Tensor] = {}
     for name in sorted(state):
-        place = (state[name].data_ptr(), state[name].shape)
+        place = (here(state[name]).data_ptr(), state[name].shape)
         if place not in seen:
             seen.add(place)
             distinct[name] = state[name]
@@ -58,6 +62,7 @@ def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _digest(tensor: Tensor) -> str:
-    values = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+    values = whole(tensor)
+    values = values.to(torch.bfloat16) if values.is_floating_point() else values
     flat = values.cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-ADAPTER = "adapter"  # within the head's folder
+from .hub import ADAPTER
 
 
 def adapted(model: nn.Module, rank: int, alpha: float, modules: str | Sequence[str]) -> Any:

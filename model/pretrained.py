@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -23,21 +23,30 @@ from transformers import (
 from . import gguf
 from .families import decoder_layers, inner_model, refuse_config
 from .hashing import weights_hash
-from .spread import from_first, spread
+from .spread import from_first, spread, tensor_plan
+from .weight_only import quantize_layers
 
 
 def open_pretrained(
     name: str, dtype: torch.dtype | str, device: torch.device | str | None, revision: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | str]:
     """The model on its device, and the tokenizer or the reason why there is none."""
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _place(device)
     source, file = _source(name)
     where = {"gguf_file": file, "revision": revision}
     _read_config(name, source, where)
     extra = gguf.model_arguments() if file else {}
+    model = _load(name, source, dtype=_dtype(dtype, place), **where, **extra)
+    if file:
+        gguf.take_output_weight(model, Path(source) / file)
+    return nn.Module.to(model, place), _tokenizer(source, where)
+
+
+def _load(name: str, source: str, **options: Any) -> PreTrainedModel:
+    """ValueError for weights that are missing or cannot be read."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=_dtype(dtype, place), output_loading_info=True, **where, **extra
+            source, output_loading_info=True, **options
         )
     except (OSError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(
@@ -51,9 +60,27 @@ def open_pretrained(
             f"{name} lacks weights that its configuration asks for ({missing}). The folder is "
             "incomplete or of another model. Download it again."
         )
-    if file:
-        gguf.take_output_weight(model, Path(source) / file)
-    return model.to(place), _tokenizer(source, where)
+    opened: PreTrainedModel = model
+    return opened
+
+
+def open_weight_only(
+    name: str,
+    dtype: torch.dtype | str,
+    device: torch.device | str | None,
+    revision: str | None,
+    kind: str,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | str]:
+    """As `open_pretrained`, with the layers quantised on their way from main memory to the device.
+
+    Its hash is that of the weights before, which a head is served with.
+    """
+    place = _place(device)
+    model, tokenizer = open_pretrained(name, _dtype(dtype, place), "cpu", revision)
+    weights_hash(model)
+    config = model.config.get_text_config(decoder=True)
+    quantize_layers(decoder_layers(inner_model(model), config, name), kind, place, name)
+    return nn.Module.to(model, place), tokenizer
 
 
 def open_skeleton(name: str, revision: str | None) -> PreTrainedModel:
@@ -86,6 +113,27 @@ def _read_config(name: str, source: str, where: dict[str, str | None]) -> Pretra
     if where["gguf_file"] is None:
         _refuse_quantized(config, name)
     return config
+
+
+def open_tensor_parallel(
+    name: str, dtype: torch.dtype | str, device: torch.device, revision: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | str]:
+    """As `open_pretrained`, with the layers in parts by transformers' tensor parallelism.
+
+    Every process calls it, and reads its part of the files.
+    """
+    source, file = _source(name)
+    if file is not None:
+        raise ValueError(
+            f"{name} is a GGUF file, which is not read in parts. Set parallel.target=sharded, or "
+            "name the model's folder or Hub id."
+        )
+    plan = tensor_plan(open_skeleton(name, revision), name)
+    where = {"gguf_file": None, "revision": revision}
+    model = _load(
+        name, source, dtype=_dtype(dtype, device), revision=revision, distributed_config=plan
+    )
+    return model, _tokenizer(source, where)
 
 
 def open_spread(
@@ -177,6 +225,10 @@ def _source(name: str) -> tuple[str, str | None]:
             "Check the path."
         )
     return name, None
+
+
+def _place(device: torch.device | str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:

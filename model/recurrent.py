@@ -64,9 +64,13 @@ class RecurrentHead(DraftHead):
     def recycle(self, output_BTD: Tensor) -> Tensor:
         """The feature of the next step."""
 
-    def unroll(self, seen: Seen, tokens_BT: Tensor, steps: int) -> list[Tensor]:
+    def unroll(
+        self, seen: Seen, tokens_BT: Tensor, steps: int, starts_BT: Tensor | None = None
+    ) -> list[Tensor]:
         positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        attend = _Unrolled(self.attention_layout, self.window)
+        if starts_BT is not None:
+            positions_BT = positions_BT - starts_BT
+        attend = _Unrolled(self.attention_layout, self.window, starts_BT)
         feature_BTD = self.feature(seen)
         hidden: list[Tensor] = []
         for step in range(steps):
@@ -131,10 +135,13 @@ class RecurrentHead(DraftHead):
 
 
 class _Unrolled:
-    """Training attention: causal in step 0, then causal over step 0 plus the own chain."""
+    """Training attention: causal in step 0, then causal over step 0 plus the own chain.
 
-    def __init__(self, layout: AttentionLayout, window: int | None):
-        self.layout, self.window = layout, window
+    starts_BT: where the text of each position begins, before which it sees nothing.
+    """
+
+    def __init__(self, layout: AttentionLayout, window: int | None, starts_BT: Tensor | None):
+        self.layout, self.window, self.starts_BT = layout, window, starts_BT
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -144,17 +151,17 @@ class _Unrolled:
 
     def _attend(self, step: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if step and self.layout == "kvshare":
-            return _causal(queries, self.keys[0], self.values[0], self.window)
+            return _causal(queries, self.keys[0], self.values[0], self.window, self.starts_BT)
         if len(self.keys) == step:
             self.keys.append(keys)
             self.values.append(values)
         if step == 0:
-            return _causal(queries, keys, values, self.window)
+            return _causal(queries, keys, values, self.window, self.starts_BT)
         # What is worked out later must not see the steps that came after it.
         chain = ((*self.keys[:step], keys), (*self.values[:step], values))
         positions = queries.shape[2]
         if positions <= QUERY_CHUNK:
-            return _attend_chain(queries, 0, *chain, self.window)
+            return _attend_chain(queries, 0, *chain, self.window, self.starts_BT)
         # Recomputed in the backward pass, so that no T x T matrix outlives its chunk.
         parts = [
             checkpoint(
@@ -163,6 +170,7 @@ class _Unrolled:
                 at,
                 *chain,
                 self.window,
+                self.starts_BT,
                 use_reentrant=False,
             )
             for at in range(0, positions, QUERY_CHUNK)
@@ -170,21 +178,36 @@ class _Unrolled:
         return torch.cat(parts, 2)
 
 
-def _causal(queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+def _causal(
+    queries: Tensor, keys: Tensor, values: Tensor, window: int | None, starts_BT: Tensor | None
+) -> Tensor:
     """Every position sees itself and what came before, of that at most the last `window`."""
     positions = queries.shape[2]
-    if window is None or positions <= window:
+    if starts_BT is None and (window is None or positions <= window):
         return grouped_attention(queries, keys, values, None, causal=True)
     parts = []
     for at in range(0, positions, QUERY_CHUNK):
         until = min(at + QUERY_CHUNK, positions)
-        first = max(0, at - window + 1)
-        rows = torch.arange(at, until, device=queries.device)[:, None]
-        columns = torch.arange(first, until, device=queries.device)
-        mask = (columns <= rows) & (columns > rows - window)
+        hidden, first = _hidden(at, until, window, starts_BT, queries.device)
         seen = keys[:, :, first:until], values[:, :, first:until]
-        parts.append(grouped_attention(queries[:, :, at:until], *seen, mask[None, None]))
+        parts.append(grouped_attention(queries[:, :, at:until], *seen, ~hidden[:, None]))
     return torch.cat(parts, 2)
+
+
+def _hidden(
+    at: int, until: int, window: int | None, starts_BT: Tensor | None, device: torch.device
+) -> tuple[Tensor, int]:
+    """Which of the positions from `first` on the rows [at, until) do not see; and `first`.
+
+    B x rows x positions, or with 1 for B.
+    """
+    first = 0 if window is None else max(0, at - window + 1)
+    rows = torch.arange(at, until, device=device)[:, None]
+    places = torch.arange(first, until, device=device)
+    hidden = places > rows if window is None else (places > rows) | (places <= rows - window)
+    if starts_BT is None:
+        return hidden[None], first
+    return hidden | (places < starts_BT[:, at:until, None]), first
 
 
 def _first(anchors_BN: Tensor, window: int | None) -> Tensor | None:
@@ -198,11 +221,13 @@ def _attend_chain(
     keys: tuple[Tensor, ...],
     values: tuple[Tensor, ...],
     window: int | None,
+    starts_BT: Tensor | None,
 ) -> Tensor:
     """Queries from position `at` on: step-0 keys up to themselves, later keys of their own."""
     batch, heads, rows, channels = queries.shape
     groups = keys[0].shape[1]
-    until, first = at + rows, 0 if window is None else max(0, at - window + 1)
+    until = at + rows
+    hidden, first = _hidden(at, until, window, starts_BT, queries.device)
     queries = queries.reshape(batch, groups, heads // groups, rows, channels)
     queries = queries * channels**-0.5
     first_keys = keys[0][:, :, None, first:until]
@@ -210,10 +235,7 @@ def _attend_chain(
     own_keys = [later[:, :, None, at:until] for later in keys[1:]]
     own_values = [later[:, :, None, at:until] for later in values[1:]]
     scores = queries @ first_keys.transpose(-1, -2)
-    places = torch.arange(first, until, device=queries.device)
-    own = torch.arange(at, until, device=queries.device)[:, None]
-    hidden = places > own if window is None else (places > own) | (places <= own - window)
-    scores = scores.masked_fill(hidden, float("-inf"))
+    scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
     chain = torch.stack([(queries * later).sum(-1) for later in own_keys], -1)
     weights = torch.cat([scores, chain.to(scores.dtype)], -1).softmax(-1).to(first_values.dtype)
     attended = weights[..., : until - first] @ first_values

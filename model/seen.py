@@ -29,6 +29,11 @@ class Seen:
         picked = {layer: _pick(hidden_BTD, index_BP) for layer, hidden_BTD in self.hidden.items()}
         return Seen(None, _pick(self.last_BTD, index_BP), picked)
 
+    def part(self, rows: slice, columns: slice) -> Seen:
+        """Some rows and positions, copied so that the others can go; logits are dropped."""
+        kept = {layer: hidden[rows, columns].clone() for layer, hidden in self.hidden.items()}
+        return Seen(None, self.last_BTD[rows, columns].clone(), kept)
+
 
 def _pick(values_BTD: Tensor, index_BP: Tensor) -> Tensor:
     return values_BTD.gather(1, index_BP[..., None].expand(-1, -1, values_BTD.shape[-1]))

@@ -1,8 +1,10 @@
-"""A frozen target whose layers lie in parts on several processes (torch's `fully_shard`).
+"""A frozen target whose layers lie in parts on several processes, for one that fits no accelerator.
 
-For targets that fit no single accelerator. A layer is put together just before it is run and taken
-apart right behind it; embedding, norms and LM head, which heads read directly, stay whole. Only the
-first process reads files; the others get their parts from it.
+Sharded (torch's `fully_shard`): a layer is put together just before it is run and taken apart right
+behind it. Only the first process reads files; the others get their parts from it.
+Tensor-parallel (transformers' plan for the family): a layer stays in parts, and all processes work
+out their parts of its products, so they read the same rows. Each reads its part of the files.
+Embedding and LM head, which heads use directly, stay whole either way.
 """
 
 from __future__ import annotations
@@ -18,14 +20,50 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 Made = TypeVar("Made")
 PATIENCE = timedelta(hours=6)  # reading a large model, decoding many prompts
+LEFT_WHOLE = "replicated_with_grad_allreduce"  # transformers' name of a rule that cuts nothing
 
 
 def is_spread(model: nn.Module) -> bool:
     """Whether some of its weights lie in parts on several processes."""
     return any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+def reads_together(model: nn.Module) -> bool:
+    """Whether each process computes a part of every layer, so that all have to read the same."""
+    return int(getattr(model, "_tp_size", None) or 1) > 1
+
+
+def tensor_plan(skeleton: PreTrainedModel, name: str) -> DistributedConfig:
+    """How transformers cuts the layers of this model up. ValueError where it cannot.
+
+    skeleton: on the meta device.
+    """
+    count = dist.get_world_size()
+    ends = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    whole = [place for place, module in skeleton.named_modules() if module in ends]
+    plan = {place: style for place, style in skeleton.tp_plan.items() if place not in whole}
+    kind = skeleton.config.model_type
+    instead = "Set parallel.target=sharded, which works for every family."
+    if not plan:
+        raise ValueError(
+            f"{name} ({kind}): transformers has no tensor-parallel plan for this family. {instead}"
+        )
+    config = skeleton.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    by_heads = any(style == "colwise" and "att" in place for place, style in plan.items())
+    if by_heads and (heads % count or groups % count):
+        raise ValueError(
+            f"{name} has {heads} attention heads and {groups} of keys and values, which {count} "
+            f"processes cannot share evenly. Start a number of them that divides both. {instead}"
+        )
+    # Named with a rule that leaves them whole: rules that are not named may come from the family.
+    return DistributedConfig(tp_size=count, tp_plan=plan | dict.fromkeys(whole, LEFT_WHOLE))
 
 
 def whole(value: Tensor) -> Tensor:
@@ -38,6 +76,11 @@ def patient() -> dist.ProcessGroup:
     """All processes, for exchanges in which the others wait for work that the first does alone. A
     process that dies ends the wait: gloo notices that its connection is closed."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def here(value: Tensor) -> Tensor:
+    """What of it lies in this process."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def from_first(make: Callable[[], Made]) -> Made:

@@ -36,19 +36,25 @@ from .families import (
     refuse,
     refuse_unused_window,
 )
-from .hashing import remember
+from .hashing import remember, weights_hash
 from .lean import Lean
 from .native import Native
-from .packed import MOST_ROWS, identity, pack_linears
-from .pretrained import open_pretrained, open_skeleton, open_spread
-from .quantized import Int8, available, check_kind
+from .packed import MOST_ROWS, pack_linears
+from .pretrained import (
+    open_pretrained,
+    open_skeleton,
+    open_spread,
+    open_tensor_parallel,
+    open_weight_only,
+)
+from .quantized import available, check_kind
 from .quantized import quantize as quantize_target
 from .seen import Seen
 from .shorter import shorter_way
-from .spread import is_spread
+from .spread import is_spread, reads_together
 from .tree import Tree
-
-SUBSETS = 4  # vocabularies whose LM head rows are kept at hand
+from .unembed import LMHead
+from .weight_only import check_weight_only
 
 
 class Target:
@@ -56,8 +62,9 @@ class Target:
 
     model: untouched, in eval mode, no parameter asks for a gradient. config: of its text part.
     name: where it came from. hidden_size: width of the LM head's input. vocab_size: rows of the LM
-    head, which can be more than the tokenizer knows. quantized: what to, or None. spread: whether
-    its layers lie in parts on several processes.
+    head, which can be more than the tokenizer knows. quantized: what it computes in, or None.
+    weight_only: what its layers are held in, if not in their own type. spread: whether its layers
+    lie in parts on several processes. reads_together: whether those have to read the same rows.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class Target:
         tokenizer: PreTrainedTokenizerBase | str,
         name: str,
         quantize: str | None = None,
+        weight_only: str | None = None,
     ):
         """tokenizer: or the reason why there is none. ValueError if the model cannot be read."""
         refuse(model, name)
@@ -73,28 +81,28 @@ class Target:
         self.name = name
         self.config = model.config.get_text_config(decoder=True)
         self._tokenizer = tokenizer
-        self._head = output_head(model, name)
+        head = output_head(model, name)
         self._decoder = inner_model(model)
         self._layers = decoder_layers(self._decoder, self.config, name)
         refuse_unused_window(self._decoder, self.config, name)
         self._cache_name = _cache_name(self._decoder)
         self._windows = Windows.of(self.config)
-        self._finish = LogitsRule.of(self.config)
-        self._subsets: list[tuple[Tensor, tuple[int, int], nn.Linear]] = []
-        self.hidden_size, self.vocab_size = self._head.in_features, self._head.out_features
+        self._lm_head = LMHead(head, LogitsRule.of(self.config))
+        self.hidden_size, self.vocab_size = head.in_features, head.out_features
         self.num_layers = len(self._layers)
-        self.device, self.dtype = self._head.weight.device, self._head.weight.dtype
+        self.device, self.dtype = head.weight.device, head.weight.dtype
         self._lean: Accelerated | Native | Lean | None = None
         self.quantized: str | None = None
+        self.weight_only = weight_only
         self.recorded: object = None  # what decoding keeps from one run to the next
-        self.spread = is_spread(model)
+        self.spread, self.reads_together = is_spread(model), reads_together(model)
         if self.device.type == "meta":
             return
         probe(self)
         if quantize is not None:
             quantize_target(self, quantize)
             self.quantized = quantize
-        if not self.spread:
+        if not self.spread and weight_only is None:
             self._lean = shorter_way(self._decoder, self._layers, self.config)
             pack_linears(model)  # after the probes, which would pack what they widen
 
@@ -107,15 +115,23 @@ class Target:
         device: torch.device | str | None = None,
         revision: str | None = None,
         quantize: str | None = None,
+        weight_only: str | None = None,
     ) -> Target:
         """Open a Hub id, a model folder (a fused one too), or a .gguf file.
 
         dtype "auto" is float32 on a CPU and bfloat16 on an accelerator; device None is the
         accelerator if there is one. quantize: "int8" for products of integers (CPU, float32); that
-        model is then the target, whose output is kept. ValueError says what cannot be opened and
-        what to do.
+        model is then the target, whose output is kept. weight_only: "int8", "float8" or "nf4", to
+        hold its layers in less memory while heads are trained on it; decoding is slower then.
+        ValueError says what cannot be opened and what to do.
         """
         check_kind(quantize)
+        check_weight_only(weight_only)
+        if weight_only is not None:
+            if quantize is not None:
+                raise ValueError("Give either quantize or weight_only: they exclude each other.")
+            held = open_weight_only(str(name), dtype, device, revision, weight_only)
+            return cls(*held, str(name), weight_only=weight_only)
         model, tokenizer = open_pretrained(str(name), dtype, device, revision)
         return cls(model, tokenizer, str(name), quantize)
 
@@ -127,11 +143,17 @@ class Target:
         dtype: torch.dtype | str = "auto",
         device: torch.device,
         revision: str | None = None,
+        tensor_parallel: bool = False,
     ) -> Target:
         """As `load`, with its layers in parts on all processes of the run, which call this together
-        and `read` too. Such a target trains heads; it does not decode."""
-        model, tokenizer, digest = open_spread(str(name), dtype, device, revision)
-        remember(model, digest)
+        and `read` too (the same rows where it is tensor-parallel). Such a target trains heads; it
+        does not decode."""
+        if tensor_parallel:
+            model, tokenizer = open_tensor_parallel(str(name), dtype, device, revision)
+            weights_hash(model)  # now, while all processes are here
+        else:
+            model, tokenizer, digest = open_spread(str(name), dtype, device, revision)
+            remember(model, digest)
         return cls(model, tokenizer, str(name))
 
     @classmethod
@@ -245,10 +267,25 @@ class Target:
             last_BTD, hidden = self._read(ids_BT, steps_BT, cache, mask, layers)
         return Seen(self.unembed(last_BTD) if logits else None, last_BTD, hidden)
 
-    def read_learning(self, ids_BT: Tensor, lengths_B: Tensor, layers: tuple[int, ...]) -> Seen:
-        """`read` of a text by a target that learns (model/joint.py): with a graph to go back."""
+    def read_texts(
+        self,
+        ids_BT: Tensor,
+        lengths_B: Tensor,
+        starts_BT: Tensor | None = None,
+        layers: tuple[int, ...] = (),
+    ) -> Seen:
+        """What training reads: `read` of texts, without a cache and logits, with a graph where
+        gradients are on and something of the target learns (model/joint.py).
+
+        starts_BT: rows hold several texts, each of which sees itself only; where that of each
+        position begins. Only where `probe_packed` holds.
+        """
         ids_BT = _blank(ids_BT, lengths_B)
-        last_BTD, hidden = self._read(ids_BT, _steps(ids_BT), None, None, layers)
+        steps_BT, mask = _steps(ids_BT), None
+        if starts_BT is not None:
+            steps_BT = steps_BT - starts_BT
+            mask = self._windows.mask_texts(starts_BT, self.dtype)
+        last_BTD, hidden = self._read(ids_BT, steps_BT, None, mask, layers)
         return Seen(None, last_BTD, hidden)
 
     def _suits(self, ids_BT: Tensor, cache: KVCache) -> bool:
@@ -296,42 +333,11 @@ class Target:
         token_ids: give only the logits of these tokens. Pass the same tensor each time: the rows of
         the LM head are then gathered once. Gradients flow to `hidden_RD`.
         """
-        rows = self._head if token_ids is None else self._subset(token_ids)
-        return self._finish(rows(hidden_RD))
+        return self._lm_head(hidden_RD, token_ids)
 
     def draft_logits(self, token_ids: Tensor | None) -> Callable[[Tensor], Tensor]:
         """`unembed` for guesses, which may be rounded: in 8-bit integers where those are faster."""
-        if not self.rounds_guesses:
-            rows = self._head if token_ids is None else self._subset(token_ids)  # kept with it
-            return lambda hidden_RD: self._finish(rows(hidden_RD))
-        weight_VD: Tensor = self._head.weight
-        bias_V: Tensor | None = self._head.bias
-        if token_ids is not None:
-            weight_VD = weight_VD[token_ids]
-        if bias_V is not None and token_ids is not None:
-            bias_V = bias_V[token_ids]
-        product = Int8(weight_VD.float(), None if bias_V is None else bias_V.float())
-        return lambda hidden_RD: self._finish(product(hidden_RD))
-
-    def _subset(self, token_ids: Tensor) -> nn.Linear:
-        """Rows of the LM head, kept for the tensors asked for last."""
-        content = identity(token_ids)
-        for ids, seen_content, rows in self._subsets:
-            if ids is token_ids and seen_content == content:
-                return rows
-        # Rows made in inference mode could not be trained through afterwards.
-        with torch.inference_mode(False), torch.no_grad():
-            rows = self._gathered(token_ids)
-        self._subsets = [(token_ids, content, rows), *self._subsets[: SUBSETS - 1]]
-        return rows
-
-    def _gathered(self, token_ids: Tensor) -> nn.Linear:
-        rows = nn.Linear(self.hidden_size, len(token_ids), self._head.bias is not None, "meta")
-        rows.weight = nn.Parameter(self._head.weight[token_ids], requires_grad=False)
-        if self._head.bias is not None:
-            rows.bias = nn.Parameter(self._head.bias[token_ids], requires_grad=False)
-        pack_linears(rows)
-        return rows
+        return self._lm_head.guessing(token_ids, rounded=self.rounds_guesses)
 
     @contextmanager
     def _tapped(self, layers: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:

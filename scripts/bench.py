@@ -48,7 +48,8 @@ MEGA, GIGA = 1e6, 1e9
 
 def bench(
     folder: Annotated[
-        Path | None, typer.Argument(help="Fused checkpoint; the shipped one if left out.")
+        Path | None,
+        typer.Argument(help="Fused checkpoint (folder or Hub id), else the shipped one."),
     ] = None,
     suite: Annotated[
         list[str] | None,
@@ -160,6 +161,7 @@ class _Bench:
 
     def _open(self, dtype: str) -> _Opened:
         from headstart.model.fused import load_fused
+        from headstart.model.hub import fetch_fused
 
         from .suites import make_cases
 
@@ -176,7 +178,7 @@ class _Bench:
         }
         own = contestants(target, head, plan.budgets)
         self.figures["trees"] |= {name: described(one) for name, one in own.items()}
-        runners, missing = make_runners(target, own, plan.baselines, self.folder)
+        runners, missing = make_runners(target, own, plan.baselines, fetch_fused(self.folder))
         copies = 1 + any(not one.ours for one in runners.values())
         where = conditions(target) | machine(target) | {"models_in_memory": copies}
         self.figures["conditions"][where["dtype"]] = where

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .ui import console, progress, show
+from .ui import console, progress, show, tell_kept_card
 
 if TYPE_CHECKING:
     from headstart.model.meta import HeadMeta
@@ -30,8 +30,10 @@ def calibrate(
 ) -> None:
     """Fit a temperature per depth, and measure how often each guess comes; the weights stay."""
     from headstart.model.fused import load_fused, read_head_file, rewrite_meta
+    from headstart.model.hub import only_on_disk
     from headstart.training.calibrate import calibrate as fit
 
+    only_on_disk(folder, "Calibrating")
     target, head = load_fused(folder, dtype=dtype)
     corpus = read_answers(answers, target)
     with progress("calibrating", None) as update:
@@ -44,7 +46,7 @@ def calibrate(
             report=lambda done, most: update(done, "answer tokens", most),
         )
     meta = found.noted(read_head_file(folder).meta)
-    rewrite_meta(folder, head, meta)
+    tell_kept_card(rewrite_meta(folder, head, meta), folder)
     console.print(table(meta))
     show(f"{folder} is {found.summary()}")
 

@@ -14,6 +14,7 @@ from .fuse import fuse
 from .generate import generate
 from .inspect_ import inspect_data, inspect_head
 from .plan import plan
+from .push import push
 from .serve import serve
 from .train import train
 from .ui import KEPT, friendly
@@ -32,6 +33,7 @@ app.command()(friendly(features, KEPT))
 app.command()(friendly(plan))
 app.command()(friendly(train))
 app.command()(friendly(fuse))
+app.command()(friendly(push, KEPT))
 app.command()(friendly(generate))
 app.command()(friendly(serve))
 app.command("eval")(friendly(evaluate))

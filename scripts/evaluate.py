@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .budgets import HELP, check_budget, contestant, described
 from .quantizing import QUANTIZE_HELP, tell_quantized
-from .ui import console, progress
+from .ui import console, progress, tell_kept_card
 
 if TYPE_CHECKING:
     from headstart.inference.measure import Contestant, Result
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 def evaluate(
     folder: Annotated[
-        Path | None, typer.Argument(help="Fused checkpoint; the shipped one if left out.")
+        Path | None,
+        typer.Argument(help="Fused checkpoint (folder or Hub id), else the shipped one."),
     ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="Prompt JSONL, or shipped: train, dev, heldout.")
@@ -43,6 +44,7 @@ def evaluate(
     from headstart.model.files import replace_text
     from headstart.model.fused import load_fused
     from headstart.model.fused import record as write_down
+    from headstart.model.hub import only_on_disk
 
     from .shipped import shipped_checkpoint
 
@@ -51,6 +53,8 @@ def evaluate(
             raise ValueError(f"{out} is a folder. Name a file for the figures, such as {out}.json.")
         out.parent.mkdir(parents=True, exist_ok=True)
     folder = folder or shipped_checkpoint()
+    if record:
+        only_on_disk(folder, "--record")
     target, head = load_fused(folder, dtype=dtype, quantize=quantize)
     tell_quantized(target)
     contestants = {head.kind: contestant(target, head, budget)}
@@ -60,7 +64,8 @@ def evaluate(
         replace_text(out, json.dumps(figures, indent=2) + "\n")
     if record:
         name = Path(prompts).name if prompts else "heldout.jsonl"
-        write_down(folder, head, measurement(figures, head.kind, name, max_new_tokens))
+        figure = measurement(figures, head.kind, name, max_new_tokens)
+        tell_kept_card(write_down(folder, head, figure), folder)
     print(json.dumps(figures))
 
 

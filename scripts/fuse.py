@@ -12,7 +12,7 @@ from .ui import show
 
 def fuse(
     target: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.")],
-    head: Annotated[Path, typer.Argument(help="Folder of a head trained on it.")],
+    head: Annotated[Path, typer.Argument(help="A head trained on it: folder or Hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     link: Annotated[
         bool, typer.Option(help="Hard-link the target's weights: saves space, but both are one.")

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def generate(
     folder_or_prompt: Annotated[
-        str | None, typer.Argument(help="Fused checkpoint; the shipped one if left out.")
+        str | None,
+        typer.Argument(help="Fused checkpoint (folder or Hub id), else the shipped one."),
     ] = None,
     prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
     chat: Annotated[bool, typer.Option(help="Keep a conversation; an empty line ends it.")] = False,
@@ -128,7 +129,10 @@ def pieces(target: Target, steps: Iterable[list[int]]) -> Iterable[tuple[str, in
 
 
 def _arguments(first: str | None, second: str | None, chat: bool) -> tuple[Path | None, str | None]:
-    """Which of the two arguments is the folder: `generate FOLDER PROMPT` or `generate PROMPT`."""
+    """Which of the two arguments is the checkpoint: `generate CHECKPOINT PROMPT`, `generate PROMPT`
+    or `generate CHECKPOINT --chat`."""
+    from headstart.model.hub import hub_name
+
     if first is not None and not first.strip():
         raise ValueError(
             "The first argument is empty. Give a fused checkpoint and a prompt, or only a prompt."
@@ -147,6 +151,8 @@ def _arguments(first: str | None, second: str | None, chat: bool) -> tuple[Path 
                 f'{first} is a folder and no prompt follows. Run `headstart generate {first} "your '
                 'prompt"`, or add --chat.'
             )
+        return Path(first), None
+    if chat and hub_name(first) is not None:
         return Path(first), None
     return None, first
 

@@ -41,7 +41,7 @@ def inspect_data(
 
 
 def inspect_head(
-    folder: Annotated[Path, typer.Argument(help="A head's folder, or a fused checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="A head or a fused checkpoint: folder or Hub id.")],
 ) -> None:
     """Print what a head is, how it was trained and what was measured."""
     from headstart.model.fused import read_head_file

@@ -24,6 +24,7 @@ REMEDIES: tuple[dict[str, Any], ...] = (
     {"loss.recompute": True},
     {"parallel.engine": "zero2", "loss.recompute": True},
     {"parallel.engine": "fsdp2", "loss.recompute": True},
+    {"parallel.engine": "fsdp2", "loss.recompute": True, "target.quantize": "float8"},
     {"parallel.engine": "fsdp2", "loss.recompute": True, "parallel.target": "sharded"},
 )
 

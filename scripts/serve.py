@@ -17,7 +17,8 @@ EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
 def serve(
     folder: Annotated[
-        Path | None, typer.Argument(help="Fused checkpoint; the shipped one if left out.")
+        Path | None,
+        typer.Argument(help="Fused checkpoint (folder or Hub id), else the shipped one."),
     ] = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 to be reached from elsewhere.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
@@ -46,19 +47,14 @@ def serve(
     """Answer /v1/chat/completions and /v1/completions, one request at a time."""
     from .shipped import shipped_checkpoint
 
+    folder = folder or shipped_checkpoint()
     if print_ is not None:
-        from headstart.model.engines import launch_line
-        from headstart.model.fused import outline, read_head_file
-
-        folder = folder or shipped_checkpoint()
-        steps = read_head_file(folder).meta.steps
-        show(launch_line(print_, str(folder), outline(folder), steps))
+        show(_line_of(print_, folder))
         return
     _check_extra()
     from headstart.inference.generate import SpeculativeModel
     from headstart.inference.serving.server import Settings, make_server
 
-    folder = folder or shipped_checkpoint()
     model = SpeculativeModel.from_pretrained(folder, dtype=dtype, quantize=quantize)
     tell_quantized(model.target)
     settings = Settings(
@@ -74,6 +70,30 @@ def serve(
     make_server(
         model, guesses, settings, lambda address: show(f"{settings.name} answers at {address}/v1")
     ).run()
+
+
+def _line_of(engine: Literal["vllm", "sglang"], folder: Path) -> str:
+    """The command that serves a fused checkpoint with another engine."""
+    import torch
+
+    from headstart.model.engines import launch_line, undraftable
+    from headstart.model.fused import read_head_file, unbound_head
+    from headstart.model.hub import HEADS, hub_name
+
+    if hub_name(folder) is not None:
+        raise ValueError(
+            f"There is no folder {folder}, and other engines find a head by its folder. "
+            f"`hf download {folder} --local-dir FOLDER` brings it from the Hub."
+        )
+    file = read_head_file(folder)
+    with torch.device("meta"):
+        reason = undraftable(unbound_head(file, folder))
+    if reason is not None:
+        raise ValueError(
+            f"vLLM and SGLang cannot draft with the head in {folder}: {reason}. They serve the "
+            "folder as the plain target. Train a head of kind eagle3, or use `headstart serve`."
+        )
+    return launch_line(engine, str(folder), str(folder / HEADS), file.meta.steps)
 
 
 def _check_extra() -> None:

@@ -115,18 +115,29 @@ def open_target(recipe: Recipe) -> Target:
     from headstart.training.parallel import Team, local_device
 
     config = recipe.target
+    spread = recipe.parallel.target != "replicated"
     if config.random is not None:
-        if recipe.parallel.target == "sharded":
+        if spread:
             raise ValueError("A random target is not spread: leave parallel.target out.")
         return Target.wrap(random_model(config.random, recipe.train.seed))
     assert config.name is not None
     device = local_device()
-    if recipe.parallel.target == "sharded":
+    if spread:
         Team(device)  # so that the processes know one another
         return Target.load_spread(
-            config.name, dtype=config.dtype, device=device, revision=config.revision
+            config.name,
+            dtype=config.dtype,
+            device=device,
+            revision=config.revision,
+            tensor_parallel=recipe.parallel.target == "tensor_parallel",
         )
-    return Target.load(config.name, dtype=config.dtype, device=device, revision=config.revision)
+    return Target.load(
+        config.name,
+        dtype=config.dtype,
+        device=device,
+        revision=config.revision,
+        weight_only=config.quantize,
+    )
 
 
 def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
@@ -137,7 +148,7 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
     if config.prompts is None:
         return None
     if target.spread:
-        show("The target is sharded: held-out conversations (data.holdout) choose the best head.")
+        show("The target is in parts: held-out conversations (data.holdout) choose the best head.")
         return None
     if not target.has_tokenizer or target.tokenizer.chat_template is None:
         show(

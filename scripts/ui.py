@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import ParamSpec, Protocol
 
 import typer
@@ -74,6 +75,15 @@ def say(text: str) -> None:
 def show(text: str) -> None:
     """A text as it is: no markup, and no line break that it does not have."""
     console.print(text, markup=False, soft_wrap=True)
+
+
+def tell_kept_card(written: bool, folder: Path) -> None:
+    """Say that a checkpoint's card was edited by hand, and does not show the new figures."""
+    if not written:
+        show(
+            f"{folder / 'README.md'} was edited by hand and is left as it is. Remove it and run "
+            "this again to have one written with the new figures."
+        )
 
 
 # Colours of a streamed answer by how many tokens one step accepted: more tokens, warmer colour.

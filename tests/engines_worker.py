@@ -30,12 +30,12 @@ SLOW = 0.2  # seconds more that a slow process takes for each batch
 
 
 def recipe_for(folder: Path, data: Path, settings: dict) -> Recipe:
-    """settings: engine, loss, recompute, and of train optimizer, resume and precision."""
+    """settings: engine, loss, recompute, pack, and of train optimizer, resume and precision."""
     train = {"steps": STEPS, "accumulate": 3, "log_every": 1, "lr": 1e-3, "save_every": 0}
     free = ("optimizer", "resume", "precision")
     train |= {key: settings[key] for key in free if key in settings}
     values = tiny_recipe(folder, data, **train).model_dump(exclude_none=True)
-    values["data"] |= {"holdout": 5, "batch_tokens": 64}
+    values["data"] |= {"holdout": 5, "batch_tokens": 64, "pack": settings.get("pack", False)}
     loss = {"kind": settings.get("loss", "lk"), "recompute": settings.get("recompute", False)}
     values |= {"loss": loss | {"steps": 2}, "eval": {"every": 2}}
     return make_recipe(values | {"parallel": {"engine": settings.get("engine", "ddp")}})

@@ -22,6 +22,8 @@ def main(recipe_file: str, facts: Path) -> None:
         "here": sum(
             (one.to_local() if isinstance(one, DTensor) else one).numel() for one in weights
         ),
+        "processes": torch.distributed.get_world_size(),
+        "reads_together": target.reads_together,
         "whole": sum(one.numel() for one in weights),
         "in_parts": sum(one.numel() for one in weights if isinstance(one, DTensor)),
     }

@@ -101,6 +101,7 @@ def test_training_calibrates_its_best_head_once(target, tmp_path):
     notes = run_once(target, held_out_recipe(tmp_path))
     best = tmp_path / "run" / "best"
     meta = read_head_file(best).meta
+    assert meta.recipe is not None and meta.recipe["loss"]["steps"] == meta.steps
     before, after = meta.path_errors
     assert f"from {before:.3f} to {after:.3f}" in notes[-1] and after <= before
     assert load_head(best, target).temperatures == meta.temperatures != ()

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from chatty import save
 from engines_worker import STEPS, decoded, recipe_for
 from safetensors.torch import load_file
 from test_engines import alone, figures, together
 from tiny_run import VOCAB, mixed_rows, tiny_head, tiny_target, write_rows
 
+from headstart.model.target import Target
 from headstart.training.loop import train
+from headstart.training.recipe import make_recipe
 
 PAIRS = [("ddp", "fsdp2"), ("fsdp2", "zero2"), ("zero1", "zero3"), ("zero3", "ddp")]
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -46,11 +49,34 @@ def test_a_gpu_trains_the_head_that_a_cpu_trains(data, tmp_path):
     assert last["memory_gb"] > 0
 
 
+@pytest.mark.parametrize("changes", [{"data": {"pack": True}}, {"joint": {"rank": 4, "start": 0}}])
+def test_rows_of_several_texts_and_a_target_that_learns_along(changes, data, tmp_path):
+    for device in ("cpu", "cuda"):
+        values = recipe_for(tmp_path / device, data, {}).model_dump(exclude_none=True)
+        for section, settings in changes.items():
+            values[section] = values.get(section, {}) | settings
+        target = tiny_target(device=device)
+        train(make_recipe(values), target=target, head=tiny_head(target, draft_vocab=20))
+    check_near(tmp_path / "cuda", tmp_path / "cpu")
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8", "nf4"])
+def test_quantised_layers_say_on_a_gpu_what_they_say_on_a_cpu(kind, tmp_path):
+    pytest.importorskip("torchao")
+    folder = save(tmp_path / "target")
+    text_1T = torch.randint(0, 40, (1, 24))
+    seen = [
+        Target.load(folder, dtype=torch.bfloat16, device=device, weight_only=kind)
+        .read(text_1T.to(device))
+        .last_BTD.float()
+        .cpu()
+        for device in ("cpu", "cuda")
+    ]
+    assert (seen[0] - seen[1]).norm() < 0.03 * seen[0].norm()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [("ddp", "fsdp2"), ("fsdp2", "zero2"), ("zero1", "zero3"), ("zero3", "ddp")],
-)
+@pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_engines_over_nccl(data, tmp_path, first, second):
     alone(tmp_path / "alone", data, {})
     for settings in ({"engine": first, "stop": 3}, {"engine": second, "resume": True}):

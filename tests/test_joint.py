@@ -26,6 +26,7 @@ from headstart.training.interrupt import Interrupted
 from headstart.training.joint import Joint
 from headstart.training.loop import train
 from headstart.training.losses import answer_rows, loss_sum
+from headstart.training.parallel import Team
 from headstart.training.recipe import Recipe, make_recipe
 
 JOINT = {"rank": 4, "lr": 0.5, "start": 0.0}
@@ -81,19 +82,19 @@ def test_what_holds_the_target_is_the_divergence_from_the_original():
     values = {"output": "x"}
     recipe = recipe_for(Path("x"), Path("y"), JOINT | {"keep": 0.7}, train=values)
     original_BTD = target.read(batch.tokens_BT, lengths_B=batch.lengths_B).last_BTD
-    teacher = Joint(recipe.joint, recipe, head)
+    teacher = Joint(recipe.joint, recipe, head, Team(target.device))
     for weight in teacher.adapters.values():  # away from the start, where all is zero
         torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(5))
 
     def gradients(objective: torch.Tensor) -> list[torch.Tensor]:
         return list(torch.autograd.grad(objective, list(teacher.adapters.values())))
 
-    seen = teacher.read(batch)
+    seen = teacher.read(batch, batch)
     loss = loss_sum(recipe.loss, head, seen, head.unroll(seen, batch.tokens_BT, 2), batch)
     loss = teacher.held(loss, seen, batch)
     found = gradients(teacher.objective(loss, 10.0, 8))
 
-    seen = teacher.read(batch)
+    seen = teacher.read(batch, batch)
     part = loss_sum(recipe.loss, head, seen, head.unroll(seen, batch.tokens_BT, 2), batch)
     p = target.unembed(original_BTD).log_softmax(-1)
     q = target.unembed(seen.last_BTD).log_softmax(-1)

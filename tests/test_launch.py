@@ -60,8 +60,9 @@ def test_a_process_alone_spreads_nothing(environment):
     environment.setenv("WORLD_SIZE", "1")
     with pytest.raises(ValueError, match="this one is alone"):
         with_engine(recipe(engine="zero2"))
-    with pytest.raises(ValueError, match="this process is alone"):
-        with_engine(recipe(target="sharded"))
+    for how in ("sharded", "tensor_parallel"):
+        with pytest.raises(ValueError, match=f"target is {how}, but this process is alone"):
+            with_engine(recipe(target=how))
     assert with_engine(recipe()).parallel.engine == "ddp"
 
 

@@ -16,19 +16,21 @@ from headstart.scripts.loss_memory import peak_bytes
 from headstart.scripts.plan import shapes
 from headstart.training import estimate
 from headstart.training.data import Batch
+from headstart.training.joint import Joint
 from headstart.training.losses import loss_sum
 from headstart.training.optim import make_optimizers
+from headstart.training.parallel import Team
 from headstart.training.recipe import Recipe, make_recipe
 
 VOCAB, HIDDEN = 4000, 192
 
 
-def llama() -> LlamaConfig:
+def llama(layers: int = 4) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=6,
         num_key_value_heads=2,
         tie_word_embeddings=False,
@@ -90,6 +92,39 @@ def test_memory_is_what_a_step_takes(tmp_path, kind, recompute, length):
     assert 0.7 < measured / expected < 1.1, (measured, parts)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_a_target_that_learns_along_takes_is_what_is_measured(recompute, tmp_path):
+    config = llama(layers=8)
+    sections = {"data": {"max_length": 256}, "loss": {"recompute": recompute}}
+    recipe = recipe_for(folder_of(config, tmp_path), **sections)
+    recipe = make_recipe(recipe.model_dump(exclude_none=True) | {"joint": {"rank": 8}})
+    parts = estimate.memory(recipe, *shapes(recipe), processes=1)
+    real = Target.wrap(LlamaForCausalLM(config))
+    head = make_head(real, "eagle3", {})
+    head.recompute = recompute
+    teacher = Joint(recipe.joint, recipe, head, Team(real.device))
+    optimizers = make_optimizers(head, recipe.train, teacher.adapters.values())
+    tokens_BT = torch.randint(0, VOCAB, (8, 256))
+    mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+    batch = Batch(tokens_BT, torch.full((8,), 256), mask_BT)
+
+    def step() -> None:
+        seen = teacher.read(batch, batch)
+        hidden = head.unroll(seen, tokens_BT, 3)
+        loss = teacher.held(loss_sum(recipe.loss, head, seen, hidden, batch), seen, batch)
+        teacher.objective(loss, 1.0, 1).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    measured = peak_bytes(step, real.device)
+    there = ("head: weights", "target: weights")
+    expected = sum(value for name, value in parts.items() if name not in there)
+    assert 0.7 < measured / expected < 1.1, (measured, parts)
+    frozen = make_recipe(recipe.model_dump(exclude_none=True, exclude={"joint"}))
+    without = estimate.flops_per_token(frozen, *shapes(frozen))
+    assert estimate.flops_per_token(recipe, *shapes(recipe)) > 1.3 * without
+
+
 def test_sizes_are_those_of_the_model(tmp_path):
     recipe = recipe_for(folder_of(llama(), tmp_path))
     target, head = shapes(recipe)
@@ -114,6 +149,32 @@ def test_what_an_engine_spreads(tmp_path, engine):
         assert eight[f"head: {name}"] == one[f"head: {name}"] / share
     assert eight["target: weights"] < one["target: weights"]
     assert eight["head: kept for the backward pass"] < one["head: kept for the backward pass"]
+
+
+def test_what_a_target_takes_by_how_it_is_held(tmp_path):
+    folder = folder_of(llama(), tmp_path)
+    model = LlamaForCausalLM(llama())
+    whole = sum(one.numel() for one in model.parameters())
+    layers = [one for one in model.model.layers.parameters() if one.dim() == 2]
+    inside, largest = sum(one.numel() for one in layers), max(one.numel() for one in layers)
+    plain = recipe_for(folder)
+    one = estimate.memory(plain, *shapes(plain), processes=1)
+
+    shared = recipe_for(folder, parallel={"target": "tensor_parallel"})
+    four = estimate.memory(shared, *shapes(shared), processes=4)
+    assert four["target: weights"] == pytest.approx(4 * (whole - inside * 3 / 4))
+    # Every process reads the whole batch: 2,048 tokens, and keeps its 512 of them.
+    assert four["target: one layer at work"] == one["target: one layer at work"]
+    assert four["target: features"] == one["target: features"] * (2048 + 512) / 2048
+    assert four["head: kept for the backward pass"] < one["head: kept for the backward pass"] / 3
+
+    for kind, size in (("int8", 1), ("float8", 1), ("nf4", 0.525)):
+        values = plain.model_dump(exclude_none=True)
+        held = make_recipe(values | {"target": values["target"] | {"quantize": kind}})
+        found = estimate.memory(held, *shapes(held), processes=1)
+        expected = 4 * (whole - inside + largest) + size * inside
+        assert found["target: weights"] == pytest.approx(expected)
+        assert found["target: features"] == one["target: features"]
 
 
 def test_of_experts_only_the_chosen_ones_count(tmp_path):
@@ -174,3 +235,8 @@ def test_what_does_not_fit_says_what_would(tmp_path):
     assert "parallel.target=sharded it takes" in " ".join(result.output.split())
     assert json.loads(result.output.splitlines()[-1])["fits"] is False
     assert run(*command, "parallel.target=sharded", "parallel.engine=fsdp2").exit_code == 0
+    assert run(*command, "parallel.target=tensor_parallel").exit_code == 0
+    smaller = [*command, "--gpu", "h200"]  # the target alone takes 141 GB in its own type
+    assert "target.quantize=float8 it takes" in " ".join(run(*smaller, ok=False).output.split())
+    alone = [*command[:-1], "1", "loss.recompute=true"]
+    assert run(*alone, "target.quantize=nf4").exit_code == 0

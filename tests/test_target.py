@@ -246,13 +246,13 @@ def test_rows_of_the_lm_head_are_gathered_once_and_follow_changes() -> None:
     target = Target.wrap(FAMILIES["phi"]())
     hidden = torch.randn(2, target.hidden_size)
     ids = torch.tensor([9, 2, 30])
-    first = target._subset(ids)
-    assert target._subset(ids) is first
+    first = target._lm_head.rows(ids)
+    assert target._lm_head.rows(ids) is first
     ids[0] = 11
     assert_same(target.unembed(hidden, ids), target.unembed(hidden)[:, ids])
     for other in range(20):
         target.unembed(hidden, torch.tensor([other]))
-    assert len(target._subsets) <= 4
+    assert len(target._lm_head._subsets) <= 4
 
 
 RECURRENT = {

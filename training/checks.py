@@ -10,20 +10,30 @@ from typing import Any
 
 import torch
 
+from headstart.model.families import probe_packed
 from headstart.model.fused import is_head, read_head_file
 from headstart.model.head import UNSET, DraftHead
 from headstart.model.joint import check_peft
 from headstart.model.target import Target
+from headstart.model.weight_only import check_weight_only
 
 from .checkpoint import FOLDER, STATE, load_facts
 from .data import Batches, Corpus, frequent_tokens
 from .launch import with_engine
-from .recipe import Recipe, TrainConfig, changed_on_resume
+from .recipe import Recipe, TrainConfig
 from .report import FIGURES
 from .samples import SAMPLES
 from .sources import Conversations
 from .trackers import check_trackers
 
+# These may differ when a run goes on: they change what is reported and kept, not what is learned,
+# or are what a run that failed has to change. None moves the position in the data.
+FREE_ON_RESUME = (
+    *("train.output", "train.resume", "train.log_every", "train.save_every", "train.keep"),
+    *("train.lr", "train.clip", "train.precision"),
+    *("loss.chunk_rows", "loss.recompute", "data.features"),
+)
+FREE_SECTIONS = ("eval.", "parallel.", "train.wandb", "train.tensorboard")
 WRITTEN = ("best", "last", FIGURES, SAMPLES)  # by a run, beside its state
 SHOWN = ("samples", "contexts")  # by an evaluation, without a say in which head is the best
 
@@ -40,6 +50,8 @@ def check_fit(recipe: Recipe, target: Target, head: DraftHead, decodes: bool) ->
             "A target that is trained along does not decode until its adapters are in its weights, "
             "so heads cannot be evaluated by decoding: leave `evaluate` out."
         )
+    if recipe.data.pack and recipe.data.features is None:
+        probe_packed(target)
     steps = recipe.loss.steps
     if head.max_depth is not None and head.max_depth != steps:
         raise ValueError(
@@ -60,6 +72,7 @@ def check_early(recipe: Recipe) -> None:
     if recipe.train.start_from is not None:
         read_head_file(recipe.train.start_from)
     check_trackers(recipe)
+    check_weight_only(recipe.target.quantize)
     folder = Path(recipe.train.output)
     check_folder(recipe, folder, load_facts(folder / FOLDER))
 
@@ -71,6 +84,7 @@ def check_joint(recipe: Recipe) -> None:
     check_peft()
     for name, value, needed in (
         ("data.features", recipe.data.features, None),
+        ("target.quantize", recipe.target.quantize, None),
         ("parallel.target", recipe.parallel.target, "replicated"),
         ("parallel.engine", recipe.parallel.engine, "ddp"),
     ):
@@ -115,6 +129,28 @@ def check_folder(recipe: Recipe, folder: Path, facts: Mapping[str, Any] | None) 
             "\n  ".join([f"The run in {folder} was made with other settings:", *changed])
             + "\nGo on with the same settings, or start anew in another train.output."
         )
+
+
+def changed_on_resume(before: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """Settings that differ from those a run was started with, and matter."""
+    old, new = _flat(before, ""), _flat(recipe.model_dump(mode="json"), "")
+    return [
+        f"{key}: was {old.get(key)}, is {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and key not in FREE_ON_RESUME
+        and not key.startswith(FREE_SECTIONS)
+    ]
+
+
+def _flat(values: Mapping[str, Any], path: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{path}{key}.")
+        else:
+            flat[f"{path}{key}"] = value
+    return flat
 
 
 def _check_empty(folder: Path, written: tuple[str, ...]) -> None:

@@ -46,10 +46,12 @@ class Unrolled(nn.Module):
         head.recompute = recipe.loss.recompute
         self.halved = recipe.train.precision == "bfloat16"
 
-    def forward(self, seen: Seen, tokens_BT: Tensor) -> list[Tensor]:
+    def forward(
+        self, seen: Seen, tokens_BT: Tensor, starts_BT: Tensor | None = None
+    ) -> list[Tensor]:
         # Within the module: DeepSpeed switches off what was set around it.
         with self.autocast():
-            return self.head.unroll(seen, tokens_BT, self.steps)
+            return self.head.unroll(seen, tokens_BT, self.steps, starts_BT)
 
     def autocast(self) -> torch.autocast:
         device = self.head.target.device.type
@@ -71,7 +73,9 @@ class Engine(ABC):
         self.unrolled = Unrolled(head, recipe, adapters.values())
 
     @abstractmethod
-    def forward(self, seen: Seen, tokens_BT: Tensor, *, last: bool) -> list[Tensor]:
+    def forward(
+        self, seen: Seen, tokens_BT: Tensor, starts_BT: Tensor | None = None, *, last: bool
+    ) -> list[Tensor]:
         """`DraftHead.unroll`, by the spread-out head. last: as for the `backward` that follows."""
 
     @abstractmethod
@@ -126,9 +130,11 @@ class Replicated(Engine):
         self.clock.mark("backward")
         self.waiting = True
 
-    def forward(self, seen: Seen, tokens_BT: Tensor, *, last: bool) -> list[Tensor]:
+    def forward(
+        self, seen: Seen, tokens_BT: Tensor, starts_BT: Tensor | None = None, *, last: bool
+    ) -> list[Tensor]:
         with self._exchanging(last):  # DDP decides here what its backward pass will do
-            hidden: list[Tensor] = self.module(seen, tokens_BT)
+            hidden: list[Tensor] = self.module(seen, tokens_BT, starts_BT)
         return hidden
 
     def backward(self, total: Tensor, *, last: bool) -> None:

@@ -7,7 +7,8 @@ and the part of a GPU's peak that is reached, which is an assumption and can be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor
 
 from headstart.model.head import DraftHead
+from headstart.model.joint import adapted
 from headstart.model.recurrent import QUERY_CHUNK
 from headstart.model.seen import Seen
 from headstart.model.target import Target
+from headstart.model.weight_only import BITS
+from headstart.model.weight_only import Kind as WeightOnly
 
 from .losses import chunk_rows, wide_numbers
 from .recipe import Recipe
@@ -66,6 +70,9 @@ def memory(recipe: Recipe, target: Target, head: DraftHead, processes: int) -> d
     """
     width = _bytes(recipe, target)
     tokens = max(recipe.data.batch_tokens / processes, recipe.data.max_length)
+    # Where all processes compute every layer together, each reads the whole batch.
+    together = recipe.parallel.target == "tensor_parallel"
+    read = max(recipe.data.batch_tokens, tokens) if together else tokens
     spread = PARTS[recipe.parallel.engine]
     numbers = sum(one.numel() for one in head.parameters())
     moments = _moments(recipe, head)
@@ -81,13 +88,44 @@ def memory(recipe: Recipe, target: Target, head: DraftHead, processes: int) -> d
         head, recipe, recompute=recipe.loss.recompute
     )
     found["target: weights"] = _target_bytes(recipe, target, processes, width)
-    found["target: features"] = tokens * (len(head.layers) + 1) * target.hidden_size * width
-    found["target: one layer at work"] = tokens * width * _widest(target)
+    # Of the whole batch, and our rows of it while both are there.
+    rows_seen = read + tokens if together else tokens
+    found["target: features"] = rows_seen * (len(head.layers) + 1) * target.hidden_size * width
+    found["target: one layer at work"] = read * width * _widest(target)
     rows = min(recipe.loss.chunk_rows or chunk_rows(head, True), tokens)
     # The logits come before the backward pass, the head's attention is worked out within it.
     found["logits, or a step going backward"] = max(rows * FULL * wide_numbers(head), at_work)
     found["gradient of the logits' input"] = tokens * recipe.loss.steps * target.hidden_size * width
-    return found
+    if recipe.joint is None:
+        return found
+    adapters, kept, again = _joint(recipe, target, width)
+    found["adapters"], found["target: kept for the backward pass"] = adapters, tokens * kept
+    # The target goes backward behind the head.
+    backward = "logits, or a step going backward"
+    return found | {backward: max(found[backward], tokens * again)}
+
+
+def _joint(recipe: Recipe, target: Target, width: int) -> tuple[float, float, float]:
+    """Bytes where the target learns along: of the adapters with their gradients and moments, of
+    what its layers keep of a token for the backward pass, and of what is worked out again there."""
+    config, layers = recipe.joint, len(target.layers)
+    assert config is not None
+    target.model.to(_dtype(width))
+    wrapped = adapted(target.model, config.rank, config.alpha, config.modules)
+    adapters = sum(one.numel() for one in wrapped.parameters() if one.requires_grad)
+    ids_1T = torch.zeros(1, SAMPLE, dtype=torch.long, device="meta")
+    lengths_1 = torch.full((1,), SAMPLE, device="meta")
+    weights = [one.untyped_storage()._cdata for one in target.model.parameters()]
+    with _saved(weights) as kept:
+        # With a mask of ours: transformers looks at the values of positions otherwise.
+        seen = target.read_texts(ids_1T, lengths_1, torch.zeros_like(ids_1T))
+    per_token = sum(kept.values()) / SAMPLE
+    del seen  # the graph, and with it what is kept, lived until here
+    wrapped.unload()
+    if not recipe.loss.recompute:
+        return 4.0 * FULL * adapters, per_token, 0.0
+    inputs = float(layers * width * target.hidden_size)
+    return 4.0 * FULL * adapters, inputs, per_token / layers
 
 
 def total_gb(parts: Mapping[str, float]) -> float:
@@ -103,6 +141,8 @@ def _flops(recipe: Recipe, target: Target, head: DraftHead, *, passes: int) -> t
     """Of a token, and what comes on top where it is to be predicted. passes: of the head."""
     steps = recipe.loss.steps
     layers = 0 if recipe.data.features is not None else _active(target)
+    if recipe.joint is not None:  # the original, the changed one, and the gradient of its input
+        layers *= 3 + recipe.loss.recompute
     inside = sum(one.numel() for one in head.parameters() if one.dim() > 1)
     drafted = head.config.draft_vocab or head.config.vocab_size
     logits = target.hidden_size * (target.vocab_size + 2 * steps * drafted)
@@ -161,29 +201,41 @@ def kept_per_token(head: DraftHead, recipe: Recipe, *, recompute: bool) -> float
     target = head.target
     head.recompute = recompute
     tokens_1T = torch.zeros(1, SAMPLE, dtype=torch.long, device="meta")
-    dtype = torch.bfloat16 if recipe.train.precision == "bfloat16" else torch.float32
+    dtype = _dtype(2 if recipe.train.precision == "bfloat16" else 4)
     shape = (1, SAMPLE, target.hidden_size)
     features = [torch.zeros(shape, dtype=dtype, device="meta") for _ in range(len(head.layers) + 1)]
     seen = Seen(None, features[-1], dict(zip(head.layers, features, strict=False)))
+    weights = [one.untyped_storage()._cdata for one in head.to(dtype).parameters()]
+    with _saved(weights) as kept:
+        hidden = head.unroll(seen, tokens_1T, recipe.loss.steps)
+    assert hidden  # the graph, and with it what is kept, lives until here
+    return sum(kept.values()) / SAMPLE
+
+
+@contextmanager
+def _saved(weights: Iterable[int]) -> Iterator[dict[int, int]]:
+    """Bytes by storage of what autograd keeps within, without what is there anyhow (`weights`)."""
     kept: dict[int, int] = {}
-    weights = {one.untyped_storage()._cdata for one in head.to(dtype).parameters()}
+    there = set(weights)
 
     def pack(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
-        if storage._cdata not in weights:
+        if storage._cdata not in there:
             kept[storage._cdata] = storage.nbytes()
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        hidden = head.unroll(seen, tokens_1T, recipe.loss.steps)
-    assert hidden  # the graph, and with it what is kept, lives until here
-    return sum(kept.values()) / SAMPLE
+        yield kept
 
 
 def _moments(recipe: Recipe, head: DraftHead) -> int:
     """Numbers that the optimizer keeps: two per weight, and one for a matrix of Muon."""
     muon = recipe.train.optimizer == "muon"
     return sum(one.numel() * (1 if muon and one.dim() == 2 else 2) for one in head.parameters())
+
+
+def _dtype(width: int) -> torch.dtype:
+    return torch.float32 if width == FULL else torch.bfloat16
 
 
 def _bytes(recipe: Recipe, target: Target) -> int:
@@ -194,11 +246,28 @@ def _bytes(recipe: Recipe, target: Target) -> int:
 
 def _target_bytes(recipe: Recipe, target: Target, processes: int, width: int) -> float:
     whole = sum(one.numel() for one in target.model.parameters())
+    if recipe.target.quantize is not None:
+        return _held_bytes(target, recipe.target.quantize, width)
     if recipe.parallel.target == "replicated":
         return float(width * whole)
+    if recipe.parallel.target == "tensor_parallel":  # norms stay whole, which weigh nothing
+        return width * (whole - _matrices(target) * (1 - 1 / processes))
     layers = [sum(one.numel() for one in layer.parameters()) for layer in target.layers]
     # Two are whole at a time: the one at work, and the next.
     return width * (whole - sum(layers) * (1 - 1 / processes) + 2 * max(layers))
+
+
+def _held_bytes(target: Target, kind: WeightOnly, width: int) -> float:
+    """Of a target with quantised layers, and of the largest weight in its own type: one at a time
+    is put back into it."""
+    whole = sum(one.numel() for one in target.model.parameters())
+    matrices = _matrices(target)
+    largest = max(one.numel() for one in target.layers.parameters())
+    return width * (whole - matrices + largest) + matrices * BITS[kind] / 8
+
+
+def _matrices(target: Target) -> int:
+    return sum(one.numel() for one in target.layers.parameters() if one.dim() > 1)
 
 
 def _widest(target: Target) -> int:

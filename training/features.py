@@ -64,6 +64,7 @@ class Index(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     target_hash: str
+    weight_only: str | None = None  # what the target's layers were held in
     data_hash: str
     layers: tuple[int, ...]
     hidden_size: int
@@ -88,6 +89,7 @@ def wanted(
     """The empty index of a store for this data, target and taps. kind None: the target's type."""
     return Index(
         target_hash=target_hash(target),
+        weight_only=target.weight_only,
         data_hash=data_hash(data),
         layers=tuple(sorted(layers)),
         hidden_size=target.hidden_size,
@@ -159,14 +161,29 @@ class Features:
 
     def read(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> Seen:
         """What the target saw of a batch, as `Target.read` gives it; zeros behind the lengths."""
-        assert batch.rows_B is not None
-        rows, length = batch.rows_B.tolist(), batch.tokens_BT.shape[1]
+        return self.seen(self.load(batch, dtype), device)
+
+    def load(self, batch: Batch, dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
+        """L x B x T x D in main memory. pinned: where a GPU fetches it on its own."""
+        assert batch.rows_BM is not None
+        rows, length = batch.rows_BM.tolist(), batch.tokens_BT.shape[1]
         taps = len(self.index.layers) + 1
-        seen_LBTD = torch.zeros(taps, len(rows), length, self.index.hidden_size, dtype=dtype)
-        for place, row in enumerate(rows):
-            values_LTD = self._row(row)[:, : int(batch.lengths_B[place])]
-            seen_LBTD[:, place, : values_LTD.shape[1]] = values_LTD.to(dtype)
-        seen_LBTD = seen_LBTD.to(device)
+        shape = (taps, len(rows), length, self.index.hidden_size)
+        seen_LBTD = torch.zeros(shape, dtype=dtype, pin_memory=pinned)
+        for place, together in enumerate(rows):
+            at, end = 0, int(batch.lengths_B[place])
+            for row in together:
+                if row < 0 or at == end:
+                    break
+                values_LTD = self._row(row)[:, : end - at]
+                until = at + values_LTD.shape[1]
+                seen_LBTD[:, place, at:until] = values_LTD.to(dtype)
+                at = until
+        return seen_LBTD
+
+    def seen(self, seen_LBTD: Tensor, device: torch.device) -> Seen:
+        """From what `load` gave."""
+        seen_LBTD = seen_LBTD.to(device, non_blocking=True)
         hidden = dict(zip(self.index.layers, seen_LBTD, strict=False))
         return Seen(None, seen_LBTD[-1], hidden)
 
@@ -198,14 +215,6 @@ def open_features(
     if recipe.data.features is None:
         return None
     return Features(Path(recipe.data.features), wanted(data, target, head.layers, None))
-
-
-def read(features: Features | None, target: Target, batch: Batch, layers: tuple[int, ...]) -> Seen:
-    """What the target sees of a batch: stored, or worked out now."""
-    if features is not None:
-        return features.read(batch, target.device, target.dtype)
-    lengths_B = batch.lengths_B
-    return target.read(batch.tokens_BT, lengths_B=lengths_B, layers=layers, logits=False)
 
 
 def data_hash(data: Conversations) -> str:
@@ -248,8 +257,8 @@ def _shard(
             )
             taps = [*(seen.hidden[layer] for layer in index.layers), seen.last_BTD]
             values_LBTD = torch.stack(taps).cpu()
-            assert batch.rows_B is not None
-            for place, row in enumerate(batch.rows_B.tolist()):
+            assert batch.rows_BM is not None
+            for place, row in enumerate(batch.rows_BM[:, 0].tolist()):
                 values_LTD = values_LBTD[:, place, : int(batch.lengths_B[place])].contiguous()
                 stored = _stored(str(row), values_LTD, index.kind)
                 tensors |= stored
@@ -298,6 +307,7 @@ def _check_room(folder: Path, index: Index, data: Conversations) -> None:
 def _check_same(folder: Path, found: Index, wanted: Index) -> None:
     named = {
         "target_hash": "another target",
+        "weight_only": "a target with another target.quantize",
         "data_hash": "other data (or another data.max_length, data.holdout or train.seed)",
         "hidden_size": "another hidden size",
         "kind": "another type of numbers",

@@ -29,6 +29,7 @@ from headstart.model.seen import Seen
 
 from .data import Batch
 from .losses import Loss, answer_rows, chunk_rows
+from .parallel import Team
 from .recipe import JointConfig, Recipe
 from .teacher import Teacher
 
@@ -36,8 +37,8 @@ from .teacher import Teacher
 class Joint(Teacher):
     """A target with adapters, which it has until `close`."""
 
-    def __init__(self, config: JointConfig, recipe: Recipe, head: DraftHead):
-        super().__init__(head)
+    def __init__(self, config: JointConfig, recipe: Recipe, head: DraftHead, team: Team):
+        super().__init__(head, team)
         self.config, self.chunk_rows, self.learns = config, recipe.loss.chunk_rows, True
         target_hash(self.target)  # worked out and remembered before its weights get other names
         with torch.random.fork_rng():
@@ -52,12 +53,14 @@ class Joint(Teacher):
     def begin(self, step: int, total: int) -> None:
         self.learns = step >= self.config.start * total
 
-    def read(self, batch: Batch) -> Seen:
+    def read(self, whole: Batch, ours: Batch) -> Seen:
         with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
-            return self._read(batch)
+            return self._read(ours)
 
     def _read(self, batch: Batch) -> Seen:
-        return self.target.read_learning(batch.tokens_BT, batch.lengths_B, self.head.layers)
+        return self.target.read_texts(
+            batch.tokens_BT, batch.lengths_B, batch.starts_BT, self.head.layers
+        )
 
     def held(self, loss: Loss, seen: Seen, batch: Batch) -> Loss:
         with self.model.disable_adapter(), torch.no_grad():

@@ -42,10 +42,10 @@ def with_engine(recipe: Recipe) -> Recipe:
             "one is alone. Start them with `torchrun --nproc-per-node N -m headstart.scripts.cli "
             "train ...`, or set parallel.engine=ddp."
         )
-    if recipe.parallel.target == "sharded" and world_size() < 2:
+    if recipe.parallel.target != "replicated" and world_size() < 2:
         raise ValueError(
-            "parallel.target is sharded, but this process is alone. Start several with `torchrun "
-            "--nproc-per-node N ...`, or set parallel.target=replicated."
+            f"parallel.target is {recipe.parallel.target}, but this process is alone. Start "
+            "several with `torchrun --nproc-per-node N ...`, or set parallel.target=replicated."
         )
     if kind.startswith("zero"):
         _check_zero(recipe)

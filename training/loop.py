@@ -24,6 +24,7 @@ from headstart.model.fused import save_head
 from headstart.model.hashing import target_hash
 from headstart.model.head import DraftHead
 from headstart.model.meta import HeadMeta
+from headstart.model.seen import Seen
 from headstart.model.target import Target
 
 from .calibrate import calibrate_best
@@ -50,11 +51,12 @@ from .checks import (
     total_steps,
 )
 from .clock import Clock
-from .data import Batch, Batches
+from .data import Batch
 from .engines import make_engine
 from .estimate import Arithmetic
 from .evaluation import Evaluate, Evaluation, score
 from .features import open_features
+from .feed import Feed
 from .interrupt import Abandoned, Interrupted, StopRequest
 from .launch import with_engine
 from .losses import Loss, answer_rows, loss_sum, loss_weight
@@ -127,8 +129,9 @@ class _Run:
         step = "none" if facts is None else str(facts["step"])
         settings = recipe.model_dump_json()
         self.team.must_agree({"data": self.data_hash, "recipe": settings, "checkpoint": step})
-        self.batches = Batches(self.corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
-        self.at = Standing(total=total_steps(recipe.train, self.batches))
+        features = open_features(recipe, data, target, head)
+        self.feed = Feed(recipe, self.corpus, features, self.team, target.dtype)
+        self.at = Standing(total=total_steps(recipe.train, self.feed.batches))
         self.saved_step: int | None = None
         notes = [summary(data)]
         optimizer: dict[str, Tensor] = {}
@@ -138,7 +141,7 @@ class _Run:
         else:
             choose_draft_vocab(head, self.corpus)
         self.arithmetic = Arithmetic(recipe, target, head, self.team.count)
-        self.teacher = make_teacher(recipe, head, open_features(recipe, data, target, head))
+        self.teacher = make_teacher(recipe, head, features, self.team)
         self.engine = make_engine(head, recipe, self.team, self.clock, self.teacher.adapters)
         self.engine.restore(optimizer)
         self.evaluation = Evaluation(
@@ -170,6 +173,7 @@ class _Run:
             if self.report is not None:
                 self.report.keep(self.folder / "best")
         finally:
+            self.feed.close()
             if self.report is not None:
                 self.report.close()
             self.teacher.close()
@@ -186,17 +190,18 @@ class _Run:
             return True
         self.teacher.begin(self.at.step, self.at.total)
         self.clock.start()
-        whole = self._next_batches()
+        final = self.at.step + 1 == self.at.total
+        pairs = self.feed.step(self.at.position, final=final)
         # Every process knows the whole batches, so nothing has to be added up.
-        weight = sum(loss_weight(loss, batch) for batch in whole)
-        rows = sum(len(answer_rows(batch)) for batch in whole)
-        tokens = sum(int(batch.lengths_B.sum()) for batch in whole)
-        batches = [self._part(batch) for batch in whole]
+        weight = sum(loss_weight(loss, whole) for whole, _ in pairs)
+        rows = sum(len(answer_rows(whole)) for whole, _ in pairs)
+        tokens = sum(int(whole.lengths_B.sum()) for whole, _ in pairs)
         self.clock.mark("data")
         sums = StepSums.zeros(loss.steps, self.target.device)
-        for index, batch in enumerate(batches):
-            last = index + 1 == len(batches)
-            result = self._loss(batch, loss, last=last)
+        for index, (whole, ours) in enumerate(pairs):
+            last = index + 1 == len(pairs)
+            stored = self.feed.seen(self.at.position + index, final=final and last)
+            result = self._loss(whole, ours, loss, stored, last=last)
             objective = self.teacher.objective(result, weight, rows)
             # Averaged over processes afterwards, hence the factor.
             self.engine.backward(objective * self.team.count, last=last)
@@ -209,7 +214,7 @@ class _Run:
         finite = math.isfinite(figures["loss"])
         norm = self.engine.update(rate, adapters) if finite else math.nan
         self.clock.mark("update")
-        self._must_be_finite(figures["loss"], norm, batches)
+        self._must_be_finite(figures["loss"], norm, [ours for _, ours in pairs])
         self._advance(tokens, sums)
         seconds = time.monotonic() - began
         self._plan(seconds)
@@ -218,27 +223,28 @@ class _Run:
         self._report_step(figures | self.clock.figures(tokens / seconds))
         return False
 
-    def _next_batches(self) -> list[Batch]:
-        places = range(self.at.position, self.at.position + self.recipe.train.accumulate)
-        return [self.corpus.batch(self.batches.at(place)) for place in places]
-
-    def _part(self, batch: Batch) -> Batch:
-        """Our rows of a batch, where the target is."""
-        return batch.part(self.team.index, self.team.count).to(self.target.device)
-
-    def _loss(self, batch: Batch, config: LossConfig, *, last: bool = True) -> Loss:
-        seen = self.teacher.read(batch)
+    def _loss(
+        self,
+        whole: Batch,
+        ours: Batch,
+        config: LossConfig,
+        stored: Seen | None = None,
+        *,
+        last: bool = True,
+    ) -> Loss:
+        """Of our rows of a batch, where the target is. stored: what it saw of them, if at hand."""
+        seen = self.teacher.read(whole, ours) if stored is None else stored
         self.clock.mark("target")
-        hidden = self.engine.forward(seen, batch.tokens_BT, last=last)
+        hidden = self.engine.forward(seen, ours.tokens_BT, ours.starts_BT, last=last)
         with self.engine.unrolled.autocast():
-            result = loss_sum(config, self.head, seen, hidden, batch)
+            result = loss_sum(config, self.head, seen, hidden, ours)
         self.clock.mark("head")
-        result = self.teacher.held(result, seen, batch)
+        result = self.teacher.held(result, seen, ours)
         self.clock.mark("target")
         return result
 
-    def _held_out(self, batch: Batch) -> Loss:
-        return self._loss(self._part(batch), self.recipe.loss)
+    def _held_out(self, whole: Batch) -> Loss:
+        return self._loss(whole, self.team.part(whole), self.recipe.loss)
 
     def _advance(self, tokens: int, sums: StepSums) -> None:
         self.at.step += 1
@@ -303,6 +309,8 @@ class _Run:
             data_hash=self.data_hash,
             start=self.recipe.train.start_from,
             joint=self.teacher.meta(divergence),
+            weight_only=self.target.weight_only,
+            recipe=self.recipe.decisive(),
         )
         try:
             save_head(whole, self.folder / name, meta, beside=self.teacher.save)
@@ -361,9 +369,9 @@ class _Run:
         path = self.folder / f"bad_batch_step{self.at.step}_process{self.team.index}.safetensors"
         tensors: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
-            tensors |= {f"{index}.{name}": value for name, value in vars(batch).items()}
+            tensors |= {f"{index}.{name}": value for name, value in batch.tensors().items()}
         save_tensors(path, tensors)
-        rows = [self.batches.at(self.at.position + index) for index in range(len(batches))]
+        rows = [self.feed.batches.at(self.at.position + index) for index in range(len(batches))]
         if not self.team.anyone(not self.engine.is_finite()):
             self._save()
         raise FloatingPointError(

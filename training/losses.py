@@ -61,7 +61,13 @@ def valid_steps(batch: Batch, steps: int) -> Tensor:
     mask_BT = mask_BT & (places_T < batch.lengths_B[:, None])
     padded_BT = torch.nn.functional.pad(mask_BT, (0, steps + 1))
     length = mask_BT.shape[1]
-    return torch.stack([padded_BT[:, 2 + step :][:, :length] for step in range(steps)])
+    valid_KBT = torch.stack([padded_BT[:, 2 + step :][:, :length] for step in range(steps)])
+    if batch.starts_BT is None:
+        return valid_KBT
+    # The label is of the anchor's own conversation: that began no later than the anchor.
+    starts_BT = torch.nn.functional.pad(batch.starts_BT, (0, steps + 1))
+    own = [starts_BT[:, 2 + step :][:, :length] <= places_T for step in range(steps)]
+    return valid_KBT & torch.stack(own)
 
 
 def answer_rows(batch: Batch) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from headstart.model.spread import patient
 
+from .data import Batch
 from .launch import LAUNCHED_FOR, world_size
 
 # The longest that a process may let the others wait with its part of an exchange: they do the same
@@ -85,6 +86,10 @@ class Team:
     def backward_alone(self, module: nn.Module, alone: bool) -> AbstractContextManager[object]:
         """Keep the gradients of a micro-batch to ourselves until the last one."""
         return self.accelerator.no_sync(module) if alone else nullcontext()
+
+    def part(self, batch: Batch) -> Batch:
+        """Our rows of a batch, where the target is."""
+        return batch.part(self.index, self.count).to(self.accelerator.device)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over processes, in each of them."""

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticUndefined
 
 from headstart.model.head import head_class
+from headstart.model.weight_only import Kind as WeightOnly
 
 from .keys import dotted, unknown_keys, unknown_open_keys, wrong_head_values
 
@@ -26,18 +27,23 @@ class Section(BaseModel):
 class TargetConfig(Section):
     """The frozen model. name: Hub id, folder or .gguf; or random: settings of a tiny random one.
 
-    dtype: of the target's own weights; auto is float32 on a CPU and bfloat16 on a GPU.
+    dtype: of the target's own weights; auto is float32 on a CPU and bfloat16 on a GPU. quantize:
+    hold its layers in 8 bits, or 4 (nf4), while the head is trained (model/weight_only.py); the
+    head learns what that target says, and can be fused with the target's own weights.
     """
 
     name: str | None = None
     random: dict[str, Any] | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     revision: str | None = None
+    quantize: WeightOnly | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.name is None) == (self.random is None):
             raise ValueError("give either name (a model to load) or random (sizes of a random one)")
+        if self.random is not None and self.quantize is not None:
+            raise ValueError("quantize is for a model to load (name), not for a random one")
         return self
 
 
@@ -60,7 +66,8 @@ class DataConfig(Section):
     or random_rows: so many made-up sequences, for a random target. batch_tokens: rows times the
     longest row, so the memory of a batch. max_length: longer conversations are cut. holdout:
     conversations kept out of training to measure the loss on. skip_broken: leave broken lines out
-    instead of stopping. features: a folder that `headstart features` wrote with this recipe: what
+    instead of stopping. pack: rows hold several conversations, each of which sees itself only, in
+    place of padding. features: a folder that `headstart features` wrote with this recipe: what
     the target sees is then taken from there instead of being worked out again.
     """
 
@@ -71,6 +78,7 @@ class DataConfig(Section):
     batch_tokens: int = Field(default=4096, ge=3)
     holdout: int = Field(default=0, ge=0)
     skip_broken: bool = False
+    pack: bool = False
     features: str | None = None
 
     @model_validator(mode="after")
@@ -165,14 +173,15 @@ class ParallelConfig(Section):
     """How several processes share the work (training/engines.py says what each engine spreads).
 
     engine: auto is what `accelerate launch` was configured for, else ddp. deepspeed: a JSON file
-    for zero1, zero2 and zero3, with more settings (offloading, bucket sizes). target: sharded puts
-    its layers in parts on all processes, for targets that do not fit one accelerator; held-out
-    conversations then choose the best head, since such a target does not decode.
+    for zero1, zero2 and zero3, with more settings (offloading, bucket sizes). target: for one that
+    fits no accelerator; held-out conversations then choose the best head, since such a target does
+    not decode. sharded: its layers lie in parts on all processes, put together one at a time.
+    tensor_parallel: all processes compute a part of every layer, of the whole batch.
     """
 
     engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     deepspeed: str | None = None
-    target: Literal["replicated", "sharded"] = "replicated"
+    target: Literal["replicated", "sharded", "tensor_parallel"] = "replicated"
 
 
 class JointConfig(Section):
@@ -222,6 +231,17 @@ class EvalConfig(Section):
         return self
 
 
+# Settings that name files, or say how a run is watched and saved.
+UNDECISIVE = {
+    "data": {"path", "features", "split", "skip_broken"},
+    "loss": {"chunk_rows", "recompute"},
+    "train": {
+        *("output", "start_from", "log_every", "save_every", "keep", "resume"),
+        *("wandb", "tensorboard"),
+    },
+}
+
+
 class Recipe(Section):
     target: TargetConfig
     head: HeadSection
@@ -231,6 +251,23 @@ class Recipe(Section):
     parallel: ParallelConfig = ParallelConfig()
     joint: JointConfig | None = None
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _in_parts_or_quantised(self) -> Self:
+        if self.target.quantize is not None and self.parallel.target != "replicated":
+            raise ValueError(
+                f"target.quantize={self.target.quantize} and parallel.target="
+                f"{self.parallel.target} exclude each other: leave one of them out"
+            )
+        return self
+
+    def decisive(self) -> dict[str, dict[str, Any]]:
+        """What decides what a head learns from given data, without names of files: for its card."""
+        sections = {"data", "loss", "train", "joint"}
+        found: dict[str, dict[str, Any]] = self.model_dump(
+            mode="json", include=sections, exclude=UNDECISIVE, exclude_none=True
+        )
+        return found
 
 
 END = "..."  # what YAML writes behind a value that stands alone
@@ -284,38 +321,6 @@ def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe
     if wrong or recipe is None:
         raise ValueError("\n  ".join([f"Wrong values in {source}:", *wrong]))
     return recipe
-
-
-# These may differ when a run goes on: they change what is reported and kept, not what is learned,
-# or are what a run that failed has to change. None moves the position in the data.
-FREE_ON_RESUME = (
-    *("train.output", "train.resume", "train.log_every", "train.save_every", "train.keep"),
-    *("train.lr", "train.clip", "train.precision"),
-    *("loss.chunk_rows", "loss.recompute", "data.features"),
-)
-FREE_SECTIONS = ("eval.", "parallel.", "train.wandb", "train.tensorboard")
-
-
-def changed_on_resume(before: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """Settings that differ from those a run was started with, and matter."""
-    old, new = _flat(before, ""), _flat(recipe.model_dump(mode="json"), "")
-    return [
-        f"{key}: was {old.get(key)}, is {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and key not in FREE_ON_RESUME
-        and not key.startswith(FREE_SECTIONS)
-    ]
-
-
-def _flat(values: Mapping[str, Any], path: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{path}{key}.")
-        else:
-            flat[f"{path}{key}"] = value
-    return flat
 
 
 def explain(recipe: Recipe) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from headstart.model.head import DraftHead
@@ -16,8 +17,9 @@ from headstart.model.meta import Lora
 from headstart.model.seen import Seen
 
 from .data import Batch
-from .features import Features, read
+from .features import Features
 from .losses import Loss
+from .parallel import Team
 from .recipe import Recipe
 
 
@@ -29,16 +31,27 @@ class Teacher:
 
     adapters: Mapping[str, nn.Parameter]
 
-    def __init__(self, head: DraftHead, features: Features | None = None):
-        self.head, self.target, self.features = head, head.target, features
+    def __init__(self, head: DraftHead, team: Team, features: Features | None = None):
+        self.head, self.target, self.team, self.features = head, head.target, team, features
         self.adapters = {}
 
     def begin(self, step: int, total: int) -> None:
         """An optimizer step, of so many."""
 
-    def read(self, batch: Batch) -> Seen:
-        """What the target sees of a batch; where it learns, with a graph."""
-        return read(self.features, self.target, batch, self.head.layers)
+    def read(self, whole: Batch, ours: Batch) -> Seen:
+        """What the target sees of our rows of a batch; where it learns, with a graph.
+
+        Processes that share every layer read the whole batch together, and each keeps its rows.
+        """
+        if self.features is not None:
+            return self.features.read(ours, self.target.device, self.target.dtype)
+        together = self.target.reads_together
+        batch = whole.to(self.target.device) if together else ours
+        with torch.no_grad():
+            seen = self.target.read_texts(
+                batch.tokens_BT, batch.lengths_B, batch.starts_BT, self.head.layers
+            )
+        return seen.part(*whole.share(self.team.index, self.team.count)) if together else seen
 
     def held(self, loss: Loss, seen: Seen, batch: Batch) -> Loss:
         """The loss, with what holds the target near the original beside it."""
@@ -64,9 +77,9 @@ class Teacher:
         """Leave the target as it was before."""
 
 
-def make_teacher(recipe: Recipe, head: DraftHead, features: Features | None) -> Teacher:
+def make_teacher(recipe: Recipe, head: DraftHead, features: Features | None, team: Team) -> Teacher:
     if recipe.joint is None:
-        return Teacher(head, features)
+        return Teacher(head, team, features)
     from .joint import Joint  # peft is optional
 
-    return Joint(recipe.joint, recipe, head)
+    return Joint(recipe.joint, recipe, head, team)
