@@ -163,8 +163,14 @@ class _Loop:
         kept = [row.take(tokens, self.stop) for row, tokens in zip(self.rows, drawn, strict=True)]
         for row, tokens in zip(self.rows, kept, strict=True):
             emitted[row.number] = tokens
-        depth = None if tree is None else int(tree.nodes > 1 and tree.depths_BN.max())
-        self.stats.count([len(tokens) for tokens in kept], [len(tokens) for tokens in drawn], depth)
+        counts = [len(tokens) for tokens in kept], [len(tokens) for tokens in drawn]
+        if tree is None:
+            self.stats.count(*counts, None)
+        elif tree.nodes == 1:
+            self.stats.count(*counts, 0)
+        else:
+            guessed = int(tree.valid_BN.sum()) - len(kept)
+            self.stats.count(*counts, int(tree.depths_BN.max()), guessed)
         return emitted
 
     def _commit(self, read: Read) -> Read:

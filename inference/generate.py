@@ -256,6 +256,21 @@ class SpeculativeModel:
         return options, [StopStringCriteria(tokenizer, stop_strings)]
 
 
+def sampling_options(
+    temperature: float, *, top_k: int | None = None, top_p: float | None = None
+) -> dict[str, Any]:
+    """The common settings as options of `generate`. Temperature 0 is greedy."""
+    if temperature == 0:
+        return {"do_sample": False}
+    # top_k 0 is off: transformers' own default would be 50.
+    return {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": top_k or 0,
+        "top_p": top_p or 1.0,
+    }
+
+
 def _no_padding(name: str) -> ValueError:
     return ValueError(
         f"{name} has neither a padding nor an end-of-text token, so answers of different length "

@@ -105,17 +105,19 @@ class GraphLoop:
     def _draw(self, tree: Tree, logits_BNV: Tensor) -> Tensor:
         return draws(self.sampler, self.rows, tree, logits_BNV)
 
-    def _take(self, drawn: dict[int, list[int]], depth: int | None) -> list[list[int]]:
+    def _take(
+        self, drawn: dict[int, list[int]], depth: int | None, guessed: int = 0
+    ) -> list[list[int]]:
         """Add what was drawn to the answers; the part of it that belongs there, by row."""
         emitted: list[list[int]] = [[] for _ in self.rows]
         for number, tokens in drawn.items():
             emitted[number] = self.rows[number].take(tokens, self.stop)
         counts = [len(emitted[number]) for number in drawn]
-        self.stats.count(counts, [len(tokens) for tokens in drawn.values()], depth)
+        self.stats.count(counts, [len(tokens) for tokens in drawn.values()], depth, guessed)
         return emitted
 
-    def _round(self, alive: Sequence[Row]) -> tuple[dict[int, list[int]], int]:
-        """What was drawn, by row number, and the depth of the tree."""
+    def _round(self, alive: Sequence[Row]) -> tuple[dict[int, list[int]], int, int]:
+        """What was drawn, by row number, the depth of the tree, and how many guesses were read."""
         plan = self._roomy(alive)
         if len(alive) < self.going:
             plan.retire([row.room > 0 for row in self.rows])
@@ -136,7 +138,7 @@ class GraphLoop:
         if self.spending is not None:
             emitted = sum(map(len, drawn.values()))
             self.spending.learn(len(alive), emitted, nodes, depth, read=read)
-        return drawn, read
+        return drawn, read, len(alive) * (nodes - 1)
 
     def _roomy(self, alive: Sequence[Row]) -> Plan:
         """A plan with room for one more round."""

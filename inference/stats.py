@@ -23,7 +23,8 @@ class Stats:
     end of every phase, which slows a GPU down a little. rows: prompts. tokens: tokens emitted,
     end-of-text included. rounds: target forward passes after the prompt, summed over the rows that
     took part. accepted[d]: rows and rounds in which a guess of depth d + 1 was accepted; tried[d]:
-    in which the path had come that far and the tree could go on. seconds: time by phase.
+    in which the path had come that far and the tree could go on. guessed: guesses that the target
+    read, over all rows and rounds. seconds: time by phase.
     reliability: of the guesses that were read, by how likely the draft held their paths: how many,
     the sum of their probabilities, how many were accepted. Only with timing.
     """
@@ -34,6 +35,7 @@ class Stats:
     rounds: int = 0
     accepted: list[int] = field(default_factory=list)
     tried: list[int] = field(default_factory=list)
+    guessed: int = 0
     seconds: dict[Phase, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     reliability: list[tuple[int, float, int]] = field(default_factory=lambda: [(0, 0.0, 0)] * BINS)
     _device: torch.device | None = None
@@ -83,6 +85,7 @@ class Stats:
         self.rounds += other.rounds
         self.accepted = _added(self.accepted, other.accepted)
         self.tried = _added(self.tried, other.tried)
+        self.guessed += other.guessed
         for phase, seconds in other.seconds.items():
             self.seconds[phase] += seconds
         pairs = zip(self.reliability, other.reliability, strict=True)
@@ -109,12 +112,16 @@ class Stats:
         if self.timing:
             self._since = time.perf_counter()
 
-    def count(self, emitted: Sequence[int], drawn: Sequence[int], depth: int | None) -> None:
-        """One pass: tokens emitted per row after cutting at a stop, and before; the tree's depth.
+    def count(
+        self, emitted: Sequence[int], drawn: Sequence[int], depth: int | None, guessed: int = 0
+    ) -> None:
+        """One pass: tokens emitted per row after cutting at a stop, and before; the tree's depth;
+        guesses in the trees of all rows.
 
         depth is None for the prompt's pass.
         """
         self.tokens += sum(emitted)
+        self.guessed += guessed
         if depth is None:
             return
         self.rounds += len(emitted)

@@ -61,7 +61,7 @@ def model_card(
         f"---\n{data.to_yaml()}\n---",
         f"# {'A draft head for ' + name if alone else name + ' with a draft head'}",
         _what(head, meta, alone),
-        usage(head, meta.target, folder, place, alone),
+        usage(head, meta, folder, place, alone),
         "## Measured\n\n" + (_table(meta) if meta.measured else "Not measured."),
         *(["## Calibration\n\n" + _calibration(meta)] if meta.calibration_rows else []),
         "## Training\n\n" + _training(head, meta),

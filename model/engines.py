@@ -6,7 +6,9 @@ entry here keeps its own names and has no engine keys.
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import shlex
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +19,10 @@ from .heads import eagle3, mtp
 from .layers import LayerConfig
 
 LM_HEAD = "lm_head.weight"
+USUAL_STEPS = 3  # guesses per pass where nothing says how far the head was trained
+
+Engine = Literal["vllm", "sglang"]
+ENGINES: tuple[Engine, ...] = ("vllm", "sglang")
 
 
 def engine_keys(head: DraftHead, target: PretrainedConfig) -> dict[str, Any]:
@@ -45,6 +51,35 @@ def unservable(head: DraftHead) -> str | None:
     if head.config.layer.qk_norm:
         return "their EAGLE-3 layer has no norm on queries and keys"
     return None
+
+
+def undraftable(head: DraftHead) -> str | None:
+    """Why vLLM and SGLang cannot draft with this head, or None when they can."""
+    reason = unservable(head)
+    if reason is None and not isinstance(head, eagle3.Head):
+        return f"they draft with heads of kind eagle3, not with one of kind {head.kind}"
+    return reason
+
+
+def launch_line(engine: Engine, target: str, draft: str, steps: int | None) -> str:
+    """How an engine is started that drafts a chain with a head.
+
+    target, draft: their folders. steps: how many steps ahead the head was trained for.
+    """
+    steps = steps or USUAL_STEPS
+    if engine == "vllm":
+        drafting = {"method": "eagle3", "model": draft, "num_speculative_tokens": steps}
+        return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(drafting)])
+    options = {
+        "model-path": target,
+        "speculative-algorithm": "EAGLE3",
+        "speculative-draft-model-path": draft,
+        "speculative-num-steps": steps,
+        "speculative-eagle-topk": 1,
+        "speculative-num-draft-tokens": steps + 1,
+    }
+    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return shlex.join(["python", "-m", "sglang.launch_server", *given])
 
 
 def tensor_name(head: DraftHead, ours: str) -> str:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from safetensors import safe_open
 
-from .engines import LM_HEAD, unservable
+from .engines import ENGINES, LM_HEAD, launch_line, undraftable
 from .head import DraftHead
 from .hub import HEADS, WEIGHTS
 from .joint import is_joint
+from .meta import HeadMeta
 
-STEPS = 3  # guesses per round of an engine's chain
 
-
-def usage(head: DraftHead, target: str, folder: Path, place: str, alone: bool) -> str:
+def usage(head: DraftHead, meta: HeadMeta, folder: Path, place: str, alone: bool) -> str:
     """place: how commands name the checkpoint in the folder. alone: a head without its target."""
-    fused = "fused" if alone else place
+    target, fused = meta.target, "fused" if alone else place
     whole = target if alone and not is_joint(folder) else fused  # what holds the target's weights
     first = [f"headstart fuse {target} {place} fused"] if alone else []
     parts = [
@@ -37,7 +35,7 @@ def usage(head: DraftHead, target: str, folder: Path, place: str, alone: bool) -
             f'answer = pipeline("text-generation", model="{whole}")',
             'print(answer("Why is the sky blue?", max_new_tokens=100))',
         ),
-        _engines(head, target, folder, place, alone),
+        _engines(head, meta, folder, place, alone),
     ]
     return "\n\n".join(parts)
 
@@ -48,38 +46,30 @@ def _plain(whole: str, alone: bool) -> str:
     return "`transformers`, vLLM and SGLang open the checkpoint as the plain target:"
 
 
-def _engines(head: DraftHead, target: str, folder: Path, place: str, alone: bool) -> str:
+def _engines(head: DraftHead, meta: HeadMeta, folder: Path, place: str, alone: bool) -> str:
     """What makes vLLM and SGLang draft with the head."""
-    reason = unservable(head)
+    reason = undraftable(head)
     if reason is not None:
-        return f"Stock engines cannot draft with the head: {reason}."
-    if head.kind != "eagle3":
-        return "vLLM and SGLang draft with heads of kind `eagle3`, not with this one."
+        return f"vLLM and SGLang cannot draft with the head: {reason}."
+    target, steps = meta.target, meta.steps
     if not alone:
         # They find a draft model by a folder or a whole repository, not inside one.
         fetch = [] if place == "FOLDER" else [f"hf download {place} --local-dir fused"]
         fused = place if place == "FOLDER" else "fused"
-        return _serving(fused, f"{fused}/{HEADS}", fetch)
+        return _serving(fused, f"{fused}/{HEADS}", steps, fetch)
     if _holds_lm_head(head, folder) and not is_joint(folder):
-        return _serving(target, place, [])
-    return _serving("fused", f"fused/{HEADS}", [f"headstart fuse {target} {place} fused"])
+        return _serving(target, place, steps, [])
+    fuse = f"headstart fuse {target} {place} fused"
+    return _serving("fused", f"fused/{HEADS}", steps, [fuse])
 
 
-def _serving(target: str, draft: str, before: list[str]) -> str:
+def _serving(target: str, draft: str, steps: int | None, before: list[str]) -> str:
     """Shell commands that serve a target with a chain of guesses."""
-    chosen = {"method": "eagle3", "model": draft, "num_speculative_tokens": STEPS}
+    lines = [launch_line(engine, target, draft, steps) for engine in ENGINES]
     return "\n\n".join(
         [
             "vLLM and SGLang draft with the head (a chain, not a tree):",
-            _code(
-                "bash",
-                *before,
-                f"vllm serve {target} --speculative-config '{json.dumps(chosen)}'",
-                f"python -m sglang.launch_server --model-path {target} \\",
-                f"  --speculative-algorithm EAGLE3 --speculative-draft-model-path {draft} \\",
-                f"  --speculative-num-steps {STEPS} --speculative-eagle-topk 1 "
-                f"--speculative-num-draft-tokens {STEPS + 1}",
-            ),
+            _code("bash", *before, *lines),
         ]
     )
 

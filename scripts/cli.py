@@ -15,6 +15,7 @@ from .generate import generate
 from .inspect_ import inspect_data, inspect_head
 from .plan import plan
 from .push import push
+from .serve import serve
 from .train import train
 from .ui import KEPT, friendly
 
@@ -34,6 +35,7 @@ app.command()(friendly(train))
 app.command()(friendly(fuse))
 app.command()(friendly(push, KEPT))
 app.command()(friendly(generate))
+app.command()(friendly(serve))
 app.command("eval")(friendly(evaluate))
 app.command()(friendly(bench))
 app.command()(friendly(calibrate))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from headstart.inference.generate import SpeculativeModel
     from headstart.inference.measure import Contestant
     from headstart.model.target import Target
-
-
-BROKEN = "\ufffd"  # what a tokenizer writes for an unfinished character
 
 
 def generate(
@@ -88,15 +85,8 @@ def stream(
     """Print an answer as it comes; its text. guesses: how; None decodes plainly."""
     import torch
 
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        # top_k 0 is off: transformers' own default would be 50.
-        sampling = {
-            "do_sample": True,
-            "temperature": temperature,
-            "top_k": top_k or 0,
-            "top_p": top_p or 1.0,
-        }
+    from headstart.inference.generate import sampling_options
+
     steps = model.stream(
         torch.tensor([ids]),
         max_new_tokens=max_new_tokens,
@@ -106,7 +96,7 @@ def stream(
         lookup=guesses is not None and guesses.lookup,
         speculate=guesses is not None,
         timing=True,
-        **sampling,
+        **sampling_options(temperature, top_k=top_k, top_p=top_p),
     )
     answer = ""
     for piece, tokens in pieces(model.target, steps):
@@ -122,23 +112,20 @@ def stream(
 
 
 def pieces(target: Target, steps: Iterable[list[int]]) -> Iterable[tuple[str, int]]:
-    """The text that each step adds, and how many tokens it came from.
+    """The text that each step adds, and how many tokens it came from."""
+    from headstart.inference.text import TextStream
 
-    A character can be spread over several tokens, so text is taken from the whole answer, and held
-    back while it ends in a broken character.
-    """
-    tokens: list[int] = []
-    shown = held = 0
+    text = TextStream(target)
+    held = 0
     for step in steps:
-        tokens += step
         held += len(step)
-        text = target.text(tokens)
-        if step and not text.endswith(BROKEN):
-            yield text[shown:], held
-            shown, held = len(text), 0
-    text = target.text(tokens)
-    if len(text) > shown:
-        yield text[shown:], held
+        piece = text.add(step)
+        if step and not text.waiting:
+            yield piece, held
+            held = 0
+    rest = text.end()
+    if rest:
+        yield rest, held
 
 
 def _arguments(first: str | None, second: str | None, chat: bool) -> tuple[Path | None, str | None]:

@@ -281,6 +281,7 @@ def test_figures_of_right_drafts(
     assert (stats.rows, stats.tokens, stats.rounds) == (3, 33, 6)
     assert stats.tau == 5
     assert stats.accepted == stats.tried == [6, 6, 6, 6]
+    assert stats.guessed == 24
     assert stats.wall == 0
 
 
@@ -305,6 +306,8 @@ def test_figures_of_wrong_drafts(target: Target, truth: list[list[int]]) -> None
     assert stats.tau == 1 and stats.acceptance == [0, 0, 0, 0]
     # The last round has room for one token, so nothing is drafted for it.
     assert stats.tried == [7, 0, 0, 0] and stats.rounds == 8
+    # Never deeper than there is room.
+    assert stats.guessed == 4 + 4 + 4 + 4 + 3 + 2 + 1
     assert set(stats.seconds) == set(PHASES) and min(stats.seconds.values()) > 0
     assert stats.wall == pytest.approx(sum(stats.seconds.values()))
 

@@ -60,7 +60,7 @@ def test_the_wheel_has_its_command_and_licence(wheel: zipfile.ZipFile) -> None:
     assert "headstart = headstart.scripts.cli:main" in scripts
     assert b"Apache License" in wheel.read(meta["LICENSE"])
     described = wheel.read(meta["METADATA"]).decode()
-    for extra in ("cluster", "dev"):
+    for extra in ("cluster", "dev", "serve"):
         assert f"Provides-Extra: {extra}" in described
 
 

@@ -136,7 +136,9 @@ def check_folder(recipe: Recipe, folder: Path, facts: Mapping[str, Any] | None) 
 
 def changed_on_resume(before: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Settings that differ from those a run was started with, and matter."""
-    old, new = _flat(before, ""), _flat(recipe.model_dump(mode="json"), "")
+    # With the defaults of settings that did not exist yet.
+    completed = Recipe.model_validate(before).model_dump(mode="json")
+    old, new = _flat(completed, ""), _flat(recipe.model_dump(mode="json"), "")
     return [
         f"{key}: was {old.get(key)}, is {new.get(key)}"
         for key in sorted(old.keys() | new.keys())

@@ -1,0 +1,1 @@
+"""One model behind an HTTP API that speaks as OpenAI's does. `server.py` is where to begin."""
