@@ -36,6 +36,7 @@ from .indexed import write_index
 from .joint import is_joint, merge
 from .meta import HeadMeta, Measurement
 from .pretrained import stored_dtype
+from .published import write_native
 from .target import Target
 
 HEADS = "draft_heads"
@@ -86,12 +87,7 @@ def save_head(
 
 def _write_head(head: DraftHead, part: Path, config: dict[str, Any], with_lm_head: bool) -> None:
     tensors = {
-        tensor_name(head, name): (
-            tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-        )
-        .cpu()
-        .contiguous()
-        for name, tensor in head.state_dict().items()
+        tensor_name(head, name): tensor.cpu().contiguous() for name, tensor in _stored(head).items()
     }
     rows = lm_head_rows(head, torch.bfloat16) if with_lm_head else None
     if rows is not None:
@@ -174,14 +170,17 @@ def start_from(head: DraftHead, folder: str | Path) -> None:
 def as_loaded(head: DraftHead) -> DraftHead:
     """A copy of a bound head as it would be loaded again: its file holds bfloat16."""
     copy = type(head)(head.config)
-    state = head.state_dict()
-    copy.load_state_dict(
-        {
-            name: value.to(torch.bfloat16) if value.is_floating_point() else value
-            for name, value in state.items()
-        }
-    )
+    copy.load_state_dict(_stored(head))
     return copy.for_decoding(head.target)
+
+
+def _stored(head: DraftHead) -> dict[str, Tensor]:
+    """What is written of a head: its weights in bfloat16, and its buffers as they are."""
+    weights = {name for name, _ in head.named_parameters()}
+    return {
+        name: tensor.to(torch.bfloat16) if name in weights else tensor
+        for name, tensor in head.state_dict().items()
+    }
 
 
 def _fill(head: DraftHead, path: Path, *, same_target: bool = True) -> None:
@@ -282,14 +281,18 @@ def fuse(
     *,
     link: bool = False,
     index: bool = False,
+    native: bool = False,
 ) -> None:
     """Write a fused checkpoint, whole or not at all.
 
     source: the target as a folder, a Hub id or a GGUF file (which is written out as a plain
     folder). head_folder: a head trained on it. link: hard-link the target's weight files instead of
     copying them; saves the space, but whoever changes one changes both. index: list the head among
-    the target's own weights, for transformers' `generate(use_mtp=True)` (see `indexed.py`).
+    the target's own weights, for transformers' `generate(use_mtp=True)` (see `indexed.py`). native:
+    write it over the multi-token prediction layer that the target carries (see `published.py`).
     """
+    if index and native:
+        raise ValueError("A head is either listed (index) or written over (native), not both.")
     # What a GGUF file is written out as should not depend on whether there is an accelerator.
     is_gguf = Path(source).suffix == gguf.SUFFIX
     joint = is_joint(Path(head_folder))
@@ -314,6 +317,8 @@ def fuse(
         save_head(head, part / HEADS, meta, with_lm_head=True)
         if index:
             write_index(head, part)
+        if native:
+            write_native(head, part)
         card = model_card(head, meta, part)
         (part / CARD).write_text(card, encoding="utf-8")
 
@@ -330,6 +335,13 @@ def _plain_folder(source: str, target: Target, spare: Path) -> Path:
     if Path(source).suffix == gguf.SUFFIX:
         gguf.save_plain(target, spare)
         return spare
+    return plain_source(source)
+
+
+def plain_source(source: str) -> Path:
+    """The folder of a target that is a folder or a Hub id: with all files of that, on disk."""
+    if Path(source).suffix == gguf.SUFFIX:
+        raise ValueError(f"{source} is a GGUF file. Name the folder or Hub id of the model itself.")
     if Path(source).is_dir():
         return Path(source)
     snapshot_download(source, allow_patterns=[f"{CHAT_TEMPLATES}/*.jinja"])
