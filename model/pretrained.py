@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -37,7 +37,7 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
     it, and the folder's own code (`trust_remote_code`) is for older versions."""
 
     config_class = MiMoConfig
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^model\.mtp_layers\."]
+    _keys_to_ignore_on_load_unexpected = [r"^model\.mtp_layers\."]  # noqa: RUF012
 
 
 if MiMoConfig.model_type not in CONFIG_MAPPING:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from families import prompts
 from published import FAMILIES, Reference, write
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from headstart.inference import SpeculativeModel
 from headstart.model.adopt import adopt
-from headstart.model.fused import load_head, read_head_file
+from headstart.model.fused import fuse, load_head, read_head_file, save_head
+from headstart.model.head import make_head
 from headstart.model.heads import mtp
+from headstart.model.meta import HeadMeta
 from headstart.model.target import Target
+from headstart.model.tree import Children, TreeShape
 
+NEAR = {"rtol": 1e-4, "atol": 1e-4}
 STEPS, LENGTH = 3, 14
 
 
@@ -54,3 +64,186 @@ def test_every_step_is_the_published_formula(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(
             mine @ weight.T, theirs @ weight.T, rtol=10 * tolerance, atol=10 * tolerance
         )
+
+
+@pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "llama"])
+def adopted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint (`model`) and its adopted head (`head`)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write(request.param, folder / "model")
+    adopt(folder / "model", folder / "head")
+    return folder
+
+
+def test_training_equals_sequential_drafting(adopted: Path) -> None:
+    """The target's own layer drafts in a tree what it computes on a text."""
+    target = Target.load(adopted / "model", dtype=torch.float32)
+    head = mtp.Head(load_head(adopted / "head", target).config)
+    head.load_state_dict(load_head(adopted / "head", target).state_dict())
+    head.bind(target)
+    tokens_BT = prompts([LENGTH], seed=3)[0][None]
+    seen = target.read(tokens_BT, layers=head.layers)
+    with torch.no_grad():
+        trained = head.unroll(seen, tokens_BT, STEPS)
+    for anchor in range(LENGTH - STEPS - 1):
+        follow, hidden = tokens_BT[0, anchor + 2 :].tolist(), []
+
+        def guesses(
+            hidden_BFD: Tensor,
+            width: int,
+            depth: int = 0,
+            follow: list[int] = follow,
+            hidden: list[Tensor] = hidden,
+        ) -> Children:
+            hidden.append(hidden_BFD[:, 0])
+            token = follow[len(hidden) - 1]
+            return torch.zeros(1, 1, 1), torch.full((1, 1, 1), token)
+
+        head.guesses = guesses  # type: ignore[method-assign]
+        rows = seen.at(torch.arange(anchor + 1)[None])
+        counts_B = torch.tensor([anchor + 1])
+        state = head.advance(head.start(1), rows, tokens_BT[:, 1 : anchor + 2], counts_B)
+        head.draft(state, TreeShape.chain(STEPS))
+        for step in range(STEPS):
+            torch.testing.assert_close(hidden[step], trained[step][:, anchor], **NEAR)
+
+
+def test_what_is_decoded_is_the_targets_own(adopted: Path) -> None:
+    """In a batch of ragged prompts, with a tree, and the head rounded to integers where it is."""
+    target = Target.load(adopted / "model", dtype=torch.float32)
+    model = SpeculativeModel(target, load_head(adopted / "head", target))
+    for prompt in prompts([7, 12]):
+        settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+        expected = target.model.generate(prompt[None], **settings)
+        assert torch.equal(model.generate(prompt[None], **settings), expected)
+        assert model.last_stats.tau >= 1
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
+
+
+def differing(before: Path, after: Path) -> set[str]:
+    """Names of tensors that are not the same, of two checkpoints with the same ones."""
+    found = set()
+    for file in sorted(before.glob("*.safetensors")):
+        old, new = load_file(file), load_file(after / file.name)
+        assert old.keys() == new.keys()
+        for name, tensor in old.items():
+            assert tensor.dtype == new[name].dtype and tensor.shape == new[name].shape
+            if not torch.equal(tensor, new[name]):
+                found.add(name)
+    return found
+
+
+def test_writing_back_what_was_read_changes_no_byte(adopted: Path, tmp_path: Path) -> None:
+    fuse(adopted / "model", adopted / "head", tmp_path / "out", native=True, link=True)
+    assert shards(tmp_path / "out") == shards(adopted / "model")
+
+
+def test_a_changed_head_changes_its_tensors_only(adopted: Path, tmp_path: Path) -> None:
+    """Files of the target stay as they are, linked ones too, and all other bytes."""
+    before = shards(adopted / "model")
+    target = Target.load(adopted / "model")
+    head = mtp.Head(load_head(adopted / "head", target).config)
+    head.load_state_dict(load_head(adopted / "head", target).state_dict())
+    head.bind(target)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(1.25)
+    meta = read_head_file(adopted / "head").meta
+    save_head(head, tmp_path / "better", meta)
+    fuse(adopted / "model", tmp_path / "better", tmp_path / "out", native=True, link=True)
+    assert shards(adopted / "model") == before
+    changed = differing(adopted / "model", tmp_path / "out")
+    family = FAMILIES[read_family(adopted)]
+    weights = {family.prefix + name for name in family.tensors if "e_score" not in name}
+    assert changed == weights
+    name, file = sorted(weights)[0], "model-00002-of-00002.safetensors"
+    old, new = (load_file(folder / file) for folder in (adopted / "model", tmp_path / "out"))
+    assert torch.equal(new[name], (old[name].float() * 1.25).bfloat16())
+    for other in ("config.json", "model.safetensors.index.json"):
+        assert (tmp_path / "out" / other).read_bytes() == (adopted / "model" / other).read_bytes()
+    # The written layer is the head: adopted again it is the same.
+    adopt(tmp_path / "out", tmp_path / "again")
+    first, second = (load_file(tmp_path / one / "model.safetensors") for one in ("better", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def read_family(folder: Path) -> str:
+    kind = json.loads((folder / "model" / "config.json").read_text())["model_type"]
+    assert kind in FAMILIES
+    return kind
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Change the tensors of a checkpoint's second file, and its index with them."""
+    file = folder / "model-00002-of-00002.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    others = {one: at for one, at in index["weight_map"].items() if at != file.name}
+    index["weight_map"] = others | dict.fromkeys(tensors, file.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+GLM = "model.layers.2."
+MISTAKES = {
+    "carries no multi-token": lambda t: [t.pop(one) for one in list(t) if one.startswith(GLM)],
+    "several multi-token": lambda t: t.update({"model.layers.3.enorm.weight": torch.ones(32)}),
+    "missing .*hnorm": lambda t: t.pop(GLM + "hnorm.weight"),
+    "unknown .*gate_bias": lambda t: t.update({GLM + "mlp.gate_bias": torch.ones(2)}),
+    "but the head has": lambda t: t.update({GLM + "enorm.weight": torch.ones(31)}),
+    "is not the target's own": lambda t: t[GLM + "embed_tokens.weight"].mul_(2),
+    "sparse attention": lambda t: t.update({GLM + "self_attn.indexer.wk.weight": torch.ones(2)}),
+    "names that are not known": lambda t: [
+        t.update({"mtp.fc.weight": torch.ones(2)}),
+        *[t.pop(one) for one in list(t) if one.startswith(GLM)],
+    ],
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_what_cannot_be_adopted_is_refused(message: str, tmp_path: Path) -> None:
+    write("glm4_moe", tmp_path / "model")
+    rewritten(tmp_path / "model", MISTAKES[message])
+    with pytest.raises(ValueError, match=message):
+        adopt(tmp_path / "model", tmp_path / "head")
+    assert not (tmp_path / "head").exists()
+
+
+def test_a_layer_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """The names are a Llama layer's, but this family turns half of the channels only, and none of
+    its layers is dense."""
+    write("glm4_moe", tmp_path / "model", first_k_dense_replace=0)
+    dense = {"mlp.gate_proj.weight": (64, 32), "mlp.up_proj.weight": (64, 32)}
+    dense |= {"mlp.down_proj.weight": (32, 64)}
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [one for one in tensors if one.startswith(GLM + "mlp.")]:
+            tensors.pop(name)
+        tensors.update({GLM + name: torch.ones(shape) for name, shape in dense.items()})
+
+    rewritten(tmp_path / "model", change)
+    with pytest.raises(ValueError, match=r"missing \['mlp.experts.0"):
+        adopt(tmp_path / "model", tmp_path / "head")
+
+
+def test_a_head_that_reads_something_else_is_not_written(tmp_path: Path) -> None:
+    write("mimo", tmp_path / "model")
+    target = Target.load(tmp_path / "model")
+    meta = HeadMeta(target="tiny")
+    for kind, message in (("mtp", "before its final norm"), ("eagle3", "this one is eagle3")):
+        save_head(make_head(target, kind, {}), tmp_path / kind, meta)
+        with pytest.raises(ValueError, match=message):
+            fuse(tmp_path / "model", tmp_path / kind, tmp_path / "out", native=True)
+    adopt(tmp_path / "model", tmp_path / "head")
+    with pytest.raises(ValueError, match="behind the target's final norm"):
+        fuse(tmp_path / "model", tmp_path / "head", tmp_path / "out", index=True)
+    write("llama", tmp_path / "glm")
+    adopt(tmp_path / "glm", tmp_path / "plain")
+    with pytest.raises(ValueError, match="--native instead of --index"):
+        fuse(tmp_path / "glm", tmp_path / "plain", tmp_path / "out", index=True)
+    assert not (tmp_path / "out").exists()
