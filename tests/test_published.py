@@ -12,6 +12,8 @@ from families import prompts
 from published import FAMILIES, Reference, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import MtpModel
 
 from headstart.inference import SpeculativeModel
 from headstart.model.adopt import adopt
@@ -31,10 +33,7 @@ def test_every_step_is_the_published_formula(name: str, tmp_path: Path) -> None:
     layer = write(name, tmp_path / "model")
     adopt(tmp_path / "model", tmp_path / "head")
     target = Target.load(tmp_path / "model", dtype=torch.float32)
-    opened = load_head(tmp_path / "head", target)
-    head = mtp.Head(opened.config)
-    head.load_state_dict(opened.state_dict())
-    head.bind(target)
+    head = load_head_for_training(tmp_path / "head", target)
     # transformers' layers with experts compute in float32 at most.
     plain = head.config.family is None
     if plain:
@@ -75,12 +74,19 @@ def adopted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
+def load_head_for_training(folder: Path, target: Target) -> mtp.Head:
+    """Without what drafting rounds and joins."""
+    opened = load_head(folder, target)
+    head = mtp.Head(opened.config)
+    head.load_state_dict(opened.state_dict())
+    head.bind(target)
+    return head
+
+
 def test_training_equals_sequential_drafting(adopted: Path) -> None:
     """The target's own layer drafts in a tree what it computes on a text."""
     target = Target.load(adopted / "model", dtype=torch.float32)
-    head = mtp.Head(load_head(adopted / "head", target).config)
-    head.load_state_dict(load_head(adopted / "head", target).state_dict())
-    head.bind(target)
+    head = load_head_for_training(adopted / "head", target)
     tokens_BT = prompts([LENGTH], seed=3)[0][None]
     seen = target.read(tokens_BT, layers=head.layers)
     with torch.no_grad():
@@ -145,9 +151,7 @@ def test_a_changed_head_changes_its_tensors_only(adopted: Path, tmp_path: Path) 
     """Files of the target stay as they are, linked ones too, and all other bytes."""
     before = shards(adopted / "model")
     target = Target.load(adopted / "model")
-    head = mtp.Head(load_head(adopted / "head", target).config)
-    head.load_state_dict(load_head(adopted / "head", target).state_dict())
-    head.bind(target)
+    head = load_head_for_training(adopted / "head", target)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.mul_(1.25)
@@ -247,3 +251,55 @@ def test_a_head_that_reads_something_else_is_not_written(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="--native instead of --index"):
         fuse(tmp_path / "glm", tmp_path / "plain", tmp_path / "out", index=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_scaled_family_is_held_to_its_target(tmp_path: Path) -> None:
+    """Long-context DeepSeek-V3 scales its scores (YaRN); a layer that did not would be refused."""
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "mscale": 1.0}
+    rope |= {"mscale_all_dim": 1.0, "original_max_position_embeddings": 64}
+    write("deepseek_v3", tmp_path / "model", rope_parameters=rope)
+    head = adopt(tmp_path / "model", tmp_path / "head")
+    assert head.layer.block.self_attn.scaling > 1.2 * 16**-0.5
+
+
+@pytest.mark.parametrize(("name", "layers"), [("glm4_moe", 46), ("deepseek_v3", 2)])
+def test_transformers_drafts_with_what_was_written(name: str, layers: int, tmp_path: Path) -> None:
+    """GLM-4.5-Air's number of layers is what transformers knows; for two, it is told so."""
+    write(name, tmp_path / "model", num_hidden_layers=layers)
+    head = adopt(tmp_path / "model", tmp_path / "head")
+    with torch.no_grad():
+        head.eh_proj.weight.mul_(1.25)
+        head.layer.block.mlp.experts.down_proj.mul_(0.5)
+    save_head(head, tmp_path / "better", HeadMeta(target="tiny"))
+    fuse(tmp_path / "model", tmp_path / "better", tmp_path / "out", native=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    if layers == 2:
+        model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.2\..*"]
+    prompt = prompts([9])[0][None]
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(prompt, **settings)
+    assert torch.equal(model.generate(prompt, use_mtp=True, **settings), expected)
+    head = load_head_for_training(tmp_path / "better", Target.wrap(model))
+    with torch.no_grad():
+        seen = head.target.read(prompt)
+        ours_BTD = head.unroll(seen, prompt, 1)[0][:, :-1]
+        theirs_BTD = first_step(model, prompt, seen.last_BTD)
+    torch.testing.assert_close(ours_BTD, theirs_BTD, **NEAR)
+
+
+def first_step(model: PreTrainedModel, tokens_BT: Tensor, last_BTD: Tensor) -> Tensor:
+    """The first step on all pairs of a text, by transformers: B x T-1 x D."""
+    layer = MtpModel.from_pretrained(model)
+    embedded_BTD = model.get_input_embeddings()(tokens_BT[:, 1:])
+    pairs = embedded_BTD.shape[1]
+    positions_BT = torch.arange(1, pairs + 1)[None]
+    mask = torch.full((pairs, pairs), torch.finfo(torch.float32).min).triu(1)
+    out: Tensor = layer.layers[0](
+        embedded_BTD,
+        last_BTD[:, :-1],
+        position_embeddings=layer.rotary_emb(embedded_BTD, positions_BT),
+        attention_mask=mask[None, None],
+        position_ids=positions_BT,
+        cache=None,
+    )
+    return out

@@ -1,0 +1,103 @@
+"""A head that came with its target is trained on several steps, on answers of the target."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from published import FAMILIES, GLM, write
+from safetensors.torch import load_file, save_file
+from tiny_run import write_rows
+from torch import Tensor
+
+from headstart.model.adopt import adopt
+from headstart.model.fused import fuse, load_fused, read_head_file
+from headstart.model.target import Target
+from headstart.scripts.train import run_recipe
+from headstart.training.recipe import make_recipe
+
+VOCAB, FIRST = 96, "model-00001-of-00002.safetensors"
+
+
+def certain(folder: Path) -> None:
+    """Rewrite a target so that it is sure of what comes next, and every token follows another."""
+    tensors = load_file(folder / FIRST)
+    for name, tensor in tensors.items():
+        if "o_proj" in name or "down_proj" in name:
+            tensor.zero_()
+    embedding_VD = tensors["model.embed_tokens.weight"]
+    follower_V = (torch.arange(VOCAB) + 7) % VOCAB
+    scale = embedding_VD.float().norm(dim=1, keepdim=True)
+    tensors["lm_head.weight"][follower_V] = (4 * embedding_VD / scale).to(embedding_VD.dtype)
+    save_file(tensors, folder / FIRST, metadata={"format": "pt"})
+
+
+def answers(target: Target, rows: int) -> list[list[int]]:
+    """What the target says after each of the first tokens, greedily."""
+    prompts_BT = torch.arange(rows)[:, None] + torch.zeros(1, 1, dtype=torch.long)
+    said = target.model.generate(
+        prompts_BT,
+        attention_mask=torch.ones_like(prompts_BT),
+        max_new_tokens=20,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return said.tolist()
+
+
+@pytest.mark.parametrize("name", ["mimo", "glm4_moe"])
+def test_more_of_the_later_guesses_are_accepted(name: str, tmp_path: Path) -> None:
+    write(name, tmp_path / "model")
+    certain(tmp_path / "model")
+    if FAMILIES[name].copies:
+        copy_lm_head(tmp_path / "model")
+    adopt(tmp_path / "model", tmp_path / "head")
+    target = Target.load(tmp_path / "model")
+    data = write_rows(tmp_path / "data.jsonl", answers(target, VOCAB), start=1)
+    values = {
+        "target": {"name": str(tmp_path / "model"), "dtype": "float32"},
+        "head": {"kind": "mtp"},
+        "data": {"path": str(data), "max_length": 32, "batch_tokens": 512, "holdout": 8},
+        "loss": {"kind": "lk", "steps": 3, "finish": "e2e_tv", "finish_part": 0.3},
+        "train": {
+            "output": str(tmp_path / "run"), "start_from": str(tmp_path / "head"), "steps": 60,
+            "lr": 5e-3, "precision": "float32", "log_every": 1,
+        },
+        "eval": {"prompts": None},
+    }  # fmt: skip
+    best = run_recipe(make_recipe(values), target)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    figures = [line for line in lines if "alpha_3" in line]
+    before, after = figures[0], figures[-1]
+    for step in (2, 3):
+        assert before[f"alpha_{step}"] < 0.2
+        assert after[f"alpha_{step}"] > before[f"alpha_{step}"] + 0.3
+    assert after["accepted_length_t0"] > before["accepted_length_t0"] + 1
+    meta = read_head_file(best).meta
+    assert meta.start == str(tmp_path / "head") and meta.steps == 3
+    fuse(tmp_path / "model", best, tmp_path / "out", native=True)
+    assert untouched(tmp_path, FAMILIES[name].prefix)
+    fused, head = load_fused(tmp_path / "out")
+    assert head.layers == ((1,) if name == "mimo" else ())
+    assert fused.num_layers == 2
+
+
+def copy_lm_head(folder: Path) -> None:
+    """The published copy of the LM head is the target's."""
+    file = folder / "model-00002-of-00002.safetensors"
+    tensors = load_file(file)
+    tensors[GLM + "shared_head.head.weight"] = load_file(folder / FIRST)["lm_head.weight"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def untouched(folder: Path, prefix: str) -> bool:
+    """Whether a written checkpoint differs in the layer only, and there in its projection."""
+    different: set[str] = set()
+    for file in sorted((folder / "model").glob("*.safetensors")):
+        old: dict[str, Tensor] = load_file(file)
+        new = load_file(folder / "out" / file.name)
+        different |= {name for name in old if not torch.equal(old[name], new[name])}
+    projection = [name for name in different if "eh_proj" in name or "input_proj" in name]
+    return bool(projection) and all(name.startswith(prefix) for name in different)
