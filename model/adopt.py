@@ -28,7 +28,6 @@ from .published import Published, find, read_into
 from .target import Target
 
 TEXT = (5, 3, 7, 2, 6, 4, 1)
-SPARSE = "indexer."  # of DeepSeek's sparse attention, which chooses what a layer sees
 
 
 def adopt(source: str | Path, out: str | Path) -> mtp.Head:
@@ -38,11 +37,6 @@ def adopt(source: str | Path, out: str | Path) -> mtp.Head:
     """
     target = Target.load(source)
     published = find(plain_source(str(source)), target.num_layers)
-    if any(SPARSE in name for name in published.files):
-        raise ValueError(
-            f"The multi-token prediction layer in {published.folder} chooses what it sees by "
-            "sparse attention (indexer), which trees cannot be read with."
-        )
     head = make_head(target, mtp.Head.kind, _settings(target, published))
     assert isinstance(head, mtp.Head)
     read_into(head, published)

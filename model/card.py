@@ -34,6 +34,7 @@ def model_card(head: DraftHead, meta: HeadMeta, folder: Path) -> str:
         f"of kind `{head.kind}` ({millions:.1f} M parameters) that guesses several tokens ahead. "
         "Decoding checks the guesses with these weights, so the text is what they alone would "
         "write.",
+        *([_native(meta.replaces)] if meta.replaces else []),
         _usage(head),
         "## Measured\n\n" + (_table(meta) if meta.measured else "Not measured."),
         *(["## Calibration\n\n" + _calibration(meta)] if meta.calibration_rows else []),
@@ -52,6 +53,14 @@ def _changed(joint: Lora | None) -> str:
             f"{joint.divergence:.4f} nats per token"
         )
     return f"{text})"
+
+
+def _native(replaces: str) -> str:
+    return (
+        f"The multi-token prediction layer that came with them (`{replaces}`) IS this head too, so "
+        "engines that draft with that layer draft with this one. All other tensors are as they "
+        "were, byte for byte."
+    )
 
 
 def _usage(head: DraftHead) -> str:

@@ -314,11 +314,11 @@ def fuse(
         for file in _files_to_keep(plain):
             name = TARGET_CARD if file.name == CARD else file.relative_to(plain)
             _take(file, part / name, (link or plain == spare) and file.suffix == ".safetensors")
+        if native:
+            meta = meta.model_copy(update={"replaces": write_native(head, part)})
         save_head(head, part / HEADS, meta, with_lm_head=True)
         if index:
             write_index(head, part)
-        if native:
-            write_native(head, part)
         card = model_card(head, meta, part)
         (part / CARD).write_text(card, encoding="utf-8")
 

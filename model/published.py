@@ -55,7 +55,7 @@ class Layout:
 
 
 LAYOUTS = {
-    # GLM-4.5 to 4.7, DeepSeek-V3; and what `headstart fuse --index` writes
+    # GLM-4.5 to 4.7, DeepSeek-V3 and R1; and what `headstart fuse --index` writes
     "glm": Layout("model.layers.{layers}.", "enorm", "hnorm", "eh_proj", "shared_head.norm"),
     # MiMo-7B; what vLLM computes, whose class is of the authors
     "mimo": Layout(
@@ -221,9 +221,9 @@ def _same_copies(head: mtp.Head, published: Published) -> None:
             )
 
 
-def write_native(head: DraftHead, folder: Path) -> None:
-    """Put a head's weights in the place of the layer that a checkpoint carries. ValueError where
-    the head is another one than the checkpoint's engines compute.
+def write_native(head: DraftHead, folder: Path) -> str:
+    """Put a head's weights in the place of the layer that a checkpoint carries; returns the names.
+    ValueError where the head is another one than the checkpoint's engines compute.
 
     Only the bytes of tensors that differ (in bfloat16) change: no name, type or file does, so every
     engine that reads the checkpoint reads the new layer.
@@ -250,6 +250,7 @@ def write_native(head: DraftHead, folder: Path) -> None:
         ours = torch.cat([part.cpu() for part in parts], -1)
         if not torch.equal(ours.bfloat16(), stored.bfloat16()):
             _overwrite(published.files[name], published.prefix + name, ours.to(stored.dtype))
+    return f"{published.prefix}*"
 
 
 def _overwrite(file: Path, name: str, tensor: Tensor) -> None:

@@ -102,6 +102,9 @@ FAMILIES = {
         | {"self_attn.q_norm.weight": (8,), "self_attn.k_norm.weight": (8,)},
         copies=True,
     ),
+    "glm4_moe_lite": Family(
+        "glm4_moe_lite", GROUPED | MLA, GLM, GLM_PARTS | MIXTURE | LATENT, copies=True
+    ),
     "deepseek_v3": Family(
         "deepseek_v3", GROUPED | MLA, GLM, GLM_PARTS | MIXTURE | LATENT, copies=True
     ),
@@ -166,6 +169,9 @@ class Formula:
 
 
 FORMULAS = {
+    "glm4_moe_lite": Formula(
+        ("enorm", "hnorm", "eh_proj", "shared_head.norm"), False, 10000.0, 1e-5, 8, 2, 1.8
+    ),
     "mimo": Formula(
         ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"),
         True,
