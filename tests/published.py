@@ -18,8 +18,6 @@ from families import GROUPED, MLA, build
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import headstart.model.pretrained  # noqa: F401  (knows MiMo)
-
 HIDDEN, LAYERS = 32, 2
 DENSE = {
     "input_layernorm.weight": (HIDDEN,),

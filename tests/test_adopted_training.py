@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from launched import TORCHRUN, launch
 from published import FAMILIES, GLM, write
 from safetensors.torch import load_file, save_file
-from tiny_run import write_rows
+from tiny_run import mixed_rows, skip_without_deepspeed, write_rows
 from torch import Tensor
 
 from headstart.model.adopt import adopt
@@ -101,3 +103,39 @@ def untouched(folder: Path, prefix: str) -> bool:
         different |= {name for name in old if not torch.equal(old[name], new[name])}
     projection = [name for name in different if "eh_proj" in name or "input_proj" in name]
     return bool(projection) and all(name.startswith(prefix) for name in different)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_two_processes_train_what_one_does(engine: str, tmp_path: Path) -> None:
+    """A layer of the family has weights of three dimensions, and buffers that are not kept."""
+    skip_without_deepspeed(engine)
+    write("glm4_moe", tmp_path / "model")
+    adopt(tmp_path / "model", tmp_path / "head")
+    values = {
+        "target": {"name": str(tmp_path / "model"), "dtype": "float32"},
+        "head": {"kind": "mtp"},
+        "data": {
+            "path": str(write_rows(tmp_path / "data.jsonl", mixed_rows(24))),
+            "max_length": 32, "batch_tokens": 64,
+        },
+        "loss": {"steps": 2},
+        "train": {
+            "output": str(tmp_path / "alone"), "start_from": str(tmp_path / "head"), "steps": 4,
+            "lr": 1e-3, "precision": "float32",
+        },
+        "eval": {"prompts": None},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    train = ("-m", "headstart.scripts.cli", "train", tmp_path / "recipe.yaml")
+    here = (f"parallel.engine={engine}", f"train.output={tmp_path / 'pair'}")
+    done = launch("-m", *TORCHRUN, 2, *train, *here)
+    assert done.returncode == 0, done.stderr[-4000:]
+    run_recipe(make_recipe(values))
+    ours, theirs = (
+        load_file(tmp_path / run / "state" / "state.safetensors") for run in ("pair", "alone")
+    )
+    heads = [name for name in theirs if name.startswith("head.")]
+    assert any("experts" in name for name in heads)
+    for name in heads:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=3e-5)
