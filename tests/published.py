@@ -9,7 +9,7 @@ Legend: T positions, D hidden size, H query heads, G key/value heads, C head cha
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,14 @@ MIMO_PARTS = {
 @dataclass(frozen=True)
 class Family:
     """tensors: published names without the prefix, and shapes. copies: whether the embedding and
-    the LM head are published again with the layer."""
+    the LM head are published again with the layer. more: keys of its config.json."""
 
     model_type: str
     settings: dict[str, Any]
     prefix: str
     tensors: dict[str, tuple[int, ...]]
     copies: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 GLM = f"model.layers.{LAYERS}."
@@ -86,6 +87,8 @@ FAMILIES = {
         {"num_nextn_predict_layers": 1, "rope_parameters": {"rope_theta": 640000.0}},
         "model.mtp_layers.0.",
         MIMO_PARTS | DENSE | GQA | BIASES,
+        # Code of its own, which is not there: it must not be asked for.
+        more={"auto_map": {"AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM"}},
     ),
     # GLM's names on a plain Llama: what `fuse --index` writes
     "llama": Family("llama", {}, GLM, GLM_PARTS | DENSE | GQA),
@@ -115,6 +118,8 @@ def write(name: str, folder: Path, *, seed: int = 0, **settings: Any) -> dict[st
     family = FAMILIES[name]
     model = build(family.model_type, family.settings | settings).bfloat16()
     model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | family.more, indent=2))
     stored = load_file(folder / "model.safetensors")
     prefix = family.prefix.replace(f".{LAYERS}.", f".{model.config.num_hidden_layers}.")
     layer = random_layer(family, seed)

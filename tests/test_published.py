@@ -151,6 +151,19 @@ def test_writing_back_what_was_read_changes_no_byte(adopted: Path, tmp_path: Pat
     assert shards(tmp_path / "out") == shards(adopted / "model")
 
 
+def test_a_checkpoint_in_one_file(tmp_path: Path) -> None:
+    write("llama", tmp_path / "model")
+    tensors: dict[str, Tensor] = {}
+    for file in sorted((tmp_path / "model").glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
+    (tmp_path / "model" / "model.safetensors.index.json").unlink()
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    adopt(tmp_path / "model", tmp_path / "head")
+    fuse(tmp_path / "model", tmp_path / "head", tmp_path / "out", native=True)
+    assert shards(tmp_path / "out") == shards(tmp_path / "model")
+
+
 def test_a_changed_head_changes_its_tensors_only(adopted: Path, tmp_path: Path) -> None:
     """Files of the target stay as they are, linked ones too, and all other bytes."""
     before = shards(adopted / "model")
