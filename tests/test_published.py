@@ -10,7 +10,7 @@ import pytest
 import torch
 from called import refused, run
 from families import build, prompts
-from published import FAMILIES, Reference, write
+from published import FAMILIES, GLM, Reference, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -118,6 +118,20 @@ def test_training_equals_sequential_drafting(adopted: Path) -> None:
             torch.testing.assert_close(hidden[step], trained[step][:, anchor], **NEAR)
 
 
+def test_what_chooses_experts_stays_in_full_precision(tmp_path: Path) -> None:
+    """In the file and in a head that is converted; rotary frequencies too."""
+    layer = write("glm4_moe", tmp_path / "model")
+    head = adopt(tmp_path / "model", tmp_path / "head")
+    name = "mlp.gate.e_score_correction_bias"
+    stored = load_file(tmp_path / "head" / "model.safetensors")[GLM + name]
+    assert stored.dtype == torch.float32 and torch.equal(stored, layer[name])
+    frequencies = head.layer.rotary.inv_freq.clone()
+    head.bfloat16()
+    assert head.layer.block.self_attn.q_proj.weight.dtype == torch.bfloat16
+    assert torch.equal(head.layer.block.mlp.gate.e_score_correction_bias, layer[name])
+    assert torch.equal(head.layer.rotary.inv_freq, frequencies)
+
+
 def test_what_is_decoded_is_the_targets_own(adopted: Path) -> None:
     """In a batch of ragged prompts, with a tree, and the head rounded to integers where it is."""
     target = Target.load(adopted / "model", dtype=torch.float32)
@@ -212,7 +226,6 @@ def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-GLM = "model.layers.2."
 MISTAKES = {
     "carries no multi-token": lambda t: [t.pop(one) for one in list(t) if one.startswith(GLM)],
     "several multi-token": lambda t: t.update({"model.layers.3.enorm.weight": torch.ones(32)}),
