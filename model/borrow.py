@@ -39,13 +39,19 @@ def layer_sizes(target: Target) -> dict[str, Any]:
 
 @torch.no_grad()
 def copy_last_layer(target: Target, layer: nn.Module) -> bool:
-    """Fill a Llama-style layer with the target's last one; False when names or shapes differ."""
-    theirs = dict(target.layers[-1].named_parameters())
-    ours = dict(layer.named_parameters())
-    if set(ours) != set(theirs) or any(ours[n].shape != theirs[n].shape for n in ours):
+    """Fill a layer with the target's last one; False when names or shapes differ."""
+    return copy_layer(target, -1, layer)
+
+
+@torch.no_grad()
+def copy_layer(target: Target, index: int, layer: nn.Module) -> bool:
+    """Fill a layer with one of the target's; False when names or shapes differ."""
+    theirs = target.layers[index].state_dict(keep_vars=True)
+    ours = layer.state_dict(keep_vars=True)
+    if ours.keys() != theirs.keys() or any(ours[n].shape != theirs[n].shape for n in ours):
         return False
-    for name, parameter in ours.items():
-        parameter.copy_(full(whole(theirs[name])))
+    for name, tensor in ours.items():
+        tensor.copy_(full(whole(theirs[name])))
     return True
 
 

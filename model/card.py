@@ -61,6 +61,7 @@ def model_card(
         f"---\n{data.to_yaml()}\n---",
         f"# {'A draft head for ' + name if alone else name + ' with a draft head'}",
         _what(head, meta, alone),
+        *([_native(meta.replaces)] if meta.replaces else []),
         usage(head, meta, folder, place, alone),
         "## Measured\n\n" + (_table(meta) if meta.measured else "Not measured."),
         *(["## Calibration\n\n" + _calibration(meta)] if meta.calibration_rows else []),
@@ -143,6 +144,14 @@ def _changed(joint: Lora | None) -> str:
             f"{joint.divergence:.4f} nats per token"
         )
     return f"{text})"
+
+
+def _native(replaces: str) -> str:
+    return (
+        f"The multi-token prediction layer that came with them (`{replaces}`) IS this head too, so "
+        "engines that draft with that layer draft with this one. All other tensors are as they "
+        "were, byte for byte."
+    )
 
 
 def _table(meta: HeadMeta) -> str:

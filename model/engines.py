@@ -88,7 +88,7 @@ def tensor_name(head: DraftHead, ours: str) -> str:
         return ours
     prefix = f"model.layers.{head.target.num_layers}."
     if ours.startswith("layer."):
-        return prefix + ours.removeprefix("layer.")
+        return prefix + ours.removeprefix("layer.").removeprefix("block.")
     return prefix + ("shared_head." + ours if ours.startswith("norm.") else ours)
 
 

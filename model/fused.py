@@ -12,44 +12,34 @@ the target's weights, and loading it onto another is refused.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from . import gguf
-from .card import CARD, TARGET_CARD, is_edited, model_card
+from .card import CARD, is_edited, model_card
 from .engines import LM_HEAD, engine_keys, lm_head_rows, tensor_name
 from .files import recover, replace_text, written_beside
 from .hashing import target_hash
 from .head import DraftHead, head_class
 from .hub import (
-    CHAT_TEMPLATES,
     CONFIG,
     HEADS,
     OURS,
-    TARGET_FILES,
     WEIGHTS,
     fetch_fused,
     fetch_head,
     hub_name,
 )
-from .indexed import write_index
-from .joint import is_joint, merge
+from .joint import is_joint
 from .meta import HeadMeta, Measurement
-from .pretrained import stored_dtype
 from .target import Target
-
-PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
 class HeadFile(BaseModel):
@@ -92,12 +82,7 @@ def save_head(
 
 def _write_head(head: DraftHead, part: Path, config: dict[str, Any], with_lm_head: bool) -> None:
     tensors = {
-        tensor_name(head, name): (
-            tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-        )
-        .cpu()
-        .contiguous()
-        for name, tensor in head.state_dict().items()
+        tensor_name(head, name): tensor.cpu().contiguous() for name, tensor in _stored(head).items()
     }
     rows = lm_head_rows(head, torch.bfloat16) if with_lm_head else None
     if rows is not None:
@@ -110,7 +95,7 @@ def _write_head(head: DraftHead, part: Path, config: dict[str, Any], with_lm_hea
 def read_head_file(folder: str | Path) -> HeadFile:
     """What the head in a folder (or in a fused one, or on the Hub) is, how it was trained, what was
     measured."""
-    return _read_file(_head_folder(folder))
+    return _read_file(folder_of_head(folder))
 
 
 def record(folder: str | Path, head: DraftHead, measured: Measurement) -> bool:
@@ -131,7 +116,7 @@ def rewrite_meta(folder: str | Path, head: DraftHead, meta: HeadMeta) -> bool:
     The weights are not touched, and config.json is written whole or not at all. A card that was
     edited by hand is left as it is; then False.
     """
-    inner = _head_folder(folder)
+    inner = folder_of_head(folder)
     config = json.loads((inner / CONFIG).read_text(encoding="utf-8"))
     config[OURS]["meta"] = meta.model_dump(mode="json")
     replace_text(inner / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -155,7 +140,7 @@ def load_head(folder: str | Path, target: Target, *, merging: bool = False) -> D
     merging: the head was trained along with its target, whose adapters are put into it next.
     ValueError when the folder is damaged or was made for another target.
     """
-    folder = _head_folder(folder)
+    folder = folder_of_head(folder)
     file = _read_file(folder)
     if is_joint(folder) and not merging:
         raise ValueError(
@@ -191,20 +176,23 @@ def start_from(head: DraftHead, folder: str | Path) -> None:
 
     Its target may be another one of the same sizes. ValueError where the two do not fit.
     """
-    _fill(head, _head_folder(folder) / WEIGHTS, same_target=False)
+    _fill(head, folder_of_head(folder) / WEIGHTS, same_target=False)
 
 
 def as_loaded(head: DraftHead) -> DraftHead:
     """A copy of a bound head as it would be loaded again: its file holds bfloat16."""
     copy = type(head)(head.config)
-    state = head.state_dict()
-    copy.load_state_dict(
-        {
-            name: value.to(torch.bfloat16) if value.is_floating_point() else value
-            for name, value in state.items()
-        }
-    )
+    copy.load_state_dict(_stored(head))
     return copy.for_decoding(head.target)
+
+
+def _stored(head: DraftHead) -> dict[str, Tensor]:
+    """What is written of a head: its weights in bfloat16, and its buffers as they are."""
+    weights = {name for name, _ in head.named_parameters()}
+    return {
+        name: tensor.to(torch.bfloat16) if name in weights else tensor
+        for name, tensor in head.state_dict().items()
+    }
 
 
 def _fill(head: DraftHead, path: Path, *, same_target: bool = True) -> None:
@@ -253,7 +241,8 @@ def _check_lm_head(head: DraftHead, rows_VD: Tensor, path: Path) -> None:
         )
 
 
-def _head_folder(folder: str | Path) -> Path:
+def folder_of_head(folder: str | Path) -> Path:
+    """The head's own, of a fused checkpoint too, here or on the Hub."""
     recover(Path(folder))
     return fetch_head(folder)
 
@@ -303,92 +292,3 @@ def is_head(folder: str | Path) -> bool:
 def is_fused(folder: str | Path) -> bool:
     recover(Path(folder))
     return (Path(folder) / HEADS / CONFIG).is_file()
-
-
-def fuse(
-    source: str | Path,
-    head_folder: str | Path,
-    out: str | Path,
-    *,
-    link: bool = False,
-    index: bool = False,
-) -> None:
-    """Write a fused checkpoint, whole or not at all.
-
-    source: the target as a folder, a Hub id or a GGUF file (which is written out as a plain
-    folder). head_folder: a head trained on it, as a folder or on the Hub. link: hard-link the
-    target's weight files instead of copying them; saves the space, but whoever changes one changes
-    both. index: list the head among the target's own weights, for transformers'
-    `generate(use_mtp=True)` (see `indexed.py`).
-    """
-    if has_edited_card(out) and is_fused(out):
-        raise ValueError(
-            f"{Path(out) / CARD} was edited by hand, and fusing anew would lose that. Move it "
-            "away, or name a new folder."
-        )
-    head_folder = _head_folder(head_folder)
-    # What a GGUF file is written out as should not depend on whether there is an accelerator.
-    is_gguf = Path(source).suffix == gguf.SUFFIX
-    joint = is_joint(head_folder)
-    target = Target.load(source, dtype=torch.float32 if is_gguf or joint else "auto")
-    head = load_head(head_folder, target, merging=joint)
-    meta = read_head_file(head_folder).meta
-    parent = Path(out).absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(dir=parent, prefix=".plain-") as beside,
-        written_beside(Path(out), f"{HEADS}/{CONFIG}", OURS) as part,
-    ):
-        spare = Path(beside, "target")
-        if joint:
-            target, plain = _changed(target, head_folder, str(source), spare), spare
-            head.bind(target)
-        else:
-            plain = _plain_folder(str(source), target, spare)
-        for file in _files_to_keep(plain):
-            name = TARGET_CARD if file.name == CARD else file.relative_to(plain)
-            _take(file, part / name, (link or plain == spare) and file.suffix == ".safetensors")
-        save_head(head, part / HEADS, meta, with_lm_head=True)
-        if index:
-            write_index(head, part)
-        card = model_card(head, meta, part)
-        (part / CARD).write_text(card, encoding="utf-8")
-
-
-def _changed(target: Target, head_folder: Path, source: str, spare: Path) -> Target:
-    """The target with a joint head's adapters in its weights, in the type that it is stored in."""
-    merge(target.model, head_folder)
-    target.model.to(stored_dtype(source))
-    gguf.save_plain(target, spare)
-    return Target.load(spare)
-
-
-def _plain_folder(source: str, target: Target, spare: Path) -> Path:
-    if Path(source).suffix == gguf.SUFFIX:
-        gguf.save_plain(target, spare)
-        return spare
-    if Path(source).is_dir():
-        return Path(source)
-    snapshot_download(source, allow_patterns=[f"{CHAT_TEMPLATES}/*.jinja"])
-    patterns = [*TARGET_FILES, "*.py", "*.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]
-    return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
-
-
-def _files_to_keep(folder: Path) -> list[Path]:
-    """Files at the root, and chat templates beside the main one. Pickled weights are left behind
-    where there are safetensors."""
-    files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
-    files += sorted(folder.glob(f"{CHAT_TEMPLATES}/*.jinja"))
-    if any(file.suffix == ".safetensors" for file in files):
-        files = [file for file in files if file.suffix not in PICKLES]
-    if any(file.name == TARGET_CARD for file in files):  # it was fused before: that card is ours
-        files = [file for file in files if file.name != CARD]
-    return files
-
-
-def _take(file: Path, to: Path, link: bool) -> None:
-    to.parent.mkdir(exist_ok=True)
-    if link:
-        to.hardlink_to(file.resolve())
-    else:
-        shutil.copyfile(file, to)

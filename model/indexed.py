@@ -36,7 +36,13 @@ def write_index(head: DraftHead, folder: Path) -> None:
             f"Only heads of kind mtp can be listed in the index, and this one is {head.kind}. "
             "Fuse it without the index."
         )
+    if head.layers:
+        raise ValueError(
+            "transformers gives a head the hidden state behind the target's final norm, and this "
+            "one reads another. Fuse it without the index."
+        )
     prefix = f"model.layers.{head.target.num_layers}."
+    _refuse_own(folder, prefix)
     stored = load_file(folder / "draft_heads" / SINGLE)
     tensors = {name: tensor for name, tensor in stored.items() if name.startswith(prefix)}
     (folder / ADDED).write_bytes(save(tensors, metadata={"format": "pt"}))
@@ -50,6 +56,20 @@ def write_index(head: DraftHead, folder: Path) -> None:
         encoding="utf-8",
     )
     _try_out(head, folder, pattern)
+
+
+def _refuse_own(folder: Path, prefix: str) -> None:
+    """A checkpoint that carries such a layer would then have two of one name."""
+    if (folder / INDEX).exists():
+        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    else:
+        with safe_open(folder / SINGLE, framework="pt") as file:
+            names = file.keys()
+    if any(name.startswith(prefix) for name in names):
+        raise ValueError(
+            f"The target carries a layer {prefix}* of its own, in whose place the head can be "
+            "written: fuse with --native instead of --index."
+        )
 
 
 def _list_weights(folder: Path, added: dict[str, str]) -> None:

@@ -51,9 +51,10 @@ class HeadMeta(BaseModel):
 
     target: the Hub id or name of its target. steps: how many steps ahead it was trained for.
     tokens: how many answer tokens it saw. data_hash: sha256 of the training data. start: the
-    trained head that it began as. joint: how its target was changed along with it. weight_only:
-    what the target's layers were held in while it was trained, if not in their own type. recipe:
-    the settings that it was trained with, by section.
+    trained head that it began as. replaces: the target's own tensors in whose place it also is.
+    joint: how its target was changed along with it. weight_only: what the target's layers were held
+    in while it was trained, if not in their own type. recipe: the settings that it was trained
+    with, by section.
 
     Calibration, all of it empty before (training/calibrate.py). temperatures: one per depth,
     dividing its logits so that path probabilities are calibrated; what a loaded head drafts with.
@@ -72,6 +73,7 @@ class HeadMeta(BaseModel):
     data: str | None = None
     data_hash: str | None = None
     start: str | None = None
+    replaces: str | None = None
     joint: Lora | None = None
     weight_only: str | None = None
     recipe: dict[str, dict[str, Any]] | None = None

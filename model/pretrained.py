@@ -18,6 +18,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from . import gguf
@@ -25,6 +27,23 @@ from .families import decoder_layers, inner_model, refuse_config
 from .hashing import weights_hash
 from .spread import from_first, spread, tensor_plan
 from .weight_only import quantize_layers
+
+
+class MiMoConfig(Qwen2Config):
+    model_type = "mimo"
+
+
+class MiMoForCausalLM(Qwen2ForCausalLM):
+    """MiMo-7B: Qwen2 with a multi-token prediction layer beside it. transformers has no class for
+    it, and the folder's own code (`trust_remote_code`) is for older versions."""
+
+    config_class = MiMoConfig
+    _keys_to_ignore_on_load_unexpected = [r"^model\.mtp_layers\."]  # noqa: RUF012
+
+
+if MiMoConfig.model_type not in CONFIG_MAPPING:
+    AutoConfig.register(MiMoConfig.model_type, MiMoConfig)
+    AutoModelForCausalLM.register(MiMoConfig, MiMoForCausalLM)
 
 
 def open_pretrained(
@@ -174,6 +193,23 @@ def of_shape(config: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     with place:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, dtype=_dtype(dtype, place))
     return model
+
+
+def one_layer(
+    model_type: str, settings: Mapping[str, Any], attention: str
+) -> tuple[nn.Module, nn.Module]:
+    """The first decoder layer of a family and its rotary positions, with weights as they come.
+
+    settings: of the family's configuration. attention: transformers' name of what it calls for it.
+    """
+    config = AutoConfig.for_model(model_type, **settings)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    decoder = inner_model(model)
+    layer_type: Any = type(decoder_layers(decoder, config, model_type)[0])
+    rotary_type: Any = type(decoder.rotary_emb)
+    config._attn_implementation = attention
+    return layer_type(config, 0), rotary_type(config=config)
 
 
 def _refuse_quantized(config: PretrainedConfig, name: str) -> None:

@@ -242,7 +242,7 @@ def _attend_chain(
     attended = weights[..., : until - first] @ first_values
     for index, later in enumerate(own_values):
         attended = attended + weights[..., until - first + index, None] * later
-    return attended.reshape(batch, heads, rows, channels)
+    return attended.reshape(batch, heads, rows, -1)
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,8 @@ def cached_attention(
         mask_BNS = cache.visible(pending_BNM)
         columns_S = torch.arange(mask_BNS.shape[-1], device=mask_BNS.device)
         return _under_a_mask(queries, keys, values, mask_BNS & (columns_S >= first_BN[..., None]))
-    if on_a_gpu is not None and queries.dtype == keys.dtype and not torch.is_grad_enabled():
+    alike = queries.dtype == keys.dtype and keys.shape[-1] == values.shape[-1]
+    if on_a_gpu is not None and alike and not torch.is_grad_enabled():
         scale, lengths_B = queries.shape[-1] ** -0.5, cache.lengths_B
         attended_BNHC = on_a_gpu.attend(
             queries.transpose(1, 2), (keys, values), lengths_B, pending_BNM, scale, cache.columns

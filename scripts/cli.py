@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .adopt import adopt
 from .bench import bench
 from .calibrate import calibrate
 from .data import data
@@ -32,6 +33,7 @@ app.command()(friendly(data, KEPT))
 app.command()(friendly(features, KEPT))
 app.command()(friendly(plan))
 app.command()(friendly(train))
+app.command()(friendly(adopt))
 app.command()(friendly(fuse))
 app.command()(friendly(push, KEPT))
 app.command()(friendly(generate))

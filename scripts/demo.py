@@ -39,8 +39,8 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens per compared answer.")] = 64,
 ) -> None:
     """Train, fuse and decode on a real model, in at most a quarter of an hour on two cores."""
-    from headstart.model.fused import fuse as write
     from headstart.model.fused import is_fused
+    from headstart.model.fusing import fuse as write
     from headstart.model.hashing import target_hash
     from headstart.model.target import Target
 

@@ -20,10 +20,14 @@ def fuse(
     index: Annotated[
         bool, typer.Option(help="List an mtp head in the index, for transformers' use_mtp.")
     ] = False,
+    native: Annotated[
+        bool,
+        typer.Option(help="Write an mtp head over the layer that the target carries, for engines."),
+    ] = False,
 ) -> None:
     """Write one folder: the target's files unchanged, the head in draft_heads/, a card."""
-    from headstart.model.fused import fuse as write
+    from headstart.model.fusing import fuse as write
 
-    write(target, head, out, link=link, index=index)
+    write(target, head, out, link=link, index=index, native=native)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     show(f"{out} ({size / 1e6:,.0f} MB)")

@@ -21,7 +21,8 @@ def shipped_head() -> Path:
 
 def shipped_checkpoint() -> Path:
     """SmolLM2-135M-Instruct fused with the shipped head, made on first use."""
-    from headstart.model.fused import fuse, is_fused
+    from headstart.model.fused import is_fused
+    from headstart.model.fusing import fuse
 
     head = shipped_head()
     digest = hashlib.sha256()

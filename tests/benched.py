@@ -9,7 +9,8 @@ import pytest
 import torch
 from chatty import save
 
-from headstart.model.fused import fuse, load_fused, save_head
+from headstart.model.fused import load_fused, save_head
+from headstart.model.fusing import fuse
 from headstart.model.head import DraftHead, make_head
 from headstart.model.meta import HeadMeta
 from headstart.model.target import Target

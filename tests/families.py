@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import headstart.model.pretrained  # noqa: F401  (knows MiMo)
+
 VOCAB = 96
 WINDOW = 8
 SPREAD = 0.25  # of the random weights: wide enough that greedy decoding does not repeat one token
@@ -69,6 +71,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ministral": MIXED | {"head_dim": 8},
     "mixtral": {"sliding_window": None, "num_local_experts": 4},
     "qwen2": {},
+    "mimo": {},
     "qwen2_windows": MIXED | {"use_sliding_window": True, "max_window_layers": 0},
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 32},
     "qwen3": {"head_dim": 8},
@@ -86,6 +89,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "glm": {"head_dim": 8},
     "glm4": {"head_dim": 8},
     "glm4_moe": GROUPED | {"head_dim": 8},
+    "glm4_moe_lite": GROUPED | MLA,
     "deepseek_v2": GROUPED | MLA | {"topk_method": "greedy"},
     "deepseek_v3": GROUPED | MLA,
     "gpt2": GPT2,

@@ -22,7 +22,7 @@ from headstart.inference import bench as runs
 from headstart.inference.bench import Case, Ours, Score, Setting, Stock
 from headstart.inference.measure import Contestant
 from headstart.inference.rows import Stop
-from headstart.model.fused import fuse
+from headstart.model.fusing import fuse
 from headstart.model.pretrained import open_pretrained
 from headstart.model.target import Target
 from headstart.model.tree import TreeShape

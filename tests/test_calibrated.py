@@ -11,7 +11,8 @@ import pytest
 from tiny_run import mixed_rows, tiny_head, tiny_recipe, tiny_target, write_rows
 
 from headstart.model.card import model_card
-from headstart.model.fused import fuse, load_head, read_head_file, rewrite_meta, save_head
+from headstart.model.fused import load_head, read_head_file, rewrite_meta, save_head
+from headstart.model.fusing import fuse
 from headstart.model.meta import HeadMeta
 from headstart.model.target import Target
 from headstart.scripts.calibrate import calibrate as command

@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 from tiny_run import tiny_head, tiny_recipe, tiny_target
 
 from headstart.model.card import is_edited, licence_of, model_card
-from headstart.model.fused import fuse, read_head_file, record, save_head
+from headstart.model.fused import read_head_file, record, save_head
+from headstart.model.fusing import fuse
 from headstart.model.head import make_head
 from headstart.model.hub import hub_name
 from headstart.model.meta import HeadMeta, Measurement

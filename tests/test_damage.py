@@ -15,8 +15,9 @@ from families import build
 from test_gguf import write_gguf
 from transformers import AutoTokenizer
 
-from headstart.model import fused
-from headstart.model.fused import fuse, is_fused, load_fused, load_head, save_head
+from headstart.model import fusing
+from headstart.model.fused import is_fused, load_fused, load_head, save_head
+from headstart.model.fusing import fuse
 from headstart.model.head import make_head
 from headstart.model.meta import HeadMeta
 from headstart.model.target import Target
@@ -104,8 +105,8 @@ def test_more_chat_templates_are_downloaded(
             asked.extend(patterns["allow_patterns"])
         return str(folders / source)
 
-    monkeypatch.setattr(fused, "snapshot_download", download)
-    assert fused._plain_folder("target", None, tmp_path) == folders / "target"
+    monkeypatch.setattr(fusing, "snapshot_download", download)
+    assert fusing._plain_folder("target", None, tmp_path) == folders / "target"
     assert asked == ["additional_chat_templates/*.jinja"]
 
 

@@ -15,14 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from headstart.model.card import model_card
-from headstart.model.fused import (
-    fuse,
-    load_fused,
-    load_head,
-    read_head_file,
-    save_head,
-    target_hash,
-)
+from headstart.model.fused import load_fused, load_head, read_head_file, save_head, target_hash
+from headstart.model.fusing import fuse
 from headstart.model.head import DraftHead, kinds, make_head
 from headstart.model.meta import HeadMeta, Measurement
 from headstart.model.target import Target

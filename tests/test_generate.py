@@ -31,7 +31,8 @@ from transformers.generation.streamers import BaseStreamer
 from headstart.inference.decode import decode
 from headstart.inference.generate import SpeculativeModel
 from headstart.inference.trees import DEFAULT_TREE
-from headstart.model.fused import fuse, save_head
+from headstart.model.fused import save_head
+from headstart.model.fusing import fuse
 from headstart.model.head import make_head
 from headstart.model.meta import HeadMeta
 from headstart.model.target import Target

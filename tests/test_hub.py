@@ -16,7 +16,8 @@ from hubbed import Worker
 from huggingface_hub import ModelCard
 
 from headstart.model.card import is_edited
-from headstart.model.fused import fuse, record, save_head
+from headstart.model.fused import record, save_head
+from headstart.model.fusing import fuse
 from headstart.model.head import DraftHead, make_head
 from headstart.model.meta import HeadMeta, Measurement
 from headstart.model.target import Target

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from headstart.model.fused import fuse, save_head
+from headstart.model.fused import save_head
+from headstart.model.fusing import fuse
 from headstart.model.hashing import target_hash
 from headstart.model.head import DraftHead, make_head
 from headstart.model.meta import HeadMeta

@@ -15,7 +15,8 @@ import pytest
 from chatty import save, write_recipe
 from tiny_run import mixed_rows, write_rows
 
-from headstart.model.fused import fuse, save_head
+from headstart.model.fused import save_head
+from headstart.model.fusing import fuse
 from headstart.model.head import make_head
 from headstart.model.meta import HeadMeta
 from headstart.model.target import Target

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tiny_run import learned, mixed_rows, tiny_head, tiny_recipe, tiny_target, write_rows
 
 from headstart.inference.measure import PLAIN, Contestant, measure
-from headstart.model.fused import fuse, load_fused, load_head, read_head_file
+from headstart.model.fused import load_fused, load_head, read_head_file
+from headstart.model.fusing import fuse
 from headstart.model.hashing import target_hash
 from headstart.model.head import kinds
 from headstart.model.joint import ADAPTER, merge

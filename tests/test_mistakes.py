@@ -11,7 +11,8 @@ from chatty import save
 from safetensors import SafetensorError
 from typer.testing import CliRunner, Result
 
-from headstart.model.fused import fuse, save_head
+from headstart.model.fused import save_head
+from headstart.model.fusing import fuse
 from headstart.model.head import make_head
 from headstart.model.meta import HeadMeta
 from headstart.model.target import Target

@@ -27,7 +27,8 @@ from headstart.inference.serving.app import MOST_BYTES
 from headstart.inference.serving.worker import Job
 from headstart.inference.text import TextStream
 from headstart.model.cache import KVCache
-from headstart.model.fused import fuse, save_head
+from headstart.model.fused import save_head
+from headstart.model.fusing import fuse
 from headstart.model.head import make_head
 from headstart.model.meta import HeadMeta
 from headstart.model.target import Target

@@ -12,7 +12,8 @@ import torch
 from families import FAMILIES, build
 from tiny_run import mixed_rows, write_rows
 
-from headstart.model.fused import fuse, load_fused, read_head_file
+from headstart.model.fused import load_fused, read_head_file
+from headstart.model.fusing import fuse
 from headstart.model.hashing import target_hash
 from headstart.model.head import make_head
 from headstart.model.target import Target

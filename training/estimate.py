@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headstart.model.head import DraftHead
 from headstart.model.joint import adapted
@@ -143,7 +143,8 @@ def _flops(recipe: Recipe, target: Target, head: DraftHead, *, passes: int) -> t
     layers = 0 if recipe.data.features is not None else _active(target)
     if recipe.joint is not None:  # the original, the changed one, and the gradient of its input
         layers *= 3 + recipe.loss.recompute
-    inside = sum(one.numel() for one in head.parameters() if one.dim() > 1)
+    family = getattr(head.config, "family", None)
+    inside = _multiplied(head, {} if family is None else family.settings)
     drafted = head.config.draft_vocab or head.config.vocab_size
     logits = target.hidden_size * (target.vocab_size + 2 * steps * drafted)
     return 2.0 * (layers + passes * steps * inside), 2.0 * logits
@@ -279,12 +280,16 @@ def _widest(target: Target) -> int:
 
 def _active(target: Target) -> float:
     """Weights of the layers that a token is multiplied by: of experts only the chosen ones."""
-    config: Any = target.config
-    every = next((getattr(config, name) for name in EXPERTS if getattr(config, name, None)), None)
-    chosen = getattr(config, "num_experts_per_tok", None)
+    settings = target.config.to_dict()
+    return sum(_multiplied(layer, settings) for layer in target.layers)
+
+
+def _multiplied(module: nn.Module, settings: Mapping[str, Any]) -> float:
+    """Weights that a token is multiplied by. settings: of the family's configuration."""
+    every = next((settings[name] for name in EXPERTS if settings.get(name)), None)
+    chosen = settings.get("num_experts_per_tok")
     total = 0.0
-    for layer in target.layers:
-        for name, one in layer.named_parameters():
-            part = chosen / every if every and chosen and ".experts." in f".{name}." else 1.0
-            total += part * one.numel() if one.dim() > 1 else 0
+    for name, one in module.named_parameters():
+        part = chosen / every if every and chosen and ".experts." in f".{name}." else 1.0
+        total += part * one.numel() if one.dim() > 1 else 0
     return total

@@ -65,7 +65,8 @@ class Zero(Engine):
         return all(bool(weight.isfinite().all()) for weight in weights)
 
     def whole_head(self) -> DraftHead | None:
-        weights = dict(self.head.named_buffers())
+        kept = self.head.state_dict().keys()
+        weights = {name: one for name, one in self.head.named_buffers() if name in kept}
         for name, weight in self.head.named_parameters():
             whole = self.utils.safe_get_full_fp32_param(weight)
             if self.team.main:

@@ -5,7 +5,8 @@ One decoder layer shared by all steps, between the target's final hidden state a
     u = eh_proj([enorm(embed(x[t+1])), hnorm(h[t])])
     z = norm(DecoderLayer(u))         p(x[t+2]) = softmax(lm_head(z))
 
-h[t] is the target's hidden state after its final norm; in later steps it is z.
+h[t] is the target's hidden state after its final norm; in later steps it is z. Heads that came with
+their target (model/adopt.py) may read another state and have a layer of the target's family.
 
 Legend: B batch rows, T positions, D hidden size.
 """
@@ -19,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from headstart.model.borrow import copy_final_norm, copy_last_layer, layer_sizes
+from headstart.model.family_layer import FamilyConfig, FamilyLayer
 from headstart.model.head import HeadConfig
 from headstart.model.layers import MLP, Attend, Attention, LayerConfig, RMSNorm
 from headstart.model.recurrent import AttentionLayout, RecurrentHead
@@ -28,9 +30,13 @@ from headstart.model.target import Target
 
 class Config(HeadConfig):
     """attention_layout: `kvshare` suits our trees, `append` is what stock engines serve. window:
-    how many pairs attention sees (`model/recurrent.py`); all of them if none."""
+    how many pairs attention sees (`model/recurrent.py`); all of them if none. feature_layer: the
+    target's decoder layer (0-based) whose output h[t] is, instead of what the LM head reads.
+    family: where the decoder layer is one of the target's own family (model/family_layer.py)."""
 
     layer: LayerConfig
+    family: FamilyConfig | None = None
+    feature_layer: int | None = None
     attention_layout: AttentionLayout = "append"
     window: int | None = Field(default=None, ge=1)
 
@@ -62,7 +68,10 @@ class Head(RecurrentHead):
         self.enorm = RMSNorm(size, eps)
         self.hnorm = RMSNorm(size, eps)
         self.eh_proj = nn.Linear(2 * size, size, bias=False)
-        self.layer = DecoderLayer(config.layer)
+        if config.feature_layer is not None:
+            self.layers = (config.feature_layer,)
+        family = config.family
+        self.layer = DecoderLayer(config.layer) if family is None else FamilyLayer(family)
         self.norm = RMSNorm(size, eps)
 
     @classmethod
@@ -72,20 +81,23 @@ class Head(RecurrentHead):
     @torch.no_grad()
     def init_from_target(self) -> None:
         """Start as the target's last layer with the hidden state passed through."""
-        copy_last_layer(self.target, self.layer)
+        layer = self.layer.block if isinstance(self.layer, FamilyLayer) else self.layer
+        copy_last_layer(self.target, layer)
         copy_final_norm(self.target, self.norm.weight)
         half = self.config.hidden_size
         self.eh_proj.weight[:, half:] = torch.eye(half)
         self.eh_proj.weight[:, :half] *= 0.1
 
     def feature(self, seen: Seen) -> Tensor:
-        return seen.last_BTD.to(self.eh_proj.weight.dtype)
+        hidden_BTD = seen.hidden[self.layers[0]] if self.layers else seen.last_BTD
+        return hidden_BTD.to(self.eh_proj.weight.dtype)
 
     def cell(
         self, embedded_BTD: Tensor, feature_BTD: Tensor, positions_BT: Tensor, attend: Attend
     ) -> Tensor:
         joined = torch.cat([self.enorm(embedded_BTD), self.hnorm(feature_BTD)], -1)
-        return self.layer(self.eh_proj(joined), positions_BT, attend)
+        output_BTD: Tensor = self.layer(self.eh_proj(joined), positions_BT, attend)
+        return output_BTD
 
     def readout(self, output_BTD: Tensor) -> Tensor:
         return self.norm(output_BTD)

@@ -1,0 +1,317 @@
+"""Tiny random checkpoints with a multi-token prediction layer in the names that families publish.
+
+`write(name, folder)` writes one; `reference(...)` works its layer out from the published formula,
+with plain tensor operations.
+
+Legend: T positions, D hidden size, H query heads, G key/value heads, C head channels.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import GROUPED, MLA, build
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+HIDDEN, LAYERS = 32, 2
+DENSE = {
+    "input_layernorm.weight": (HIDDEN,),
+    "post_attention_layernorm.weight": (HIDDEN,),
+    "mlp.gate_proj.weight": (64, HIDDEN),
+    "mlp.up_proj.weight": (64, HIDDEN),
+    "mlp.down_proj.weight": (HIDDEN, 64),
+}
+GQA = {
+    "self_attn.q_proj.weight": (32, HIDDEN),
+    "self_attn.k_proj.weight": (16, HIDDEN),
+    "self_attn.v_proj.weight": (16, HIDDEN),
+    "self_attn.o_proj.weight": (HIDDEN, 32),
+}
+BIASES = {f"self_attn.{one}_proj.bias": (size,) for one, size in (("q", 32), ("k", 16), ("v", 16))}
+LATENT = {
+    "self_attn.q_a_proj.weight": (16, HIDDEN),
+    "self_attn.q_a_layernorm.weight": (16,),
+    "self_attn.q_b_proj.weight": (64, 16),
+    "self_attn.kv_a_proj_with_mqa.weight": (24, HIDDEN),
+    "self_attn.kv_a_layernorm.weight": (16,),
+    "self_attn.kv_b_proj.weight": (80, 16),
+    "self_attn.o_proj.weight": (HIDDEN, 48),
+}
+MIXTURE = {
+    "input_layernorm.weight": (HIDDEN,),
+    "post_attention_layernorm.weight": (HIDDEN,),
+    "mlp.gate.weight": (4, HIDDEN),
+    "mlp.gate.e_score_correction_bias": (4,),
+    **{
+        f"mlp.{part}.{kind}_proj.weight": (HIDDEN, 32) if kind == "down" else (32, HIDDEN)
+        for part in (*(f"experts.{number}" for number in range(4)), "shared_experts")
+        for kind in ("gate", "up", "down")
+    },
+}
+GLM_PARTS = {
+    "enorm.weight": (HIDDEN,),
+    "hnorm.weight": (HIDDEN,),
+    "eh_proj.weight": (HIDDEN, 2 * HIDDEN),
+    "shared_head.norm.weight": (HIDDEN,),
+}
+MIMO_PARTS = {
+    "token_layernorm.weight": (HIDDEN,),
+    "hidden_layernorm.weight": (HIDDEN,),
+    "input_proj.weight": (HIDDEN, 2 * HIDDEN),
+    "final_layernorm.weight": (HIDDEN,),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """tensors: published names without the prefix, and shapes. copies: whether the embedding and
+    the LM head are published again with the layer. more: keys of its config.json."""
+
+    model_type: str
+    settings: dict[str, Any]
+    prefix: str
+    tensors: dict[str, tuple[int, ...]]
+    copies: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+GLM = f"model.layers.{LAYERS}."
+FAMILIES = {
+    "mimo": Family(
+        "mimo",
+        {"num_nextn_predict_layers": 1, "rope_parameters": {"rope_theta": 640000.0}},
+        "model.mtp_layers.0.",
+        MIMO_PARTS | DENSE | GQA | BIASES,
+        # Code of its own, which is not there: it must not be asked for.
+        more={"auto_map": {"AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM"}},
+    ),
+    # GLM's names on a plain Llama: what `fuse --index` writes
+    "llama": Family("llama", {}, GLM, GLM_PARTS | DENSE | GQA),
+    "glm4_moe": Family(
+        "glm4_moe",
+        GROUPED | {"head_dim": 8, "use_qk_norm": True, "attention_bias": True},
+        GLM,
+        GLM_PARTS
+        | MIXTURE
+        | GQA
+        | BIASES
+        | {"self_attn.q_norm.weight": (8,), "self_attn.k_norm.weight": (8,)},
+        copies=True,
+    ),
+    "glm4_moe_lite": Family(
+        "glm4_moe_lite", GROUPED | MLA, GLM, GLM_PARTS | MIXTURE | LATENT, copies=True
+    ),
+    "deepseek_v3": Family(
+        "deepseek_v3", GROUPED | MLA, GLM, GLM_PARTS | MIXTURE | LATENT, copies=True
+    ),
+}
+
+
+def write(name: str, folder: Path, *, seed: int = 0, **settings: Any) -> dict[str, Tensor]:
+    """A checkpoint in two files with an index, bfloat16; returns the layer's tensors by name,
+    without the prefix. The bias that chooses experts is published in float32."""
+    family = FAMILIES[name]
+    model = build(family.model_type, family.settings | settings).bfloat16()
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | family.more, indent=2))
+    stored = load_file(folder / "model.safetensors")
+    prefix = family.prefix.replace(f".{LAYERS}.", f".{model.config.num_hidden_layers}.")
+    layer = random_layer(family, seed)
+    if family.copies:
+        layer["embed_tokens.weight"] = stored["model.embed_tokens.weight"].clone()
+        layer["shared_head.head.weight"] = stored["lm_head.weight"].clone()
+    ours = {prefix + name: tensor for name, tensor in layer.items()}
+    # The second file holds a tensor of the target too, as published shards do.
+    last = "model.norm.weight"
+    second = {last: stored.pop(last)} | ours
+    (folder / "model.safetensors").unlink()
+    shards = {
+        "model-00001-of-00002.safetensors": stored,
+        "model-00002-of-00002.safetensors": second,
+    }
+    index: dict[str, str] = {}
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text)
+    return layer
+
+
+def random_layer(family: Family, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(100 + seed)
+    layer: dict[str, Tensor] = {}
+    for name, shape in family.tensors.items():
+        values = torch.randn(shape, generator=generator)
+        if "norm" in name:
+            layer[name] = (1 + 0.2 * values).bfloat16()
+        elif "e_score" in name:
+            layer[name] = 0.05 * values  # float32
+        else:
+            layer[name] = ((0.1 if len(shape) == 1 else 0.25) * values).bfloat16()
+    return layer
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What a family publishes of its layer, for `reference`."""
+
+    names: tuple[str, str, str, str]  # embedding's norm, hidden state's norm, projection, last norm
+    hidden_first: bool
+    theta: float
+    eps: float
+    rotary: int  # channels that are turned
+    top: int = 0  # experts of a token
+    scale: float = 1.0  # of what the experts add
+
+
+FORMULAS = {
+    "glm4_moe_lite": Formula(
+        ("enorm", "hnorm", "eh_proj", "shared_head.norm"), False, 10000.0, 1e-5, 8, 2, 1.8
+    ),
+    "mimo": Formula(
+        ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"),
+        True,
+        640000.0,
+        1e-6,
+        8,
+    ),
+    "llama": Formula(("enorm", "hnorm", "eh_proj", "shared_head.norm"), False, 10000.0, 1e-6, 8),
+    "glm4_moe": Formula(
+        ("enorm", "hnorm", "eh_proj", "shared_head.norm"), False, 10000.0, 1e-5, 4, 2
+    ),
+    "deepseek_v3": Formula(
+        ("enorm", "hnorm", "eh_proj", "shared_head.norm"), False, 10000.0, 1e-6, 8, 2, 2.5
+    ),
+}
+
+
+def rms(states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return states / (states.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+class Reference:
+    """One text, one step after the other, from the published formula. float64.
+
+    Pair p joins the token x[p+1] with a hidden state at p; every step writes its own keys, and step
+    k at pair p sees those of step 0 up to p and its own chain.
+    """
+
+    def __init__(self, name: str, layer: dict[str, Tensor], heads: int = 4):
+        self.formula, self.heads, self.name = FORMULAS[name], heads, name
+        self.layer = {key: value.double() for key, value in layer.items()}
+
+    def steps(self, embedded_TD: list[Tensor], hidden_TD: Tensor) -> list[Tensor]:
+        """embedded_TD: of each step. hidden_TD: of the target. Normed outputs of each step."""
+        outputs: list[Tensor] = []
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for step, embedded in enumerate(embedded_TD):
+            hidden_TD = self._step(embedded, hidden_TD, step, keys, values)
+            outputs.append(hidden_TD)
+        return outputs
+
+    def _step(
+        self, embedded: Tensor, hidden: Tensor, step: int, keys: list[Tensor], values: list[Tensor]
+    ) -> Tensor:
+        enorm, hnorm, proj, norm = (self.layer[f"{one}.weight"] for one in self.formula.names)
+        eps = self.formula.eps
+        both = [rms(embedded, enorm, eps), rms(hidden, hnorm, eps)]
+        joined = torch.cat(both[::-1] if self.formula.hidden_first else both, -1)
+        state = joined @ proj.T
+        normed = rms(state, self.layer["input_layernorm.weight"], eps)
+        state = state + self._attention(normed, step, keys, values)
+        normed = rms(state, self.layer["post_attention_layernorm.weight"], eps)
+        mixed = self._experts(normed) if self.formula.top else self._mlp(normed, "mlp.")
+        return rms(state + mixed, norm, eps)
+
+    def _linear(self, states: Tensor, name: str) -> Tensor:
+        bias = self.layer.get(f"self_attn.{name}.bias")
+        product = states @ self.layer[f"self_attn.{name}.weight"].T
+        return product if bias is None else product + bias
+
+    def _attention(
+        self, normed: Tensor, step: int, keys: list[Tensor], values: list[Tensor]
+    ) -> Tensor:
+        length = len(normed)
+        positions = torch.arange(length) + step
+        project = self._latent if "self_attn.kv_b_proj.weight" in self.layer else self._grouped
+        query, key, value = project(normed, positions)  # T x H x C each
+        keys.append(key)
+        values.append(value)
+        out = torch.zeros(length, self.heads, value.shape[-1], dtype=torch.float64)
+        for place in range(length):
+            seen = [(keys[0][: place + 1], values[0][: place + 1])]
+            seen += [
+                (own[place : place + 1], held[place : place + 1])
+                for own, held in zip(keys[1:], values[1:], strict=True)
+            ]
+            every = torch.cat([one for one, _ in seen]), torch.cat([one for _, one in seen])
+            scores = torch.einsum("hc,shc->hs", query[place], every[0]) * query.shape[-1] ** -0.5
+            out[place] = torch.einsum("hs,shc->hc", scores.softmax(-1), every[1])
+        return out.flatten(1) @ self.layer["self_attn.o_proj.weight"].T
+
+    def _grouped(self, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [self._linear(normed, f"{one}_proj").unflatten(1, (-1, 8)) for one in "qkv"]
+        for index, one in enumerate("qk"):
+            weight = self.layer.get(f"self_attn.{one}_norm.weight")
+            if weight is not None:
+                parts[index] = rms(parts[index], weight, self.formula.eps)
+            parts[index] = self._turned(parts[index], positions)
+        query, key, value = parts
+        shared = self.heads // key.shape[1]
+        return query, key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+
+    def _turned(self, states: Tensor, positions: Tensor, pairs: bool = False) -> Tensor:
+        """Rotary positions. pairs: neighbours are turned together, as DeepSeek-V3 publishes it."""
+        turned, rest = states[..., : self.formula.rotary], states[..., self.formula.rotary :]
+        half = self.formula.rotary // 2
+        steps = torch.arange(half, dtype=torch.float64) / half
+        angle = positions[:, None] * self.formula.theta**-steps
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        if pairs:
+            left, right = turned[..., 0::2], turned[..., 1::2]
+        else:
+            left, right = turned[..., :half], turned[..., half:]
+        return torch.cat([left * cos - right * sin, right * cos + left * sin, rest], -1)
+
+    def _latent(self, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Multi-head latent attention: 8 channels without and 8 with positions, values of 12."""
+        eps = 1e-6
+        low = rms(
+            self._linear(normed, "q_a_proj"), self.layer["self_attn.q_a_layernorm.weight"], eps
+        )
+        query = self._linear(low, "q_b_proj").unflatten(1, (self.heads, 16))
+        query = torch.cat([query[..., :8], self._turned(query[..., 8:], positions, True)], -1)
+        joint = self._linear(normed, "kv_a_proj_with_mqa")
+        turned = self._turned(joint[:, None, 16:], positions, True).expand(-1, self.heads, -1)
+        low = rms(joint[:, :16], self.layer["self_attn.kv_a_layernorm.weight"], eps)
+        both = self._linear(low, "kv_b_proj").unflatten(1, (self.heads, 20))
+        return query, torch.cat([both[..., :8], turned], -1), both[..., 8:]
+
+    def _mlp(self, normed: Tensor, prefix: str) -> Tensor:
+        gate, up, down = (
+            self.layer[f"{prefix}{one}_proj.weight"] for one in ("gate", "up", "down")
+        )
+        return (torch.nn.functional.silu(normed @ gate.T) * (normed @ up.T)) @ down.T
+
+    def _experts(self, normed: Tensor) -> Tensor:
+        """Two groups of two experts; the better group (by the sum of its best two) is taken."""
+        weight, bias = self.layer["mlp.gate.weight"], self.layer["mlp.gate.e_score_correction_bias"]
+        scores = (normed @ weight.T).sigmoid()
+        choice = scores + bias
+        first = choice[:, :2].sum(-1) > choice[:, 2:].sum(-1)
+        out = self._mlp(normed, "mlp.shared_experts.")
+        for row in range(len(normed)):
+            chosen = (0, 1) if first[row] else (2, 3)
+            total = sum(scores[row, number] for number in chosen) + 1e-20
+            for number in chosen:
+                share = scores[row, number] / total * self.formula.scale
+                out[row] += share * self._mlp(normed[row : row + 1], f"mlp.experts.{number}.")[0]
+        return out
