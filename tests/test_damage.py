@@ -83,8 +83,8 @@ def test_damaged_targets_are_named(
 def test_more_chat_templates_come_along(folders: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(folders / "target", source)
-    (source / fused.CHAT_TEMPLATES).mkdir()
-    (source / fused.CHAT_TEMPLATES / "tools.jinja").write_text("{{ messages }}")
+    (source / fusing.CHAT_TEMPLATES).mkdir()
+    (source / fusing.CHAT_TEMPLATES / "tools.jinja").write_text("{{ messages }}")
     (source / "checkpoint-7").mkdir()
     (source / "checkpoint-7" / "optimizer.safetensors").write_text("not wanted")
     fuse(source, folders / "head", tmp_path / "out")
