@@ -219,3 +219,21 @@ def test_precision_fits_the_machine_and_stays(target, tmp_path, monkeypatch):
     train(new, target=target, head=tiny_head(target))
     saved = json.loads((tmp_path / "new" / "state" / "state.json").read_text())
     assert saved["recipe"]["train"]["precision"] == "bfloat16"
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(target, tmp_path):
+    recipe = recipe_for(tmp_path, train={"steps": 2})
+    train(recipe, target=target, head=tiny_head(target))
+    path = tmp_path / "run" / "state" / "state.json"
+    saved = json.loads(path.read_text())
+    del (
+        saved["recipe"]["data"]["pack"],
+        saved["recipe"]["joint"],
+        saved["recipe"]["train"]["compile"],
+    )
+    path.write_text(json.dumps(saved))
+    more = {"train": {"steps": 2, "resume": True}}
+    train(recipe_for(tmp_path, **more), target=target, head=tiny_head(target))
+    more["data"] = {"pack": True}
+    with pytest.raises(ValueError, match=r"data.pack: was False, is True"):
+        train(recipe_for(tmp_path, **more), target=target, head=tiny_head(target))
