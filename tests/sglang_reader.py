@@ -74,7 +74,6 @@ def read(folder: Path, target: PreTrainedModel, rope: str = "nested") -> PlainDr
 def _loaded(tensors: dict[str, Tensor], fc_norms: int) -> tuple[dict[str, Tensor], set[str]]:
     """Weights by their names in the layer, and which tensors fit nothing."""
     places = {f"midlayer.{name}.weight": name for name in (*LINEARS, *NORMS)}
-    places |= {f"layers.0.{name}.weight": name for name in (*LINEARS, *NORMS)}
     names = ("fc", "norm", *(f"fc_norm.{index}" for index in range(fc_norms)))
     places |= {f"{name}.weight": name for name in names}
     weights = {places[name]: one for name, one in tensors.items() if name in places}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,37 +18,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import published
 import pytest
 import sglang_reader
 import torch
 import vllm_reader
-from called import refused, run
-from families import FAMILIES
+from exported import CASES, VD, V, fused, trained, write_plain
 from launched import HERE
 from plain_draft import Guess
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from headstart.model.adopt import adopt
 from headstart.model.export import export
-from headstart.model.fused import load_head, save_head
-from headstart.model.fusing import fuse
-from headstart.model.head import DraftHead, make_head
-from headstart.model.meta import HeadMeta
+from headstart.model.fused import load_head
+from headstart.model.head import DraftHead
 from headstart.model.target import Target
 from headstart.model.tree import TreeShape
 
-V, VD = 97, 20
-META = HeadMeta(target="tiny", steps=4)
 TEXT = [5, 90, 17, 33, 2, 64, 11, 48, 71, 9]
 AT = 6  # where drafting begins: the text up to there, one token said after it, one drafted
 NEAR = {"rtol": 1e-4, "atol": 1e-4}
-CASES: dict[str, dict[str, Any]] = {
-    "pruned": {"draft_vocab": VD},
-    "whole": {"draft_vocab": None},
-    "3.1": {"draft_vocab": VD, "fc_norm": True, "norm_output": True},
-}
 READERS = [
     ("vllm", "native", vllm_reader.read),
     ("sglang", "native", sglang_reader.read),
@@ -60,47 +46,12 @@ NAMES = [f"{engine}-{form}" for engine, form, _ in READERS]
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=V,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        rope_parameters={"rope_type": "default", "rope_theta": 700.0},
-        tie_word_embeddings=False,
-    )
-    folder = tmp_path_factory.mktemp("plain")
-    LlamaForCausalLM(config).bfloat16().float().save_pretrained(folder)
-    return folder
+    return write_plain(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")
 def target(plain: Path) -> Target:
     return Target.load(plain, dtype=torch.float32, device="cpu")
-
-
-def trained(target: Target, kind: str = "eagle3", **settings: Any) -> DraftHead:
-    """Random weights that bfloat16 holds exactly."""
-    torch.manual_seed(1)
-    taps = {"taps": (1, 2, 4)} if kind == "eagle3" else {}
-    head = make_head(target, kind, taps | settings)
-    with torch.no_grad():
-        for name, weight in head.named_parameters():
-            drawn = torch.randn_like(weight) * 0.2 + (weight.dim() == 1)
-            weight.copy_(drawn.bfloat16())
-            assert weight.std() > 0, name
-    if head.d2t is not None:
-        head.set_draft_vocab(torch.randperm(V)[:VD])
-    return head
-
-
-def fused(plain: Path, head: DraftHead, folder: Path, meta: HeadMeta = META) -> Path:
-    save_head(head, folder / "head", meta)
-    fuse(plain, folder / "head", folder / "fused")
-    return folder / "fused"
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -335,7 +286,8 @@ def test_norm_before_residual_must_be_written(pruned, target, tmp_path):
     assert agree(ours(head), theirs(tmp_path / "out", vllm_reader.read, target)) == [False, False]
 
 
-@pytest.mark.parametrize("name", ["pruned", pytest.param("whole", marks=pytest.mark.slow), "3.1"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_speculators_itself_computes_what_the_head_does(plain, target, tmp_path, name):
     python = os.environ.get("SPECULATORS_PYTHON") or sys.executable
     if python == sys.executable and not find_spec("speculators"):
@@ -363,80 +315,3 @@ def test_speculators_itself_computes_what_the_head_does(plain, target, tmp_path,
         torch.testing.assert_close(read["logits"][step][:rows], mine.detach(), **NEAR)
     ids = torch.arange(V) if head.draft_ids is None else head.draft_ids
     assert torch.equal(read["ids"], ids)
-
-
-def test_the_command_and_the_verifier(pruned, plain, tmp_path):
-    _, folder = pruned
-    out = tmp_path / "a b"
-    printed = run("export", folder, out, "--to", "sglang").output
-    assert (
-        f"--model-path {folder}" in printed and f"--speculative-draft-model-path '{out}'" in printed
-    )
-    given = ("export", folder, out, "--to", "vllm", "--format", "speculators")
-    run(*given, "--verifier", "owner/name")
-    config = json.loads((out / "config.json").read_text())
-    assert config["speculators_config"]["verifier"]["name_or_path"] == "owner/name"
-    run(*given, "--verifier", plain)
-    config = json.loads((out / "config.json").read_text())
-    assert config["speculators_config"]["verifier"]["name_or_path"] == str(plain)
-    assert "neither a folder nor a Hub id" in refused(*given, "--verifier", tmp_path / "nowhere")
-    shutil.copytree(plain, tmp_path / "other")
-    (tmp_path / "other" / "config.json").write_text(
-        (plain / "config.json")
-        .read_text()
-        .replace('"num_hidden_layers": 5', '"num_hidden_layers": 6')
-    )
-    assert "num_hidden_layers" in refused(*given, "--verifier", tmp_path / "other")
-    sglang = ("export", folder, out, "--to", "sglang", "--format", "speculators")
-    assert "native form" in refused(*sglang)
-    assert "not a fused checkpoint" in refused("export", plain, out, "--to", "vllm")
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "reason"),
-    [
-        ("medusa", {}, "heads of kind medusa"),
-        ("eagle3", {"window": 4}, "has a window"),
-        ("eagle3", {"attention_layout": "kvshare"}, "layout"),
-        ("eagle3", {"taps": (2,)}, "SGLang leaves out fc"),
-        ("mtp", {}, "have no class"),
-    ],
-)
-def test_what_engines_cannot_draft_is_refused(plain, target, tmp_path, kind, settings, reason):
-    folder = fused(plain, trained(target, kind, **settings), tmp_path)
-    for engine in ("vllm", "sglang"):
-        assert reason in refused("export", folder, tmp_path / "out", "--to", engine)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("option", ["qk_norm", "attention_bias"])
-def test_a_layer_that_engines_lack_is_refused(plain, target, tmp_path, option):
-    layer = trained(target).config.layer.model_copy(update={option: True})
-    folder = fused(plain, trained(target, layer=layer.model_dump()), tmp_path)
-    assert "queries" in refused("export", folder, tmp_path / "out", "--to", "vllm")
-
-
-@pytest.mark.parametrize(
-    ("family", "reason"), [("gemma", "scales its embeddings"), ("phi", "bias")]
-)
-def test_targets_that_engines_draft_for_otherwise_are_refused(tmp_path, family, reason):
-    FAMILIES[family]().save_pretrained(tmp_path / "plain")
-    target = Target.load(tmp_path / "plain")
-    head = make_head(target, "eagle3", {"taps": (0, 1)})
-    folder = fused(tmp_path / "plain", head, tmp_path)
-    assert reason in refused("export", folder, tmp_path / "out", "--to", "sglang")
-
-
-@pytest.mark.parametrize("family", ["glm4_moe", "mimo", "llama"])
-def test_mtp_layers_of_the_target_have_a_way_of_their_own(tmp_path, family):
-    published.write(family, tmp_path / "plain")
-    adopt(tmp_path / "plain", tmp_path / "head")
-    fuse(tmp_path / "plain", tmp_path / "head", tmp_path / "beside")
-    fuse(tmp_path / "plain", tmp_path / "head", tmp_path / "inside", native=True)
-    given = (tmp_path / "out", "--to", "vllm")
-    said = [refused("export", tmp_path / folder, *given) for folder in ("beside", "inside")]
-    if family == "llama":  # it carries a layer, but no engine has a class that would read it
-        assert all("have no class" in one for one in said)
-        return
-    assert "HEAD OUT --native" in said[0]
-    assert "serve the folder as it is" in said[1]
