@@ -99,15 +99,19 @@ def export(
             f"{folder} is not a fused checkpoint: it has no {HEADS} folder. Make one with "
             "`headstart fuse`, which puts the target's LM head rows beside the head."
         )
+    if Path(out).resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"{out} is a part of {folder}, which is to stay as it is. Name a new folder."
+        )
     file = read_head_file(root)
     _refuse_undraftable(file, root)
     served = _verifier(folder, verifier)
+    architectures = _architectures(served, root)
     _, head = load_fused(root, device="cpu")  # it also says whether the two belong together
     _refuse_other_ends(head)
     keys = engine_keys(head, head.target.config)
     tensors = load_file(root / HEADS / WEIGHTS)
     if form == "speculators":
-        architectures = _architectures(served, root)
         keys = _speculators_keys(keys, file.meta.steps, served, architectures)
         tensors = _speculators_tensors(tensors, head)
     with written_beside(Path(out), CONFIG, OURS) as part:
