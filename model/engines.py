@@ -50,6 +50,8 @@ def unservable(head: DraftHead) -> str | None:
     assert isinstance(head.config, eagle3.Config)
     if head.config.layer.qk_norm:
         return "their EAGLE-3 layer has no norm on queries and keys"
+    if head.config.layer.attention_bias:
+        return "SGLang's EAGLE-3 layer has no bias on queries, keys and values"
     return None
 
 

@@ -10,6 +10,7 @@ from .calibrate import calibrate
 from .data import data
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
 from .features import features
 from .fuse import fuse
 from .generate import generate
@@ -35,6 +36,7 @@ app.command()(friendly(plan))
 app.command()(friendly(train))
 app.command()(friendly(adopt))
 app.command()(friendly(fuse))
+app.command()(friendly(export))
 app.command()(friendly(push, KEPT))
 app.command()(friendly(generate))
 app.command()(friendly(serve))
