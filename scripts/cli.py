@@ -13,6 +13,7 @@ from .evaluate import evaluate
 from .features import features
 from .fuse import fuse
 from .generate import generate
+from .graft import graft
 from .inspect_ import inspect_data, inspect_head
 from .plan import plan
 from .push import push
@@ -35,6 +36,7 @@ app.command()(friendly(plan))
 app.command()(friendly(train))
 app.command()(friendly(adopt))
 app.command()(friendly(fuse))
+app.command()(friendly(graft))
 app.command()(friendly(push, KEPT))
 app.command()(friendly(generate))
 app.command()(friendly(serve))
