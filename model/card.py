@@ -62,6 +62,7 @@ def model_card(
         f"# {'A draft head for ' + name if alone else name + ' with a draft head'}",
         _what(head, meta, alone),
         *([_native(meta.replaces)] if meta.replaces else []),
+        *(["## Carried over\n\n" + _grafts(meta)] if meta.grafts else []),
         usage(head, meta, folder, place, alone),
         "## Measured\n\n" + (_table(meta) if meta.measured else "Not measured."),
         *(["## Calibration\n\n" + _calibration(meta)] if meta.calibration_rows else []),
@@ -94,7 +95,7 @@ def _what(head: DraftHead, meta: HeadMeta, alone: bool) -> str:
         changed = (
             f" In training the target was {_changed(meta.joint)}: `adapter/` holds the change, "
             "and fusing makes it."
-            if meta.joint is not None
+            if meta.joint is not None and not meta.grafts
             else ""
         )
         return (
@@ -104,9 +105,9 @@ def _what(head: DraftHead, meta: HeadMeta, alone: bool) -> str:
             f"{changed}"
         )
     return (
-        f"The weights of {meta.target}, {_changed(meta.joint)}, and in `draft_heads/` a draft head "
-        f"{size} that guesses several tokens ahead. Decoding checks the guesses with these "
-        "weights, so the text is what they alone would write."
+        f"The weights of {meta.target}, {_changed(None if meta.grafts else meta.joint)}, and in "
+        f"`draft_heads/` a draft head {size} that guesses several tokens ahead. Decoding checks "
+        "the guesses with these weights, so the text is what they alone would write."
     )
 
 
@@ -151,6 +152,29 @@ def _native(replaces: str) -> str:
         f"The multi-token prediction layer that came with them (`{replaces}`) IS this head too, so "
         "engines that draft with that layer draft with this one. All other tensors are as they "
         "were, byte for byte."
+    )
+
+
+def _grafts(meta: HeadMeta) -> str:
+    """What the head was trained on, and what each change of the target cost."""
+    along = f", {_changed(meta.joint)}," if meta.joint is not None else ""
+    targets = [*(one.source for one in meta.grafts[1:]), meta.target]
+    rows = [
+        f"| {one.source} | {target} | {'' if one.before is None else f'{one.before:.2f}'} "
+        f"| {one.after:.2f} |"
+        for one, target in zip(meta.grafts, targets, strict=True)
+    ]
+    return "\n".join(
+        [
+            f"The head was TRAINED ON ANOTHER TARGET, {meta.trained_on}{along} and carried over to "
+            "this one as it was. The text is this target's own all the same; what suffers is how "
+            "much of it is guessed. Training the head on for this target (`train.start_from`) "
+            "wins that back.",
+            "",
+            "| from | to | accepted length before | after |",
+            "|---|---|--:|--:|",
+            *rows,
+        ]
     )
 
 
@@ -219,6 +243,7 @@ def _calibration(meta: HeadMeta) -> str:
 def _training(head: DraftHead, meta: HeadMeta) -> str:
     facts = {
         "kind": head.kind,
+        "trained on": meta.trained_on if meta.grafts else None,
         "layers read (0-based outputs)": ", ".join(map(str, head.layers))
         or "the last hidden state",
         "draft vocabulary": head.config.draft_vocab or head.config.vocab_size,

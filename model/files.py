@@ -27,7 +27,7 @@ def written_beside(folder: Path, marker: str, key: str | None = None) -> Iterato
     """
     folder = folder.absolute()
     recover(folder)
-    _refuse_others(folder, marker, key)
+    refuse_others(folder, marker, key)
     for left in folder.parent.glob(f".{escape(folder.name)}.*.part"):
         with suppress(FileNotFoundError):  # its writer has just finished it
             if time.time() - left.stat().st_mtime > ABANDONED:
@@ -87,7 +87,8 @@ def _old(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-def _refuse_others(folder: Path, marker: str, key: str | None) -> None:
+def refuse_others(folder: Path, marker: str, key: str | None) -> None:
+    """ValueError for a folder that `written_beside` does not replace."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, and a folder is to be written. Name a new folder.")
     if not folder.exists() or not any(folder.iterdir()) or _holds(folder / marker, key):

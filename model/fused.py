@@ -133,14 +133,17 @@ def has_edited_card(folder: str | Path) -> bool:
     return card.is_file() and is_edited(card.read_text(encoding="utf-8"))
 
 
-def load_head(folder: str | Path, target: Target, *, merging: bool = False) -> DraftHead:
+def load_head(
+    folder: str | Path, target: Target, *, merging: bool = False, regraft: bool = False
+) -> DraftHead:
     """The head in a folder (or in a fused one), bound to its target, in the target's dtype (in
     float32 where it drafts in integers).
 
     merging: the head was trained along with its target, whose adapters are put into it next.
+    regraft: the target may be another one of the same sizes; the head is then uncalibrated.
     ValueError when the folder is damaged or was made for another target.
     """
-    folder = folder_of_head(folder)
+    given, folder = folder, folder_of_head(folder)
     file = _read_file(folder)
     if is_joint(folder) and not merging:
         raise ValueError(
@@ -150,15 +153,18 @@ def load_head(folder: str | Path, target: Target, *, merging: bool = False) -> D
     head = unbound_head(file, folder)
     head.bind(target)
     found = target_hash(target)
-    if file.target_hash != found:
+    if file.target_hash != found and not regraft:
         raise ValueError(
             f"The head in {folder} was trained on {file.meta.target} with the weight hash "
-            f"{file.target_hash[:12]}, but {target.name} has {found[:12]}: for these weights its "
-            "guesses are worth little. Use the target it was trained on, or train a new head."
+            f"{file.target_hash[:12]}, but {target.name} has {found[:12]}: for other weights its "
+            "guesses are worth less. Use the target it was trained on, train a new head, or carry "
+            f"this one over, which measures what is lost: `headstart graft {given} {target.name} "
+            "OUT`."
         )
-    _fill(head, folder / WEIGHTS)
-    head.temperatures = file.meta.temperatures
-    head.rank_acceptance = file.meta.rank_acceptance
+    _fill(head, folder / WEIGHTS, same_target=not regraft)
+    if not regraft:
+        head.temperatures = file.meta.temperatures
+        head.rank_acceptance = file.meta.rank_acceptance
     return head.for_decoding(target)
 
 

@@ -11,11 +11,12 @@ from huggingface_hub import snapshot_download
 
 from . import gguf
 from .card import CARD, TARGET_CARD, model_card
-from .files import written_beside
+from .files import refuse_others, written_beside
 from .fused import folder_of_head, has_edited_card, is_fused, load_head, read_head_file, save_head
 from .hub import CHAT_TEMPLATES, CONFIG, HEADS, OURS, TARGET_FILES
 from .indexed import write_index
 from .joint import is_joint, merge
+from .meta import HeadMeta
 from .pretrained import stored_dtype
 from .published import write_native
 from .target import Target
@@ -31,6 +32,7 @@ def fuse(
     link: bool = False,
     index: bool = False,
     native: bool = False,
+    regraft: HeadMeta | None = None,
 ) -> None:
     """Write a fused checkpoint, whole or not at all.
 
@@ -39,22 +41,19 @@ def fuse(
     target's weight files instead of copying them; saves the space, but whoever changes one changes
     both. index: list the head among the target's own weights, for transformers'
     `generate(use_mtp=True)` (see `indexed.py`). native: write it over the multi-token prediction
-    layer that the target carries (see `published.py`).
+    layer that the target carries (see `published.py`). regraft: what is known of a head that was
+    trained on another target of the same sizes; its hash is then not compared, but made anew.
     """
     if index and native:
         raise ValueError("A head is either listed (index) or written over (native), not both.")
-    if has_edited_card(out) and is_fused(out):
-        raise ValueError(
-            f"{Path(out) / CARD} was edited by hand, and fusing anew would lose that. Move it "
-            "away, or name a new folder."
-        )
+    check_place(out)
     head_folder = folder_of_head(head_folder)
     # What a GGUF file is written out as should not depend on whether there is an accelerator.
     is_gguf = Path(source).suffix == gguf.SUFFIX
-    joint = is_joint(head_folder)
+    joint = is_joint(head_folder) and regraft is None
     target = Target.load(source, dtype=torch.float32 if is_gguf or joint else "auto")
-    head = load_head(head_folder, target, merging=joint)
-    meta = read_head_file(head_folder).meta
+    head = load_head(head_folder, target, merging=joint, regraft=regraft is not None)
+    meta = regraft or read_head_file(head_folder).meta
     parent = Path(out).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -77,6 +76,17 @@ def fuse(
             write_index(head, part)
         card = model_card(head, meta, part)
         (part / CARD).write_text(card, encoding="utf-8")
+
+
+def check_place(out: str | Path) -> None:
+    """ValueError where a fused checkpoint would take the place of something that is not one, or
+    whose card was edited by hand."""
+    if has_edited_card(out) and is_fused(out):
+        raise ValueError(
+            f"{Path(out) / CARD} was edited by hand, and fusing anew would lose that. Move it "
+            "away, or name a new folder."
+        )
+    refuse_others(Path(out).absolute(), f"{HEADS}/{CONFIG}", OURS)
 
 
 def _changed(target: Target, head_folder: Path, source: str, spare: Path) -> Target:

@@ -46,15 +46,30 @@ class Lora(BaseModel):
     divergence: float | None = None
 
 
+class Graft(BaseModel):
+    """A head that was carried over to a changed target (`headstart graft`).
+
+    source: the target that it came from. before, after: the accepted length there, None where that
+    target was not at hand, and on the changed one: the same prompts and trees, both uncalibrated.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    before: float | None = None
+    after: float
+
+
 class HeadMeta(BaseModel):
     """What is known about a trained head.
 
-    target: the Hub id or name of its target. steps: how many steps ahead it was trained for.
-    tokens: how many answer tokens it saw. data_hash: sha256 of the training data. start: the
-    trained head that it began as. replaces: the target's own tensors in whose place it also is.
-    joint: how its target was changed along with it. weight_only: what the target's layers were held
-    in while it was trained, if not in their own type. recipe: the settings that it was trained
-    with, by section.
+    target: the Hub id or name of its target. grafts: how it came there from the one that it was
+    trained on, the first one's source; empty where that is the target. steps: how many steps
+    ahead it was trained for. tokens: how many answer tokens it saw. data_hash: sha256 of the
+    training data. start: the trained head that it began as. replaces: the target's own tensors in
+    whose place it also is. joint: how its target was changed along with it. weight_only: what the
+    target's layers were held in while it was trained, if not in their own type. recipe: the
+    settings that it was trained with, by section.
 
     Calibration, all of it empty before (training/calibrate.py). temperatures: one per depth,
     dividing its logits so that path probabilities are calibrated; what a loaded head drafts with.
@@ -67,6 +82,7 @@ class HeadMeta(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     target: str
+    grafts: tuple[Graft, ...] = ()
     license: str | None = None
     steps: int | None = None
     tokens: int | None = None
@@ -83,3 +99,24 @@ class HeadMeta(BaseModel):
     calibration_errors: tuple[tuple[float, float], ...] = ()
     path_errors: tuple[float, float] | None = None
     measured: tuple[Measurement, ...] = ()
+
+    @property
+    def trained_on(self) -> str:
+        return self.grafts[0].source if self.grafts else self.target
+
+    def grafted(
+        self, target: str, before: float | None, after: float, measured: Measurement
+    ) -> HeadMeta:
+        """What is known on a changed target: how the head was trained, and the new measurement.
+
+        Calibration, earlier measurements and the licence were of the old target. target: its name.
+        before, after: as in `Graft`.
+        """
+        kept = ("steps", "tokens", "data", "data_hash", "start", "joint", "weight_only", "recipe")
+        graft = Graft(source=self.target, before=before, after=after)
+        return HeadMeta(
+            target=target,
+            grafts=(*self.grafts, graft),
+            measured=(measured,),
+            **{name: getattr(self, name) for name in kept},
+        )

@@ -83,6 +83,12 @@ def _load(name: str, source: str, **options: Any) -> PreTrainedModel:
     return opened
 
 
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase | str:
+    """The tokenizer alone, or the reason why there is none."""
+    source, file = _source(name)
+    return _tokenizer(source, {"gguf_file": file, "revision": None})
+
+
 def open_weight_only(
     name: str,
     dtype: torch.dtype | str,

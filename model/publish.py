@@ -301,6 +301,9 @@ def _public(meta: HeadMeta, target: str | None) -> HeadMeta:
     return meta.model_copy(
         update={
             "target": target or re.split(r"[/\\]", meta.target.rstrip("/\\"))[-1],
+            "grafts": tuple(
+                one.model_copy(update={"source": _name(one.source)}) for one in meta.grafts
+            ),
             "data": meta.data and ", ".join(map(_name, meta.data.split(", "))),
             "start": meta.start and _name(meta.start),
         }

@@ -14,6 +14,7 @@ from .export import export
 from .features import features
 from .fuse import fuse
 from .generate import generate
+from .graft import graft
 from .inspect_ import inspect_data, inspect_head
 from .plan import plan
 from .push import push
@@ -37,6 +38,7 @@ app.command()(friendly(train))
 app.command()(friendly(adopt))
 app.command()(friendly(fuse))
 app.command()(friendly(export))
+app.command()(friendly(graft))
 app.command()(friendly(push, KEPT))
 app.command()(friendly(generate))
 app.command()(friendly(serve))
