@@ -69,7 +69,7 @@ class Head(nn.Module):
             rows, bias = rows[self.ids], None if bias is None else bias[self.ids]
         self.words = [(model.get_input_embeddings(), rows, bias)]  # in a list: no parts of it
         self.device = rows.device
-        return self.to(device=rows.device, dtype=rows.dtype).eval()
+        return self.to(device=rows.device, dtype=rows.dtype).eval().requires_grad_(False)
 
     def suits(self, model: PreTrainedModel) -> bool:
         """Whether what was borrowed is where and as the model is now."""

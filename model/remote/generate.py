@@ -46,6 +46,8 @@ KNOWN = (
     "cache",
     "cache_position",
     "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
     "past_key_values",
     "position_ids",
     "use_cache",
@@ -170,7 +172,8 @@ def _refuse(
     mask = given.get("attention_mask")
     if mask is not None and not bool((mask == 1).all()):
         raise ValueError("The attention mask hides tokens. Give the prompt without padding.")
-    unknown = sorted(name for name, one in given.items() if one is not None and name not in KNOWN)
+    asked = (name for name, one in given.items() if one is not None and one is not False)
+    unknown = sorted(set(asked) - set(KNOWN))
     if unknown:
         raise ValueError(
             f"Speculative decoding reads text only and does not know {', '.join(unknown)}. Leave "
@@ -311,11 +314,13 @@ def _head_of(model: PreTrainedModel) -> tuple[Head, int]:
             f"The head of kind {config['kind']} in {HEADS} has layers that are not known "
             "here. Decode with Headstart itself."
         )
-    head = KINDS[config["kind"]](config)
+    with torch.device("meta"):  # random weights, never used, would take draws from the sampling
+        head = KINDS[config["kind"]](config)
     _check_sizes(model, head)
     stored = load_file(_file(model, WEIGHTS))
     stored.pop("lm_head.weight", None)  # the model's own rows, for other engines
-    head.load_state_dict({_name(name): tensor for name, tensor in stored.items()})
+    named = {_name(name): tensor for name, tensor in stored.items()}
+    head.load_state_dict(named, assign=True)
     _loaded[model] = head.borrow(model), ours["meta"].get("steps") or USUAL_GUESSES
     return _loaded[model]
 
