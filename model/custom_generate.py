@@ -12,12 +12,12 @@ from pathlib import Path
 from .family_layer import FamilyLayer
 from .head import DraftHead
 from .heads import mtp
+from .remote.drafting import KINDS
 
 FOLDER = "custom_generate"  # transformers' names
 REQUIREMENTS = "requirements.txt"
 SOURCES = ("generate.py", "drafting.py")
 FILES = tuple(f"{FOLDER}/{name}" for name in (*SOURCES, REQUIREMENTS))
-KINDS = ("eagle3", "mtp", "medusa")
 
 
 def undraftable_alone(head: DraftHead) -> str | None:

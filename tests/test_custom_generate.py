@@ -28,10 +28,10 @@ from transformers import (
 
 from headstart.model.fused import load_fused, save_head
 from headstart.model.fusing import fuse
-from headstart.model.head import DraftHead, kinds, make_head
+from headstart.model.head import DraftHead, make_head
 from headstart.model.meta import HeadMeta
 from headstart.model.remote import generate as alone
-from headstart.model.remote.drafting import Pairs, Seen
+from headstart.model.remote.drafting import KINDS, Pairs, Seen
 from headstart.model.target import Target
 from headstart.model.tree import TreeShape
 
@@ -84,7 +84,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         kind: written(
             rule_target(), tmp_path_factory.mktemp(kind), lambda one, kind=kind: knowing(one, kind)
         )
-        for kind in kinds()
+        for kind in KINDS
     }
 
 
@@ -266,7 +266,7 @@ def test_windows_of_the_target_are_kept(tmp_path: Path, ask: Ask) -> None:
 def test_a_random_model_is_followed_exactly(tmp_path: Path, ask: Ask) -> None:
     """Guesses are nearly always wrong: every round takes keys back."""
     cases = []
-    for kind in kinds():
+    for kind in KINDS:
         make = lambda one, kind=kind: random_head(one, kind, {})  # noqa: E731
         folder = written(tiny_target(), tmp_path / kind, make)
         cases += [
@@ -345,6 +345,9 @@ def test_padding_and_caches_of_others_are_refused(folders: dict[str, Path]) -> N
         alone.generate(ids, model=model, attention_mask=torch.tensor([[0, 1]]))
     with pytest.raises(ValueError, match="does not take past_key_values"):
         alone.generate(ids, model=model, past_key_values=DynamicCache())
+    # Another way of decoding is handed on to transformers.
+    way = {"custom_generate": lambda model, input_ids, **_: input_ids + 1}
+    assert torch.equal(alone.generate(ids, model=model, **way), ids + 1)
     model.config.rope_parameters = {
         "rope_type": "longrope",
         "original_max_position_embeddings": 8,

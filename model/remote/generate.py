@@ -52,7 +52,14 @@ KNOWN = (
     "position_ids",
     "use_cache",
 )
-OURS_ONLY = ("cache", "past_key_values", "position_ids", "inputs_embeds", "assistant_model")
+NOT_TAKEN = (
+    "assistant_model",
+    "cache",
+    "inputs_embeds",
+    "past_key_values",
+    "position_ids",
+    "synced_gpus",
+)
 
 
 def generate(
@@ -68,19 +75,19 @@ def generate(
     num_assistant_tokens: guesses per pass; by default as many as the head was trained for.
     ValueError, before anything is read, for what cannot be decoded so.
     """
-    arguments.pop("trust_remote_code", None)
-    if arguments.get("custom_generate") is not None:  # another one is asked for
+    trusted = arguments.pop("trust_remote_code", None)
+    if arguments.get("custom_generate") is not None:  # another way is asked for
         options = arguments | {"tokenizer": tokenizer, "streamer": streamer}
         if num_assistant_tokens is not None:
             options["num_assistant_tokens"] = num_assistant_tokens
-        return GenerationMixin.generate(model, *inputs, trust_remote_code=True, **options)
-    for name in OURS_ONLY:
-        if arguments.get(name) is not None:
+        return GenerationMixin.generate(model, *inputs, trust_remote_code=trusted, **options)
+    for name in NOT_TAKEN:
+        given = arguments.get(name)
+        if given is not None and given is not False:
             raise ValueError(
-                f"Speculative decoding of a fused folder does not take {name}: it keeps a cache of "
-                "its own and guesses with its own head. Leave it out."
+                f"Speculative decoding of a fused folder does not take {name}: it has a cache and "
+                "a head of its own, in one process. Leave it out."
             )
-    arguments.pop("assistant_model", None)
     _stop_at_strings(model, tokenizer, arguments)
     head, guesses = _head_of(model)
     if num_assistant_tokens is not None:
