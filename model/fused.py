@@ -3,6 +3,7 @@
     config.json, model*.safetensors, tokenizer...    the target's files, byte for byte
     draft_heads/config.json                          keys for engines, and ours under "headstart"
     draft_heads/model.safetensors                    the head, bfloat16
+    custom_generate/*                                code that transformers can draft with
     README.md                                        the model card
 
 The folder opens as the plain target everywhere. A head belongs to one target: it stores a hash of

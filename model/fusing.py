@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 
 from . import gguf
 from .card import CARD, TARGET_CARD, model_card
+from .custom_generate import undraftable_alone, write_custom_generate
 from .files import refuse_others, written_beside
 from .fused import folder_of_head, has_edited_card, is_fused, load_head, read_head_file, save_head
 from .hub import CHAT_TEMPLATES, CONFIG, HEADS, OURS, TARGET_FILES
@@ -74,6 +75,8 @@ def fuse(
         save_head(head, part / HEADS, meta, with_lm_head=True)
         if index:
             write_index(head, part)
+        elif undraftable_alone(head) is None:  # with the index transformers drafts by itself
+            write_custom_generate(part)
         card = model_card(head, meta, part)
         (part / CARD).write_text(card, encoding="utf-8")
 

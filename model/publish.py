@@ -24,6 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from safetensors import SafetensorError, safe_open
 
 from .card import CARD, HUB_ID, LICENCE, is_edited, model_card
+from .custom_generate import FILES as CODE_FILES
 from .fused import has_edited_card, is_fused, is_head, read_head_file, unbound_head
 from .hub import ADAPTER, CONFIG, HEADS, OURS, WEIGHTS, check_repo, head_section, told
 from .meta import HeadMeta
@@ -229,14 +230,18 @@ class _Repository:
         return None
 
     def deletions(self, sent: set[str], replace: bool) -> list[CommitOperationDelete]:
-        """Weights and heads that are no longer part of it: a left-over file would be loaded in the
-        place of the new ones. Other files stay."""
+        """Weights, heads and their code that are no longer part of it: a left-over file would be
+        loaded in the place of the new ones. Other files stay."""
         old = (WEIGHT_FILES if replace else (".safetensors",)) + (INDEX,)
         return [
             CommitOperationDelete(path_in_repo=name)
             for name in self.names
             if name not in sent
-            and (name.startswith((f"{HEADS}/", f"{ADAPTER}/")) or _at_root(name, old))
+            and (
+                name.startswith((f"{HEADS}/", f"{ADAPTER}/"))
+                or name in CODE_FILES
+                or _at_root(name, old)
+            )
         ]
 
 

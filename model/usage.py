@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from .custom_generate import FILES
 from .engines import ENGINES, LM_HEAD, launch_line, undraftable
 from .head import DraftHead
 from .hub import HEADS, WEIGHTS
@@ -35,6 +36,7 @@ def usage(head: DraftHead, meta: HeadMeta, folder: Path, place: str, alone: bool
             f'answer = pipeline("text-generation", model="{whole}")',
             'print(answer("Why is the sky blue?", max_new_tokens=100))',
         ),
+        *_speculating(folder, whole),
         _engines(head, meta, folder, place, alone),
     ]
     return "\n\n".join(parts)
@@ -44,6 +46,23 @@ def _plain(whole: str, alone: bool) -> str:
     if alone:
         return f"`transformers` opens `{whole}`, without the head:"
     return "`transformers`, vLLM and SGLang open the checkpoint as the plain target:"
+
+
+def _speculating(folder: Path, whole: str) -> list[str]:
+    """How transformers drafts with the head, where the folder has the code for that."""
+    if not (folder / FILES[0]).is_file():
+        return []
+    return [
+        "With the code in the checkpoint it drafts with the head too (a chain, not a tree):",
+        _python(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f'model = AutoModelForCausalLM.from_pretrained("{whole}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{whole}")',
+            'ids = tokenizer("Why is the sky blue?", return_tensors="pt")',
+            f'code = {{"custom_generate": "{whole}", "trust_remote_code": True}}',
+            "out = model.generate(**ids, max_new_tokens=100, **code)",
+        ),
+    ]
 
 
 def _engines(head: DraftHead, meta: HeadMeta, folder: Path, place: str, alone: bool) -> str:

@@ -16,6 +16,7 @@ from hubbed import Worker
 from huggingface_hub import ModelCard
 
 from headstart.model.card import is_edited
+from headstart.model.custom_generate import FILES
 from headstart.model.fused import record, save_head
 from headstart.model.fusing import fuse
 from headstart.model.head import DraftHead, make_head
@@ -149,6 +150,29 @@ def test_a_fused_checkpoint_goes_up_and_comes_back(
 
     worker.run("push", folder, name)  # nothing new: no empty commit
     assert len(repo.commits) == 2
+
+
+def test_transformers_drafts_with_the_code_that_was_pushed(
+    hub: Hub, worker: Worker, made: Path, tmp_path: Path, name: str
+) -> None:
+    worker.run("push", made / "fused", name)
+    said = worker.code(
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({name!r})\n"
+        "more = {'max_new_tokens': 12, 'do_sample': False, 'eos_token_id': None}\n"
+        "ids = torch.tensor([[3, 1, 4]])\n"
+        "plain = model.generate(ids, **more)\n"
+        f"more |= {{'custom_generate': {name!r}, 'trust_remote_code': True}}\n"
+        "print(torch.equal(model.generate(ids, **more), plain), len(plain[0]))"
+    )
+    assert said == "True 15"
+    # Code that the new checkpoint does not have leaves the repository, for it would not fit.
+    folder = shutil.copytree(made / "fused", tmp_path / "fused")
+    shutil.rmtree(folder / "custom_generate")
+    assert set(FILES) <= hub.repos[name].head.files.keys()
+    worker.run("push", folder, name)
+    assert not set(FILES) & hub.repos[name].head.files.keys()
 
 
 def test_the_card_says_what_was_measured(

@@ -45,7 +45,7 @@ class Feed:
         self.corpus, self.features, self.team = corpus, features, team
         self.dtype, self.device = dtype, team.device
         self.pins = self.device.type == "cuda"
-        self._pool = ThreadPoolExecutor(1, "headstart-feed", initializer=self._same_device)
+        self._pool = ThreadPoolExecutor(1, "headstart-feed", initializer=self._settle)
         self._steps = _Ahead(self._step, self._pool)
         self._stored = _Ahead(self._load, self._pool)
 
@@ -87,8 +87,10 @@ class Feed:
     def _part(self, batch: Batch) -> Batch:
         return batch.part(self.team.index, self.team.count)
 
-    def _same_device(self) -> None:
-        """Every thread chooses its GPU anew, and pinned memory belongs to one."""
+    def _settle(self) -> None:
+        """In the new thread, which chooses its GPU anew, to which pinned memory belongs; and whose
+        own pool of threads would take cores from the main one's (a fifth of the speed of two)."""
+        torch.set_num_threads(1)
         if self.pins:
             torch.cuda.set_device(self.device)
 
