@@ -79,7 +79,7 @@ class Head(nn.Module):
 
     def embed(self, tokens_1P: Tensor) -> Tensor:
         embedding = self.words[0][0]
-        weight: Tensor = embedding.weight
+        weight: Any = embedding.weight
         embedded_1PD: Tensor = embedding(tokens_1P.to(weight.device))
         return self.take(embedded_1PD)
 
