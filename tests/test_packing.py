@@ -174,6 +174,16 @@ def finished(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     return load_file(folder / "state" / "state.safetensors"), [learned(line) for line in lines]
 
 
+def check_near(one: Path, other: Path, *, rel: float, near: float, weights: float) -> None:
+    """That two runs have the same figures and weights, but for rounding."""
+    ours, theirs = finished(one), finished(other)
+    for line, expected in zip(ours[1], theirs[1], strict=True):
+        for name in line.keys() - {"kind"}:
+            assert line[name] == pytest.approx(expected[name], rel=rel, abs=near), name
+    for name, value in theirs[0].items():
+        torch.testing.assert_close(ours[0][name], value, rtol=0, atol=weights)
+
+
 def test_a_run_that_goes_on_ends_as_an_undisturbed_one(tmp_path):
     target = tiny_target()
     data = write_rows(tmp_path / "data.jsonl", mixed_rows(24))
@@ -203,12 +213,7 @@ def test_stored_features_are_put_into_packed_rows(tmp_path):
     online["data"].pop("features")
     online["train"]["output"] = str(tmp_path / "online")
     train(make_recipe(online), target=target, head=tiny_head(target, "eagle3"))
-    ours, theirs = finished(tmp_path / "stored"), finished(tmp_path / "online")
-    for line, other in zip(ours[1], theirs[1], strict=True):
-        for name in line.keys() - {"kind"}:
-            assert line[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), name
-    for name, value in theirs[0].items():
-        torch.testing.assert_close(ours[0][name], value, rtol=0, atol=1e-4)
+    check_near(tmp_path / "stored", tmp_path / "online", rel=1e-5, near=1e-5, weights=1e-4)
 
 
 @pytest.mark.slow
@@ -221,9 +226,4 @@ def test_two_processes_equal_one(tmp_path):
     given = (tmp_path / "pair", data, json.dumps({"pack": True}))
     done = launch_together(2, "engines_worker.py", *given)
     assert done.returncode == 0, done.stderr[-4000:]
-    ours, theirs = finished(tmp_path / "pair"), finished(tmp_path / "alone")
-    for line, other in zip(ours[1], theirs[1], strict=True):
-        for name in line.keys() - {"kind"}:
-            assert line[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
-    for name, value in theirs[0].items():
-        torch.testing.assert_close(ours[0][name], value, rtol=0, atol=3e-5)
+    check_near(tmp_path / "pair", tmp_path / "alone", rel=1e-4, near=1e-6, weights=3e-5)

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from headstart.model.head import DraftHead
 from headstart.model.seen import Seen
-from headstart.model.spread import whole
+from headstart.model.spread import here, whole
 
 from .clock import Clock
 from .compiled import compile_blocks
@@ -94,7 +94,7 @@ class Engine(ABC):
 
     def is_finite(self) -> bool:
         """Whether all weights of this process are numbers."""
-        return all(bool(_ours(weight).isfinite().all()) for weight in self.unrolled.parameters())
+        return all(bool(here(weight).isfinite().all()) for weight in self.unrolled.parameters())
 
     @abstractmethod
     def whole_head(self) -> DraftHead | None:
@@ -261,11 +261,6 @@ def check_state(place: str, shape: torch.Size, values: Mapping[str, Tensor]) -> 
             f"for a weight of {list(shape)}). Use the recipe it was made with, or another "
             "train.output."
         )
-
-
-def _ours(value: Tensor) -> Tensor:
-    """The part that this process holds."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _like(value: Tensor, weight: Tensor) -> Tensor:

@@ -157,7 +157,6 @@ class Features:
                 "conversations. Go on with the `headstart features` that began it."
             )
         self._open: dict[str, safe_open] = {}
-        self._firsts = [shard.rows[0] for shard in self.index.shards]
 
     def read(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> Seen:
         """What the target saw of a batch, as `Target.read` gives it; zeros behind the lengths."""

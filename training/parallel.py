@@ -89,7 +89,7 @@ class Team:
 
     def part(self, batch: Batch) -> Batch:
         """Our rows of a batch, where the target is."""
-        return batch.part(self.index, self.count).to(self.accelerator.device)
+        return batch.part(self.index, self.count).to(self.device)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over processes, in each of them."""
