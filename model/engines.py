@@ -1,7 +1,7 @@
 """What stock engines want to find in a head's folder: configuration keys and tensor names.
 
-vLLM, SGLang and llama.cpp read `eagle3` heads; transformers reads `mtp` ones. A kind without an
-entry here keeps its own names and has no engine keys.
+vLLM, SGLang and llama.cpp's converter read `eagle3` heads; transformers reads `mtp` ones. A kind
+without an entry here keeps its own names and has no engine keys.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .layers import LayerConfig
 LM_HEAD = "lm_head.weight"
 USUAL_STEPS = 3  # guesses per pass where nothing says how far the head was trained
 
-Engine = Literal["vllm", "sglang"]
-ENGINES: tuple[Engine, ...] = ("vllm", "sglang")
+Engine = Literal["vllm", "sglang", "llama.cpp"]
+ENGINES: tuple[Engine, ...] = ("vllm", "sglang")  # those that read a fused folder as it is
 
 
 def engine_keys(head: DraftHead, target: PretrainedConfig) -> dict[str, Any]:
@@ -63,15 +63,35 @@ def undraftable(head: DraftHead) -> str | None:
     return reason
 
 
+def inconvertible(head: DraftHead) -> str | None:
+    """Why llama.cpp cannot draft with this head, or None when it can."""
+    reason = undraftable(head)
+    if reason is not None:
+        return reason
+    assert isinstance(head, eagle3.Head)
+    if len(head.layers) != 3:
+        return f"it reads three layers of the target, and this head reads {len(head.layers)}"
+    if len(head.fc_norm) > 0 or head.norm_output:
+        return (
+            "it does not know the norms of EAGLE-3.1 (train with head.fc_norm=false and "
+            "head.norm_output=false)"
+        )
+    return None
+
+
 def launch_line(engine: Engine, target: str, draft: str, steps: int | None) -> str:
     """How an engine is started that drafts a chain with a head.
 
-    target, draft: their folders. steps: how many steps ahead the head was trained for.
+    target, draft: their folders, for llama.cpp their files. steps: how many steps ahead the head
+    was trained for.
     """
     steps = steps or USUAL_STEPS
+    if engine == "llama.cpp":
+        drafting = ["--spec-type", "draft-eagle3", "--spec-draft-n-max", str(steps)]
+        return shlex.join(["llama-server", "-m", target, "-md", draft, *drafting])
     if engine == "vllm":
-        drafting = {"method": "eagle3", "model": draft, "num_speculative_tokens": steps}
-        return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(drafting)])
+        config = {"method": "eagle3", "model": draft, "num_speculative_tokens": steps}
+        return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(config)])
     options = {
         "model-path": target,
         "speculative-algorithm": "EAGLE3",

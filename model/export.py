@@ -1,4 +1,5 @@
-"""The head of a fused checkpoint as a folder of its own, in a form that a production engine reads.
+"""The head of a fused checkpoint as a folder of its own, in a form that a production engine reads
+(for llama.cpp: `model/llama_cpp.py`).
 
     native        for vLLM and SGLang: what `draft_heads/` holds. Each engine reads its own keys.
     speculators   for vLLM: the format of the speculators library, which names the target (its
@@ -93,22 +94,13 @@ def export(
             "SGLang does not read the format speculators. Leave --format out: the native form is "
             "right for both engines."
         )
-    root = fetch_fused(folder)
-    if not is_fused(root):
-        raise ValueError(
-            f"{folder} is not a fused checkpoint: it has no {HEADS} folder. Make one with "
-            "`headstart fuse`, which puts the target's LM head rows beside the head."
-        )
-    if Path(out).resolve().is_relative_to(root.resolve()):
-        raise ValueError(
-            f"{out} is a part of {folder}, which is to stay as it is. Name a new folder."
-        )
+    root = fused_root(folder, out)
     file = read_head_file(root)
     _refuse_undraftable(file, root)
     served = _verifier(folder, verifier)
     architectures = _architectures(served, root)
     _, head = load_fused(root, device="cpu")  # it also says whether the two belong together
-    _refuse_other_ends(head)
+    refuse_other_ends(head)
     keys = engine_keys(head, head.target.config)
     tensors = load_file(root / HEADS / WEIGHTS)
     if form == "speculators":
@@ -122,6 +114,21 @@ def export(
     if form == "speculators":
         return shlex.join(["vllm", "serve", where])
     return launch_line(engine, served, where, file.meta.steps)
+
+
+def fused_root(folder: str | Path, out: str | Path) -> Path:
+    """The fused checkpoint on this machine. ValueError for others, and for an `out` inside it."""
+    root = fetch_fused(folder)
+    if not is_fused(root):
+        raise ValueError(
+            f"{folder} is not a fused checkpoint: it has no {HEADS} folder. Make one with "
+            "`headstart fuse`, which puts the target's LM head rows beside the head."
+        )
+    if Path(out).resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"{out} is a part of {folder}, which is to stay as it is. Name a new folder."
+        )
+    return root
 
 
 def _refuse_undraftable(file: HeadFile, root: Path) -> None:
@@ -163,20 +170,20 @@ def _instead_of_mtp(file: HeadFile, root: Path) -> str:
 
 
 @torch.no_grad()
-def _refuse_other_ends(head: DraftHead) -> None:
+def refuse_other_ends(head: DraftHead) -> None:
     """Engines take plain rows of the target's embedding, and its LM head without a bias. That a
-    family scales or caps logits changes no order, so no greedy guess."""
+    family scales or caps logits changes no order, so no greedy guess. ValueError for others."""
     embedding = head.target.model.get_input_embeddings()
     token = torch.tensor([head.config.vocab_size // 2])
     if not torch.equal(head.target.embed(token), embedding.weight[token]):
         raise ValueError(
-            f"{head.target.name} scales its embeddings, which this head learned with, and vLLM's "
-            "and SGLang's EAGLE-3 layer reads them as they are stored. Use `headstart serve`."
+            f"{head.target.name} scales its embeddings, which this head learned with, and the "
+            "EAGLE-3 layers of engines read them as they are stored. Use `headstart serve`."
         )
     if getattr(head.target.model.get_output_embeddings(), "bias", None) is not None:
         raise ValueError(
-            f"The LM head of {head.target.name} has a bias, and the one that vLLM and SGLang draft "
-            "with has none. Use `headstart serve`."
+            f"The LM head of {head.target.name} has a bias, and the one that engines draft with "
+            "has none. Use `headstart serve`."
         )
 
 

@@ -1,0 +1,154 @@
+"""Heads in production engines: what is reported, with a stub in the engine's place; and the engines
+themselves where they are installed (VLLM_PYTHON, LLAMA_CPP)."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from called import refused, run
+from exported import fused, trained, write_plain
+
+from headstart.model.target import Target
+from headstart.scripts.engine_server import Counted, running
+from headstart.scripts.in_engine import Commands, Expected, compare, headstart_alone, vllm
+
+STUB = Path(__file__).with_name("stub_engine.py")
+PROMPTS = [[5, 6], [7, 8, 9]]
+ANSWERS = [[11, 12, 13, 2], [14, 15, 16, 17]]
+
+
+@pytest.fixture
+def answers(tmp_path: Path) -> Path:
+    file = tmp_path / "answers.json"
+    file.write_text(json.dumps(list(zip(PROMPTS, ANSWERS, strict=True))))
+    return file
+
+
+def stub(dialect: str, answers: Path, *more: str) -> list[str]:
+    return [sys.executable, str(STUB), dialect, str(answers), *more]
+
+
+def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "llama.cpp"])
+def test_the_report(dialect, answers, tmp_path, capsys):
+    ours = [[11, 12, 13], [14, 15, 16, 18]]  # the first without its end, the second another
+    expected = Expected({"steps": 3}, PROMPTS, ours, [0.9, 0.7, 0.3], 2.8, frozenset({2}))
+    commands = Commands(
+        dialect, stub(dialect, answers), stub(dialect, answers, "--drafts"), {"A": "b"}
+    )
+    compare(commands, expected, 4, tmp_path, {"form": "fused"})
+    report = reported(capsys)
+    assert report["prompts"] == 2 and report["tokens"] == 8 and report["steps"] == 3
+    assert report["identical_with_and_without_head"] == 2
+    assert report["identical_to_headstart"] == 1
+    rates = report["acceptance_by_position"]
+    # Three passes an answer; the one that warms the engine up does not count.
+    assert rates["engine"] == [1, 0.6667, 0.3333] and rates["headstart"] == [0.9, 0.7, 0.3]
+    assert rates["largest_difference"] == 0.1
+    assert report["accepted_length"] == {"headstart": 2.8, "engine": 3}
+    assert report["engine_version"] == "stub" and report["speedup"] > 0
+
+
+def test_other_answers_with_the_head_show(answers, tmp_path, capsys):
+    expected = Expected({}, PROMPTS, ANSWERS, [1, 0.6, 0.3], 2.9, frozenset({2}))
+    plain, wrong = stub("vllm", answers), stub("vllm", answers, "--drafts", "--wrong")
+    compare(Commands("vllm", plain, wrong, {}), expected, 4, tmp_path, {})
+    report = reported(capsys)
+    assert report["identical_with_and_without_head"] == report["identical_to_headstart"] == 0
+
+
+def test_an_engine_that_does_not_draft_is_no_success(answers, tmp_path):
+    expected = Expected({}, PROMPTS, ANSWERS, [1, 0.6, 0.3], 2.9, frozenset({2}))
+    plain = stub("vllm", answers)
+    with pytest.raises(ValueError, match="counted no draft"):
+        compare(Commands("vllm", plain, plain, {}), expected, 4, tmp_path, {})
+
+
+def test_an_engine_that_does_not_start(tmp_path):
+    command = [sys.executable, "-c", "raise SystemExit('no such model')"]
+    with pytest.raises(ValueError, match=r"did not start.*\n.*no such model"):
+        with running("vllm", "served", command, {}, tmp_path / "log"):
+            pass
+
+
+def test_counters_since():
+    assert Counted(9, (5, 3)).since(Counted(4, (2,))) == Counted(5, (3, 3))
+
+
+def test_our_own_chain(tmp_path, monkeypatch):
+    """Rates are those of all passes, each at most the one before."""
+    plain = write_plain(tmp_path / "plain")
+    target = Target.load(plain, dtype="float32", device="cpu")
+    head = trained(target, draft_vocab=20)
+    folder = fused(plain, head, tmp_path)
+    monkeypatch.setattr("headstart.scripts.prompts.first_turns", lambda *_: PROMPTS)
+    monkeypatch.setattr("headstart.scripts.prompts.decodable", lambda *_: [])
+    expected = headstart_alone(folder, "heldout", 2, 6)
+    assert expected.facts["steps"] == 4 and expected.prompts == PROMPTS
+    assert [len(one) for one in expected.answers] == [6, 6]
+    assert len(expected.rates) == 4 and expected.rates == sorted(expected.rates, reverse=True)
+
+
+def test_what_belongs_to_llama_cpp(tmp_path):
+    plain = write_plain(tmp_path / "plain")
+    target = Target.load(plain, dtype="float32", device="cpu")
+    heads = {
+        "plain": trained(target, draft_vocab=20),
+        "3.1": trained(target, draft_vocab=20, fc_norm=True),
+        "two": trained(target, draft_vocab=20, taps=(1, 4)),
+    }
+    folders = {name: fused(plain, head, tmp_path / name) for name, head in heads.items()}
+    source = tmp_path / "llama.cpp"
+    given = ("export", folders["plain"], tmp_path / "out", "--to", "llama.cpp")
+    assert "--llama-cpp FOLDER" in refused(*given)
+    assert "no convert_hf_to_gguf.py" in refused(*given, "--llama-cpp", tmp_path)
+    source.mkdir()
+    (source / "convert_hf_to_gguf.py").write_text("raise SystemExit('unknown tensor')")
+    given = (*given, "--llama-cpp", source)
+    assert "unknown tensor" in refused(*given) and not (tmp_path / "out").exists()
+    assert "is no .gguf file" in refused(*given, "--verifier", folders["plain"])
+    for name, reason in (("3.1", "norms of EAGLE-3.1"), ("two", "reads three layers")):
+        assert reason in refused("export", folders[name], *given[2:])
+    assert "belong to --to llama.cpp" in refused(*given[:4], "vllm", "--outtype", "f32")
+
+
+def test_what_llama_cpps_converter_is_asked(tmp_path):
+    plain = write_plain(tmp_path / "plain")
+    target = Target.load(plain, dtype="float32", device="cpu")
+    folder = fused(plain, trained(target, draft_vocab=20), tmp_path)
+    source, out = tmp_path / "llama.cpp", tmp_path / "out"
+    source.mkdir()
+    (source / "convert_hf_to_gguf.py").write_text(
+        "import sys; from pathlib import Path; given = sys.argv[1:]\n"
+        "Path(given[given.index('--outfile') + 1]).write_text(' '.join(given))"
+    )
+    given = ("export", folder, out, "--to", "llama.cpp", "--llama-cpp", source, "--outtype", "f16")
+    printed = run(*given).output
+    draft = f"-md {out}/head.gguf --spec-type draft-eagle3 --spec-draft-n-max 4"
+    assert f"llama-server -m {out}/target.gguf {draft}" in printed
+    head = (out / "head.gguf").read_text()
+    assert head.startswith(f"{folder}/draft_heads ") and f"--target-model-dir {folder}" in head
+    assert "--outtype f16" in head and (out / "target.gguf").read_text().startswith(f"{folder} ")
+    (tmp_path / "mine.gguf").write_text("")
+    printed = run(*given, "--verifier", tmp_path / "mine.gguf").output
+    assert f"-m {tmp_path}/mine.gguf -md {out}/head.gguf" in printed
+    assert not (out / "target.gguf").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "VLLM_PYTHON" not in os.environ,
+    reason="VLLM_PYTHON names no Python with vLLM (docs/serving.md)",
+)
+def test_vllm_itself(capsys):
+    vllm(python=Path(os.environ["VLLM_PYTHON"]), limit=40, max_new_tokens=64)
+    report = reported(capsys)
+    assert report["identical_with_and_without_head"] == report["prompts"] == 40
+    assert report["acceptance_by_position"]["largest_difference"] <= 0.03
