@@ -104,6 +104,12 @@ def launch_line(engine: Engine, target: str, draft: str, steps: int | None) -> s
     return shlex.join(["python", "-m", "sglang.launch_server", *given])
 
 
+def native_line(folder: str, steps: int | None) -> str:
+    """How vLLM is started that drafts with the multi-token prediction layer of the target's own."""
+    config = {"method": "mtp", "num_speculative_tokens": steps or 1}
+    return shlex.join(["vllm", "serve", folder, "--speculative-config", json.dumps(config)])
+
+
 def tensor_name(head: DraftHead, ours: str) -> str:
     """The name in the file of a tensor of the head's state dict. GLM's names for kind mtp."""
     if not isinstance(head, mtp.Head) or ours == "d2t":

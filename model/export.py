@@ -20,7 +20,16 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from .engines import LM_HEAD, USUAL_STEPS, Engine, engine_keys, launch_line, undraftable, unservable
+from .engines import (
+    LM_HEAD,
+    USUAL_STEPS,
+    Engine,
+    engine_keys,
+    launch_line,
+    native_line,
+    undraftable,
+    unservable,
+)
 from .files import written_beside
 from .fused import HeadFile, is_fused, load_fused, read_head_file, unbound_head
 from .head import DraftHead
@@ -155,12 +164,10 @@ def _instead_of_mtp(file: HeadFile, root: Path) -> str:
             "kind eagle3, or use `headstart serve`."
         )
     if file.meta.replaces is not None:
-        drafting = {"method": "mtp", "num_speculative_tokens": file.meta.steps or 1}
-        serve = ["vllm", "serve", str(root), "--speculative-config", json.dumps(drafting)]
         return (
             "There is nothing to export: the head already is the target's own layer "
             f"({file.meta.replaces}), and engines serve the folder as it is: "
-            f"`{shlex.join(serve)}`."
+            f"`{native_line(str(root), file.meta.steps)}`."
         )
     return (
         "Engines read a head of kind mtp in the place of the layer that the target carries, not "

@@ -167,19 +167,21 @@ def _check_vllm(python: Path) -> None:
 
 
 def _vllm_line(folder: Path, form: str, steps: int | None, out: Path) -> str:
-    from headstart.model.engines import launch_line
+    from headstart.model.engines import launch_line, native_line
     from headstart.model.export import export
     from headstart.model.fused import read_head_file
     from headstart.model.hub import HEADS
 
     if form == "speculators":
         return export(folder, out, "vllm", "speculators")
+    meta = read_head_file(folder).meta
+    if form == "fused" and meta.replaces is not None:
+        return native_line(str(folder), steps or meta.steps)
     draft = folder / HEADS
     if form == "native":
         export(folder, out, "vllm")
         draft = out
-    steps = steps or read_head_file(folder).meta.steps
-    return launch_line("vllm", str(folder), str(draft), steps)
+    return launch_line("vllm", str(folder), str(draft), steps or meta.steps)
 
 
 def headstart_alone(
