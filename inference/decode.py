@@ -111,8 +111,8 @@ def decode(
     packed_BT = packed_BT.to(target.device)
     if not eager and suits(target, head, sampler, lookup):
         kept = Graphs.of(target)
-        loop = GraphLoop(target, head, rows, sampler, stop, shape, budget, stats, kept)
-        return loop.run(packed_BT, lengths_B)
+        graphs = GraphLoop(target, head, rows, sampler, stop, shape, budget, stats, kept)
+        return graphs.run(packed_BT, lengths_B)
     together = [[row] for row in rows] if target.recurrent else [rows]
     runs: list[Rounds] = []
     for some in together:
