@@ -88,7 +88,7 @@ class Head(RecurrentHead):
         copy_last_layer(self.target, layer)
         copy_final_norm(self.target, self.norm.weight)
         if isinstance(self.norm, ZeroCentredNorm):
-            self.norm.weight -= 1
+            self.norm.weight.sub_(1)
         half = self.config.hidden_size
         self.eh_proj.weight[:, half:] = torch.eye(half)
         self.eh_proj.weight[:, :half] *= 0.1
