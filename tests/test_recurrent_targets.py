@@ -89,14 +89,19 @@ def test_plain_decoding_is_transformers_own(family: str, length: int) -> None:
 @families
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_a_head_that_is_often_right(family: str, depth: int) -> None:
-    """Nothing, a part and all of a chain is accepted, in one pass of the target per round."""
+    """Nothing, a part and all of a chain is accepted, in one pass of the target per round, and no
+    token is read again twice."""
     target, seen = target_of(family), set()
     for seed in range(6):
         ids_1T = prompts([11], seed)[0][None]
         expected, stats = stock(family, ids_1T), Stats()
         oracle, passes = Oracle(target, [expected], right=0.75), []
         oracle._random.seed(seed)
-        hook = target._decoder.register_forward_pre_hook(lambda *_, p=passes: p.append(None))
+
+        def count(_: object, __: object, named: dict[str, Tensor], p: list[int] = passes) -> None:
+            p.append(named["input_ids"].shape[1])
+
+        hook = target._decoder.register_forward_pre_hook(count, with_kwargs=True)
         steps = list(
             decode(
                 target, oracle, ids_1T, sampler=Sampler(), stop=Stop(NEW_TOKENS),
@@ -106,6 +111,8 @@ def test_a_head_that_is_often_right(family: str, depth: int) -> None:
         hook.remove()
         assert answers(iter(steps))[0] == expected
         assert len(passes) == stats.rounds + 1 < NEW_TOKENS
+        # A chain, and what was accepted of the last one's guesses, but not all of them.
+        assert max(passes[1:]) <= depth + 1 + depth - 1
         seen |= {len(step[0]) - 1 for step in steps[1:-1]}
     assert seen == set(range(depth + 1))
 
