@@ -8,15 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import DELTA, SHARED_EXPERTS, VOCAB, build, padded, prompts
 from oracle import Oracle
-from published import write
-from tiny_run import write_rows
 from torch import Tensor
 
 from headstart.inference import SpeculativeModel
@@ -24,17 +21,11 @@ from headstart.inference.decode import Stop, decode, plain
 from headstart.inference.measure import accepted_length
 from headstart.inference.sampling import Sampler
 from headstart.inference.stats import Stats
-from headstart.model.adopt import adopt
 from headstart.model.families import probe_packed
-from headstart.model.fused import load_head, save_head
-from headstart.model.fusing import fuse
 from headstart.model.head import kinds, make_head
-from headstart.model.meta import HeadMeta
 from headstart.model.target import Target
 from headstart.model.tree import Tree, TreeShape
 from headstart.scripts.budgets import contestant
-from headstart.scripts.train import run_recipe
-from headstart.training.recipe import make_recipe
 
 NEW_TOKENS = 24
 DEEP = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
@@ -283,43 +274,3 @@ def test_a_model_that_forgets_its_state_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(code, "torch_chunk_gated_delta_rule", forgetful)
     with pytest.raises(ValueError, match="the state in front of several tokens"):
         Target.wrap(model)
-
-
-@pytest.mark.parametrize("kind", ["mtp", "eagle3", "medusa"])
-def test_a_head_is_trained_on_such_a_target(kind: str, tmp_path: Path) -> None:
-    build("qwen3_5_text", SETTINGS["qwen3_5_text"]).save_pretrained(tmp_path / "model")
-    target = Target.load(tmp_path / "model")
-    rows = [text.tolist() for text in prompts([12, 9, 14, 11, 8, 13])]
-    values = {
-        "target": {"name": str(tmp_path / "model"), "dtype": "float32"},
-        "head": {"kind": kind},
-        "data": {
-            "path": str(write_rows(tmp_path / "data.jsonl", rows, start=1)),
-            "max_length": 32, "batch_tokens": 64, "holdout": 1,
-        },
-        "loss": {"steps": 4},
-        "train": {
-            "output": str(tmp_path / "run"), "steps": 6, "lr": 1e-2, "precision": "float32",
-        },
-        "eval": {"prompts": None},
-    }  # fmt: skip
-    best = run_recipe(make_recipe(values), target)
-    head = load_head(best, target)
-    ids_1T = prompts([7])[0][None]
-    steps = decode(target, head, ids_1T, sampler=Sampler(), stop=Stop(NEW_TOKENS))
-    options: Any = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-    expected = target.model.generate(ids_1T, **options)[0, ids_1T.shape[1] :].tolist()
-    assert answers(steps)[0] == expected
-
-
-def test_a_fused_folder_brings_no_code_that_takes_guesses_back(tmp_path: Path) -> None:
-    write("qwen3_5_text", tmp_path / "model")
-    target = Target.load(tmp_path / "model")
-    save_head(make_head(target, "mtp", {}), tmp_path / "head", HeadMeta(target="tiny"))
-    fuse(tmp_path / "model", tmp_path / "head", tmp_path / "fused")
-    assert not (tmp_path / "fused" / "custom_generate").exists()
-    model = SpeculativeModel.from_pretrained(tmp_path / "fused")
-    assert model.target.recurrent
-    adopt(tmp_path / "model", tmp_path / "adopted")
-    with pytest.raises(ValueError, match="without the index"):
-        fuse(tmp_path / "model", tmp_path / "adopted", tmp_path / "listed", index=True)
