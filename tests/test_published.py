@@ -258,28 +258,6 @@ def test_several_layers_of_qwen_are_refused(tmp_path: Path) -> None:
         adopt(tmp_path / "model", tmp_path / "head")
 
 
-def test_norms_that_are_held_otherwise_are_not_written(tmp_path: Path) -> None:
-    write("qwen3_5_text", tmp_path / "model")
-    target = Target.load(tmp_path / "model")
-    save_head(make_head(target, "mtp", {}), tmp_path / "head", HeadMeta(target="tiny"))
-    with pytest.raises(ValueError, match="held in another way"):
-        fuse(tmp_path / "model", tmp_path / "head", tmp_path / "out", native=True)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_fresh_head_starts_with_the_scale_of_the_final_norm(tmp_path: Path) -> None:
-    """Whether it holds that as such or less 1."""
-    write("qwen3_5_text", tmp_path / "model")
-    target = Target.load(tmp_path / "model", dtype=torch.float32)
-    states_1TD = torch.randn(1, 3, target.hidden_size)
-    expected = target.model.model.norm(states_1TD)
-    for zero_centred in (False, True):
-        head = make_head(target, "mtp", {"zero_centred": zero_centred})
-        assert isinstance(head, mtp.Head)
-        head.init_from_target()
-        torch.testing.assert_close(head.norm(states_1TD), expected)
-
-
 def test_a_layer_of_another_kind_is_refused(tmp_path: Path) -> None:
     """The names are a Llama layer's, but this family turns half of the channels only, and none of
     its layers is dense."""

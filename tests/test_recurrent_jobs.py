@@ -30,6 +30,7 @@ from headstart.model.adopt import adopt
 from headstart.model.fused import load_head, save_head
 from headstart.model.fusing import fuse
 from headstart.model.head import make_head
+from headstart.model.heads import mtp
 from headstart.model.meta import HeadMeta
 from headstart.model.target import Target
 from headstart.scripts.train import run_recipe
@@ -74,6 +75,28 @@ def test_a_fused_folder_brings_no_code_that_takes_guesses_back(tmp_path: Path) -
     adopt(tmp_path / "model", tmp_path / "adopted")
     with pytest.raises(ValueError, match="without the index"):
         fuse(tmp_path / "model", tmp_path / "adopted", tmp_path / "listed", index=True)
+
+
+def test_norms_that_are_held_otherwise_are_not_written(tmp_path: Path) -> None:
+    write("qwen3_5_text", tmp_path / "model")
+    target = Target.load(tmp_path / "model")
+    save_head(make_head(target, "mtp", {}), tmp_path / "head", HeadMeta(target="tiny"))
+    with pytest.raises(ValueError, match="held in another way"):
+        fuse(tmp_path / "model", tmp_path / "head", tmp_path / "out", native=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fresh_head_starts_with_the_scale_of_the_final_norm(tmp_path: Path) -> None:
+    """Whether it holds that as such or less 1."""
+    write("qwen3_5_text", tmp_path / "model")
+    target = Target.load(tmp_path / "model", dtype=torch.float32)
+    states_1TD = torch.randn(1, 3, target.hidden_size)
+    expected = target.model.model.norm(states_1TD)
+    for zero_centred in (False, True):
+        head = make_head(target, "mtp", {"zero_centred": zero_centred})
+        assert isinstance(head, mtp.Head)
+        head.init_from_target()
+        torch.testing.assert_close(head.norm(states_1TD), expected)
 
 
 def test_the_commands(tmp_path: Path, wide: None) -> None:
