@@ -194,10 +194,11 @@ def recurrent_mixers(
     """What is recurrent in the decoder layers that are, by their place. ValueError for those whose
     states are not known to be held as `states.py` holds them."""
     kinds = config.to_dict().get("layer_types") or ()
-    places = [place for place, kind in enumerate(kinds) if kind == LINEAR]
-    if any(not hasattr(layers[place], MIXER) for place in places):
+    known = enumerate(zip(kinds, layers, strict=False))  # some name the kinds of more layers
+    recurrent = {place: layer for place, (kind, layer) in known if kind == LINEAR}
+    if any(not hasattr(layer, MIXER) for layer in recurrent.values()):
         raise ValueError(_recurrent(name, config))
-    return {place: getattr(layers[place], MIXER) for place in places}
+    return {place: getattr(layer, MIXER) for place, layer in recurrent.items()}
 
 
 def refuse(model: PreTrainedModel, name: str) -> None:
