@@ -185,7 +185,7 @@ class _Timer:
     def read(self, nodes: int) -> float:
         """Seconds of a read of so many nodes; `best` keeps the shortest."""
         root_B = self.ids_1T[:, 0]
-        tree = Tree.root(root_B) if nodes == 1 else _comb(root_B, nodes)
+        tree = Tree.root(root_B) if nodes == 1 else _comb(root_B, nodes, self.target.recurrent)
         repeats = 1 if nodes in self.best else 2  # the first packs weights
         seconds = self._time(
             lambda: self.target.read(tree, self.cache, layers=self.head.layers), repeats
@@ -227,8 +227,9 @@ class _Timer:
 
         def after() -> None:
             accept(tree.cut(7).chain_first(), draws_BN[:, :7]).tokens_BP.tolist()
-            self.cache.expect(8)
-            self.cache.commit(path_BP, counts_B)
+            if not self.target.recurrent:  # where nothing is moved
+                self.cache.expect(8)
+                self.cache.commit(path_BP, counts_B)
 
         return self._time(after)
 
@@ -248,9 +249,10 @@ class _Timer:
             torch.cuda.synchronize(self.target.device)
 
 
-def _comb(root_B: torch.Tensor, nodes: int) -> Tree:
-    """A chain with a leaf beside each link."""
-    parents = [-1, *(max(0, (node - 1) // 2 * 2 - 1) for node in range(1, nodes))]
+def _comb(root_B: torch.Tensor, nodes: int, bare: bool = False) -> Tree:
+    """A chain with a leaf beside each link; bare: without leaves."""
+    leafy = [-1, *(max(0, (node - 1) // 2 * 2 - 1) for node in range(1, nodes))]
+    parents = list(range(-1, nodes - 1)) if bare else leafy
     parents_BN = torch.tensor([parents], device=root_B.device)
     return Tree(root_B[:, None].expand(-1, nodes), parents_BN, torch.zeros_like(parents_BN).float())
 

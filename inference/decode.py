@@ -15,6 +15,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from .plan import Graphs, suits
 from .rows import Row, Stop, draws, rows_of
 from .sampling import Sampler
 from .stats import Stats
-from .trees import DEFAULT_TREE, fitting
+from .trees import DEFAULT_TREE, fitting, usual
 from .verify import Accepted, accept
 
 Rounds = Iterator[list[list[int]]]  # per pass, for every row of the batch, the tokens it gave
@@ -72,7 +73,7 @@ def decode(
     *,
     sampler: Sampler,
     stop: Stop,
-    shape: TreeShape = DEFAULT_TREE,
+    shape: TreeShape | None = None,
     budget: Budget | None = None,
     lookup: bool = False,
     stats: Stats | None = None,
@@ -83,11 +84,14 @@ def decode(
     tokens_BT: prompts. mask_BT: 1 for tokens and 0 for padding, which may be on either side; None
     for no padding. shape: the trees; with a budget it says how large they may become. lookup: guess
     from the text itself too; head None: only that. eager: on CUDA, start every kernel from here;
-    otherwise rounds are played back as CUDA graphs where they suit (graphs.py). Yields once per
+    otherwise rounds are played back as CUDA graphs where they suit (graphs.py). Where the target
+    has recurrent layers, trees are chains and the prompts come one after the other. Yields once per
     pass, for every row of the batch, the tokens that its answer grew by (none for rows that are
     complete). ValueError for an empty prompt and for one that leaves no room in the target's
     context: said now, not at the first token.
     """
+    if shape is None:
+        shape = usual(target, DEFAULT_TREE)
     if head is not None:
         shape = fitting(shape, head)
     if mask_BT is None:
@@ -104,37 +108,44 @@ def decode(
     order_BT = (mask_BT == 0).to(torch.uint8).argsort(dim=1, stable=True)
     packed_BT = tokens_BT.gather(1, order_BT)[:, : max(row.length for row in rows)]
     stats = Stats() if stats is None else stats
-    loop: GraphLoop | _Loop
+    packed_BT = packed_BT.to(target.device)
     if not eager and suits(target, head, sampler, lookup):
         kept = Graphs.of(target)
-        loop = GraphLoop(target, head, rows, sampler, stop, shape, budget, stats, kept)
-    else:
-        drafter = Drafter(head, shape, budget, len(rows), stats)
-        loop = _Loop(target, drafter, rows, sampler, stop, stats)
-    return loop.run(packed_BT.to(target.device), lengths_B)
+        graphs = GraphLoop(target, head, rows, sampler, stop, shape, budget, stats, kept)
+        return graphs.run(packed_BT, lengths_B)
+    together = [[row] for row in rows] if target.recurrent else [rows]
+    runs: list[Rounds] = []
+    for some in together:
+        drafter = Drafter(head, shape, budget, len(some), stats, chain=target.recurrent)
+        places = [row.number for row in some]
+        longest = max(row.length for row in some)
+        loop = _Loop(target, drafter, some, len(rows), sampler, stop, stats)
+        runs.append(loop.run(packed_BT[places, :longest], lengths_B[places]))
+    return chain.from_iterable(runs)
 
 
 class _Loop:
-    """One batch on its way: what the rounds share."""
+    """Rows of one batch on their way: what the rounds share. batch: rows that it has in all."""
 
     def __init__(
         self,
         target: Target,
         drafter: Drafter,
         rows: list[Row],
+        batch: int,
         sampler: Sampler,
         stop: Stop,
         stats: Stats,
     ):
         self.target, self.drafter, self.sampler = target, drafter, sampler
         self.stop, self.stats = stop, stats
-        self.rows, self.batch = rows, len(rows)
-        self.cache: KVCache = target.new_cache(self.batch)
+        self.rows, self.batch = rows, batch
+        self.cache: KVCache = target.new_cache(len(rows))
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, tokens_BT: Tensor, lengths_B: Tensor) -> Rounds:
-        self.stats.begin(self.batch, self.target.device)
+        self.stats.begin(len(self.rows), self.target.device)
         read, drawn = self._prompt(tokens_BT, lengths_B)
         tree: Tree | None = None
         while True:

@@ -98,7 +98,8 @@ def read_prompts(
 
 
 class Drafter:
-    """The guesses of one run. head None: only what is looked up, if that."""
+    """The guesses of one run. head None: only what is looked up, if that. chain: of all guesses
+    only the likeliest chain is read."""
 
     def __init__(
         self,
@@ -107,8 +108,9 @@ class Drafter:
         budget: Budget | None,
         rows: int,
         stats: Stats,
+        chain: bool = False,
     ):
-        self.head, self.shape, self.stats = head, shape, stats
+        self.head, self.shape, self.stats, self.chain = head, shape, stats, chain
         self.state: Any = None if head is None else head.start(rows)
         self.spending = None if budget is None else budget.start()
         self.behind: list[Read] = []  # not yet taken in by the head
@@ -138,6 +140,8 @@ class Drafter:
             tree = alone(read.root_B, guesses) if tree is None else merge(tree, guesses)
         if tree is None:
             return Tree.root(read.root_B)
+        if self.chain and guesses:
+            tree = tree.likeliest_chain()
         nodes = self.shape.nodes
         if self.spending is not None:
             nodes = min(nodes, self.spending.nodes(tree.scores_BN))

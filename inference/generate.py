@@ -39,7 +39,7 @@ from .decode import Rounds, decode, plain
 from .rows import Stop
 from .sampling import Sampler
 from .stats import Stats
-from .trees import DEFAULT_TREE, WIDEST_TREE, looks_up
+from .trees import DEFAULT_TREE, WIDEST_TREE, looks_up, usual
 
 # Options of `generate` that ask for another way of decoding, or for inputs that are not ours.
 REFUSED_OPTIONS = (
@@ -222,13 +222,13 @@ class SpeculativeModel:
         if how.tree is None and budget is None:
             budget = Budget.auto(self.target, self.head)
             lookup = looks_up(self.target) if lookup is None else lookup
-        usual = DEFAULT_TREE if budget is None else WIDEST_TREE
+        shape = usual(self.target, DEFAULT_TREE if budget is None else WIDEST_TREE)
         return decode(
             self.target,
             self.head,
             input_ids,
             mask_BT,
-            shape=how.tree or usual,
+            shape=how.tree or shape,
             budget=budget,
             lookup=bool(lookup),
             **options,

@@ -24,7 +24,7 @@ from .plan import Graphs
 from .rows import Stop
 from .sampling import Sampler
 from .stats import Stats
-from .trees import DEFAULT_TREE
+from .trees import DEFAULT_TREE, usual
 
 PLAIN = "plain"
 
@@ -124,7 +124,7 @@ def accepted_length(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    shape: TreeShape = DEFAULT_TREE,
+    shape: TreeShape | None = None,
     temperature: float = 0.0,
 ) -> tuple[Stats, list[list[list[int]]]]:
     """Only what the head does, without the plain runs: for checks during training.
@@ -133,9 +133,9 @@ def accepted_length(
     """
     stats = Stats()
     stop = Stop(max_new_tokens, frozenset(target.eos_ids))
+    one = Contestant(head, shape or usual(target, DEFAULT_TREE))
     answers = [
-        _run(target, Contestant(head, shape), prompt, stop, stats, Sampler.of(temperature))
-        for prompt in prompts
+        _run(target, one, prompt, stop, stats, Sampler.of(temperature)) for prompt in prompts
     ]
     Graphs.of(target).forget(head)  # the next check brings another one
     return stats, answers

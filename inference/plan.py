@@ -33,7 +33,7 @@ CAPACITY = 512  # columns of the smallest cache; each larger one has twice as ma
 
 def suits(target: Target, head: DraftHead | None, sampler: Sampler, lookup: bool = False) -> bool:
     """Whether a run can be decoded this way. Others take the loop of `decode`."""
-    if lookup or target.device.type != "cuda":
+    if lookup or target.recurrent or target.device.type != "cuda":
         return False
     one_device = len({parameter.device for parameter in target.model.parameters()}) == 1
     known = all(type(processor) in CAPTURED for processor in sampler.processors)

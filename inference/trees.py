@@ -12,6 +12,12 @@ DEFAULT_TREE = TreeShape.dynamic(nodes=8, depth=4, width=3)
 WIDEST_TREE = TreeShape.dynamic(nodes=64, depth=8, width=4)
 
 
+def usual(target: Target, shape: TreeShape) -> TreeShape:
+    """A shape that nobody asked for, as the target can read it: recurrent layers read no branches,
+    so there it is a chain as deep."""
+    return TreeShape.chain(shape.depth) if target.recurrent else shape
+
+
 def looks_up(target: Target) -> bool:
     """Whether guesses from the text are used unless somebody says otherwise. On a GPU rounds with
     them cannot be played back as a whole."""
@@ -23,6 +29,12 @@ def fitting(shape: TreeShape, head: DraftHead) -> TreeShape:
     if not isinstance(shape, TreeShape):
         raise ValueError(
             f"A tree is given as a TreeShape, got {shape!r}. For example TreeShape.chain(4)."
+        )
+    if head.target.recurrent and shape.width > 1:
+        raise ValueError(
+            f"The tree has branches (width {shape.width}), and {head.target.name} has recurrent "
+            f"layers, whose state cannot branch. Use a chain: TreeShape.chain({shape.depth}), or "
+            f"--budget {shape.depth + 1}/{shape.depth}/1."
         )
     known = head.config.draft_vocab or head.config.vocab_size
     if shape.width > known:

@@ -47,9 +47,14 @@ def adopt(source: str | Path, out: str | Path) -> mtp.Head:
 
 def _settings(target: Target, published: Published) -> dict[str, Any]:
     last = target.num_layers - 1
-    settings: dict[str, Any] = {"feature_layer": last if published.layout.before_norm else None}
+    layout = published.layout
+    settings: dict[str, Any] = {
+        "feature_layer": last if layout.before_norm else None,
+        "zero_centred": layout.zero_centred,
+    }
     layer = mtp.DecoderLayer(LayerConfig(**layer_sizes(target)))
-    if layer.state_dict().keys() <= published.files.keys() and _agrees(target, layer):
+    names = {layout.layer + name for name in layer.state_dict()}
+    if names <= published.files.keys() and _agrees(target, layer):
         return settings
     family = FamilyConfig.of(target.config)
     try:

@@ -10,17 +10,22 @@ capacity it sees all columns each time, every shape stays the same and no number
 host: what CUDA graphs and compiled code need. The mask hides what is not written yet. The lengths
 then change in place, because a graph knows them by their address.
 
+Recurrent layers have states instead of columns: see states.py.
+
 Legend: B batch rows, P accepted positions, N new rows of a read, M pending rows, L layers, H heads,
 S columns, D head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .states import States
 
 BLOCK = 256  # columns by which a layer grows
 
@@ -102,16 +107,28 @@ class KVLayer(CacheLayerMixin):
 class KVCache(Cache):
     """What the target remembers of a batch: see the head of this file.
 
-    capacity: columns of a cache that does not grow; None for one that does. lengths_B: committed
-    tokens of each row.
+    capacity: columns of a cache that does not grow; None for one that does. recurrent: places of
+    the layers that have states instead, which hold one row. lengths_B: committed tokens of each
+    row.
     """
 
     def __init__(
-        self, batch_size: int, num_layers: int, device: torch.device, capacity: int | None = None
+        self,
+        batch_size: int,
+        num_layers: int,
+        device: torch.device,
+        capacity: int | None = None,
+        recurrent: Sequence[int] = (),
     ):
+        assert batch_size == 1 or not recurrent
         self._place = _Place(end=capacity or 0, fixed=capacity is not None)
-        self.kv_layers = [KVLayer(self._place) for _ in range(num_layers)]
-        super().__init__(layers=list(self.kv_layers))
+        self.states = States(recurrent) if recurrent else None
+        states = self.states.layers if self.states is not None else {}
+        self.kv_layers = [KVLayer(self._place) for _ in range(num_layers - len(states))]
+        columns = iter(self.kv_layers)
+        super().__init__(
+            layers=[states[at] if at in states else next(columns) for at in range(num_layers)]
+        )
         self.lengths_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._lengths = [0] * batch_size  # the same on the host: no device read per step
         self._pending = self._after = 0
@@ -152,10 +169,11 @@ class KVCache(Cache):
         """True where every row is known to hold as many tokens as the others."""
         return not self.fixed and min(self._lengths) == self.width
 
-    def expect(self, new: int, after: int = 0) -> None:
-        """The next read writes `new` rows; of those pending before, the first `after` stay."""
+    def expect(self, new: int, after: int = 0, again: int = 0) -> None:
+        """The next read writes `new` rows; of those pending before, the first `after` stay, and the
+        last `again` committed columns are written once more."""
         place, self._pending, self._after = self._place, after + new, after
-        place.first = self.width + after if self.even else None
+        place.first = self.width + after - again if self.even else None
         place.expect(self.lengths_B, after, new)
         if not self.fixed:
             place.end = self.width + self._pending
@@ -201,13 +219,16 @@ class KVCache(Cache):
                 self._move(path_BP, 0)
             self.lengths_B += counts_B
         else:
-            self._commit_on_host(path_BP, counts_B.tolist())
+            counts = counts_B.tolist()
+            self._commit_on_host(path_BP, counts)
+            if self.states is not None:
+                self.states.commit(counts[0])
             self.lengths_B = self.lengths_B + counts_B
         self._pending = 0
 
     def fix(self, capacity: int) -> None:
         """From now on exactly so many columns. Of an empty cache only."""
-        assert not self.fixed and self.width == 0
+        assert not self.fixed and self.width == 0 and self.states is None
         self._place.end, self._place.fixed = capacity, True
 
     def take(self, other: KVCache) -> None:
@@ -231,6 +252,8 @@ class KVCache(Cache):
         gigabytes, and its rows finish one by one.
         """
         rows = rows_B.tolist()
+        if self.states is not None:
+            self.states.drop()
         moved = [place for place, row in enumerate(rows) if place != row]
         places_M = torch.tensor(moved, dtype=torch.int64, device=rows_B.device)
         for layer in self.kv_layers:
@@ -278,6 +301,7 @@ class KVCache(Cache):
             kept = [path[:count] for path, count in paths]
             assert all(0 <= node < self._pending for path in kept for node in path), "not pending"
             moved = [_in_place(path) for path in kept if _in_place(path) < len(path)]
+            assert not moved or self.states is None, "a state has read no branch"
             if moved:
                 first, last = min(moved), max(counts)
                 self._move(path_BP[:, first:last], first)

@@ -26,6 +26,8 @@ def undraftable_alone(head: DraftHead) -> str | None:
         return f"it does not know heads of kind {head.kind}"
     if isinstance(head, mtp.Head) and isinstance(head.layer, FamilyLayer):
         return "the head has a layer of its target's family"
+    if head.target.recurrent:
+        return "the target has recurrent layers"
     return None
 
 

@@ -1,7 +1,7 @@
 """What differs between families of language models, and which ones cannot be read.
 
-Nothing here knows a family by name: windows and the last step to the logits follow from the
-configuration, and a probe at load compares the result with the model itself.
+Nothing here knows a family by name: windows, recurrent layers and the last step to the logits
+follow from the configuration, and a probe at load compares the result with the model itself.
 
 Legend: B batch rows, N new rows (tree nodes or text positions), S cache columns, D hidden size.
 """
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .target import Target
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+LINEAR, MIXER = "linear_attention", "linear_attn"  # a recurrent layer, and what is recurrent in it
 # What the code of a model with windows builds its masks with.
 WINDOW_MASKS = (
     "create_sliding_window_causal_mask",
@@ -51,7 +52,9 @@ class Windows:
         sliding = settings.get("sliding_window") or 0
         chunked = settings.get("attention_chunk_size") or 0
         kinds = settings.get("layer_types")
-        if kinds is None:
+        if kinds is not None:
+            kinds = [kind for kind in kinds if kind != LINEAR]
+        else:
             kinds = [SLIDING if sliding else CHUNKED if chunked else FULL]
         return Windows(tuple(sorted(set(kinds))), sliding, chunked)
 
@@ -64,7 +67,7 @@ class Windows:
         """
         seen_BNS = cache.visible(among_new(depths_BN, tree))
         if self.kinds == (FULL,):
-            return _additive(seen_BNS, dtype)
+            return additive(seen_BNS, dtype)
         new_places_BN = depths_BN + cache.lengths_B[:, None]
         return self._of_kinds(seen_BNS, new_places_BN, cache.positions(depths_BN), dtype)
 
@@ -79,7 +82,7 @@ class Windows:
         self, seen_BNS: Tensor, query_BN: Tensor, key_BS: Tensor, dtype: torch.dtype
     ) -> Tensor | dict[str, Tensor]:
         masks = {
-            kind: _additive(seen_BNS & self._near(kind, query_BN, key_BS), dtype)
+            kind: additive(seen_BNS & self._near(kind, query_BN, key_BS), dtype)
             for kind in self.kinds
         }
         return masks if len(masks) > 1 else masks[self.kinds[0]]
@@ -101,7 +104,7 @@ def among_new(depths_BN: Tensor, tree: Tree | None) -> Tensor:
     return tree.ancestors_BNN
 
 
-def _additive(seen_BNS: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(seen_BNS: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where seen, else the lowest number: right for eager and for fused attention."""
     mask_BNS = torch.zeros(seen_BNS.shape, dtype=dtype, device=seen_BNS.device)
     return mask_BNS.masked_fill_(~seen_BNS, torch.finfo(dtype).min)[:, None]
@@ -185,11 +188,24 @@ def decoder_layers(decoder: nn.Module, config: PretrainedConfig, name: str) -> n
     )
 
 
+def recurrent_mixers(
+    layers: nn.ModuleList, config: PretrainedConfig, name: str
+) -> dict[int, nn.Module]:
+    """What is recurrent in the decoder layers that are, by their place. ValueError for those whose
+    states are not known to be held as `states.py` holds them."""
+    kinds = config.to_dict().get("layer_types") or ()
+    known = enumerate(zip(kinds, layers, strict=False))  # some name the kinds of more layers
+    recurrent = {place: layer for place, (kind, layer) in known if kind == LINEAR}
+    if any(not hasattr(layer, MIXER) for layer in recurrent.values()):
+        raise ValueError(_recurrent(name, config))
+    return {place: getattr(layer, MIXER) for place, layer in recurrent.items()}
+
+
 def refuse(model: PreTrainedModel, name: str) -> None:
     """ValueError for what is known not to work; `probe` finds the rest."""
     config = model.config.get_text_config(decoder=True)
     refuse_config(config, name)
-    if model._is_stateful:
+    if model._is_stateful and LINEAR not in (config.to_dict().get("layer_types") or ()):
         raise ValueError(_recurrent(name, config))
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):
@@ -211,8 +227,9 @@ def refuse_config(config: PretrainedConfig, name: str) -> None:
             f"{name} ({config.model_type}) cuts its local windows by place in the cache, where the "
             "branches of a tree lie side by side. Use another target."
         )
-    odd = set(config.to_dict().get("layer_types") or ()) - {FULL, SLIDING, CHUNKED}
-    if odd:
+    kinds = set(config.to_dict().get("layer_types") or ())
+    odd = kinds - {FULL, SLIDING, CHUNKED}
+    if odd and kinds != {FULL, LINEAR}:
         raise ValueError(_recurrent(name, config, f", with layers of {', '.join(sorted(odd))}"))
 
 
@@ -233,9 +250,9 @@ def refuse_unused_window(decoder: nn.Module, config: PretrainedConfig, name: str
 
 def _recurrent(name: str, config: PretrainedConfig, layers: str = "") -> str:
     return (
-        f"{name} ({config.model_type}{layers}) does not use softmax attention in every layer. A "
-        "recurrent state cannot branch into a tree or take back a wrong guess. Use a target with "
-        "softmax attention throughout."
+        f"{name} ({config.model_type}{layers}) does not use softmax attention in every layer, and "
+        "its recurrent states are not held in a way that is known here (known: gated delta nets, "
+        "as in Qwen3-Next). Use a target with softmax attention throughout."
     )
 
 
@@ -250,7 +267,7 @@ def probe(target: Target) -> None:
         with torch.no_grad():
             theirs = target.model(input_ids=text_1T, use_cache=False).logits
             plain = target.read(text_1T)
-            branch = _read_branches(target, text_1T)
+            branch = (_read_chains if target.recurrent else _read_branches)(target, text_1T)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(
             f"{target.name} ({target.config.model_type}) cannot be read with own positions, mask "
@@ -266,7 +283,8 @@ def probe(target: Target) -> None:
     if not _close(branch, plain.last_BTD[:, 3:]):
         raise ValueError(
             f"{target.name} ({target.config.model_type}) reads a tree unlike the same text: its "
-            "attention ignores the mask or the positions. Use a target of another family."
+            "attention ignores the mask or the positions, or recurrent layers the state in front "
+            "of several tokens. Use a target of another family."
         )
 
 
@@ -284,6 +302,23 @@ def _read_branches(target: Target, text_1T: Tensor) -> Tensor:
     cache.commit(torch.tensor([[0, 2, 4]], device=target.device), counts_B)
     last_token = torch.tensor([[three]], device=target.device)
     return torch.cat([first, target.read(last_token, cache, logits=False).last_BTD], 1)
+
+
+def _read_chains(target: Target, text_1T: Tensor) -> Tensor:
+    """The last four positions again, behind a rejected guess, a chain that was accepted in part,
+    and one that was accepted in whole."""
+    cache = target.new_cache(1)
+    two, three, four, five, six = text_1T[0, 2:].tolist()
+    target.read(text_1T[:, :2], cache, logits=False)
+    cache.commit(None, torch.tensor([2], device=target.device))
+    seen = []
+    for chain, accepted in (([two, six], 1), ([three, four, three], 2), ([five, six], 2)):
+        tokens_1N = torch.tensor([chain], device=target.device)
+        parents_1N = torch.arange(len(chain), device=target.device)[None] - 1
+        tree = Tree(tokens_1N, parents_1N, torch.zeros(1, len(chain), device=target.device))
+        seen.append(target.read(tree, cache, logits=False).last_BTD[:, :accepted])
+        cache.commit(None, torch.tensor([accepted], device=target.device))
+    return torch.cat(seen, 1)[:, 1:]
 
 
 @torch.no_grad()

@@ -66,11 +66,14 @@ class FamilyLayer(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, hidden_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
+        places = positions_BT
+        if hasattr(self.rotary, "mrope_section"):  # time, height and width: the same for a text
+            places = positions_BT.expand(3, *positions_BT.shape)
         output_BTD: Tensor = self.block(
             hidden_BTD,
             attention_mask=None,
             position_ids=positions_BT,
-            position_embeddings=self.rotary(hidden_BTD, positions_BT),
+            position_embeddings=self.rotary(hidden_BTD, places),
             attend=attend,
         )
         return output_BTD

@@ -41,6 +41,11 @@ def write_index(head: DraftHead, folder: Path) -> None:
             "transformers gives a head the hidden state behind the target's final norm, and this "
             "one reads another. Fuse it without the index."
         )
+    if head.target.recurrent:
+        raise ValueError(
+            f"{head.target.name} has recurrent layers, and transformers cannot take a guess back "
+            "from them. Fuse it without the index."
+        )
     prefix = f"model.layers.{head.target.num_layers}."
     _refuse_own(folder, prefix)
     stored = load_file(folder / "draft_heads" / SINGLE)

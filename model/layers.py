@@ -45,6 +45,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(hidden, self.weight.shape, self.weight.to(hidden.dtype), self.eps)
 
 
+class ZeroCentredNorm(RMSNorm):
+    """The same, with a weight that is added to 1, as Qwen3-Next holds it."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__(size, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        scale = 1 + self.weight.to(wide)
+        return F.rms_norm(hidden.to(wide), scale.shape, scale, self.eps).to(hidden.dtype)
+
+
 def angles(positions: Tensor, channels: int, theta: float, wide: torch.dtype) -> Tensor:
     """Rotary angles (arXiv 2104.09864) of half the channels, in the type `wide`."""
     half = channels // 2

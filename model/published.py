@@ -26,6 +26,7 @@ from torch import Tensor
 from .engines import unservable
 from .head import DraftHead
 from .heads import mtp
+from .layers import ZeroCentredNorm
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXPERTS = "mlp.experts."
@@ -36,8 +37,9 @@ MARKS = ("mtp", "nextn", "eh_proj")  # in the names of layouts that are not know
 @dataclass(frozen=True)
 class Layout:
     """enorm, hnorm, proj, norm: names of our parts. hidden_first: the order in `proj`. before_norm:
-    h[t] comes from before the target's final norm. embed, head: copies of the target's embedding
-    and LM head. The decoder layer's tensors have the names of the target's own layers.
+    h[t] comes from before the target's final norm. zero_centred: the weights of those norms are
+    added to 1. embed, head: copies of the target's embedding and LM head. layer: in front of the
+    decoder layer's tensors, which have the names of the target's own layers.
     """
 
     prefix: str  # {layers}: how many decoder layers the target has
@@ -47,6 +49,8 @@ class Layout:
     norm: str
     hidden_first: bool = False
     before_norm: bool = False
+    zero_centred: bool = False
+    layer: str = ""
     embed: str = "embed_tokens.weight"
     head: str = "shared_head.head.weight"
 
@@ -66,6 +70,16 @@ LAYOUTS = {
         "final_layernorm",
         hidden_first=True,
         before_norm=True,
+    ),
+    # Qwen3-Next and Qwen3.5; what vLLM computes
+    "qwen": Layout(
+        "mtp.",
+        "pre_fc_norm_embedding",
+        "pre_fc_norm_hidden",
+        "fc",
+        "norm",
+        zero_centred=True,
+        layer="layers.0.",
     ),
 }
 
@@ -102,7 +116,8 @@ def find(folder: Path, layers: int) -> Published:
         raise ValueError(
             f"{folder} carries multi-token prediction tensors under names that are not known here "
             f"({', '.join(others[:3])}, ...). Known: GLM and DeepSeek-V3 (model.layers.N.eh_proj), "
-            "MiMo (model.mtp_layers.0.input_proj). Train a head with `headstart train` instead."
+            "MiMo (model.mtp_layers.0.input_proj), Qwen3-Next and Qwen3.5 (mtp.fc). Train a head "
+            "with `headstart train` instead."
         )
     raise ValueError(
         f"{folder} carries no multi-token prediction layer: there is none among its "
@@ -111,7 +126,7 @@ def find(folder: Path, layers: int) -> Published:
 
 
 def _refuse_more(files: Mapping[str, Path], layout: Layout, layers: int, folder: Path) -> None:
-    after = layout.prefix.replace(".0.", ".1.").format(layers=layers + 1)
+    after = (layout.prefix + layout.layer).replace(".0.", ".1.").format(layers=layers + 1)
     if any(name.startswith(after) for name in files):
         raise ValueError(
             f"{folder} carries several multi-token prediction layers ({after}* too), one for each "
@@ -134,9 +149,10 @@ def _files(folder: Path) -> dict[str, Path]:
         raise ValueError(f"The tensors of {folder} cannot be listed: {error}") from error
 
 
-def places(head: mtp.Head, layout: Layout) -> dict[str, list[Tensor]]:
+def places(head: mtp.Head, published: Published) -> dict[str, list[Tensor]]:
     """For each published tensor, without the prefix, the parts of the head's own ones that stand
     side by side in it (along the last dimension). They share the head's memory."""
+    layout = published.layout
     size = head.config.hidden_size
     embedding, hidden = head.eh_proj.weight.data.split(size, 1)
     found = {
@@ -147,13 +163,17 @@ def places(head: mtp.Head, layout: Layout) -> dict[str, list[Tensor]]:
         if layout.hidden_first
         else [embedding, hidden],
     }
-    for name, tensor in head.layer.state_dict().items():
-        found |= _in_layer(name.removeprefix("block."), tensor)
+    for own, tensor in head.layer.state_dict().items():
+        name = own.removeprefix("block.")
+        whole = layout.layer + name in published.files
+        parts = {name: [tensor]} if whole else _in_layer(name, tensor)
+        found |= {layout.layer + one: part for one, part in parts.items()}
     return found
 
 
 def _in_layer(name: str, tensor: Tensor) -> dict[str, list[Tensor]]:
-    """Experts are published one by one and held together, E x 2F x D (gate, up) and E x D x F."""
+    """Experts that are published one by one are held together, E x 2F x D (gate, up) and
+    E x D x F."""
     if not name.startswith(EXPERTS):
         return {name: [tensor]}
     kind = name.removeprefix(EXPERTS)
@@ -171,7 +191,7 @@ def _in_layer(name: str, tensor: Tensor) -> dict[str, list[Tensor]]:
 @torch.no_grad()
 def read_into(head: mtp.Head, published: Published) -> None:
     """Fill a head, bound to its target, with the published layer. ValueError where they differ."""
-    expected = places(head, published.layout)
+    expected = places(head, published)
     _same_names(expected, published)
     for name, parts in expected.items():
         stored = published.read(name)
@@ -235,6 +255,7 @@ def write_native(head: DraftHead, folder: Path) -> str:
             f"layer, and this one is {head.kind}{': ' if reason else ''}{reason or ''}."
         )
     published = find(folder, head.target.num_layers)
+    _refuse_other_norms(head, published)
     last = head.target.num_layers - 1
     if head.layers != ((last,) if published.layout.before_norm else ()):
         raise ValueError(
@@ -242,7 +263,7 @@ def write_native(head: DraftHead, folder: Path) -> str:
             f"{'before' if published.layout.before_norm else 'after'} its final norm, and this "
             "head another one. Write a head that began with `headstart adopt`."
         )
-    expected = places(head, published.layout)
+    expected = places(head, published)
     _same_names(expected, published)
     for name, parts in expected.items():
         stored = published.read(name)
@@ -251,6 +272,14 @@ def write_native(head: DraftHead, folder: Path) -> str:
         if not torch.equal(ours.bfloat16(), stored.bfloat16()):
             _overwrite(published.files[name], published.prefix + name, ours.to(stored.dtype))
     return f"{published.prefix}*"
+
+
+def _refuse_other_norms(head: mtp.Head, published: Published) -> None:
+    if isinstance(head.norm, ZeroCentredNorm) != published.layout.zero_centred:
+        raise ValueError(
+            f"The norms in {published.prefix}* of {published.folder} are held in another way than "
+            "this head's. Write a head that began with `headstart adopt`."
+        )
 
 
 def _overwrite(file: Path, name: str, tensor: Tensor) -> None:

@@ -1,7 +1,8 @@
 """The frozen model whose output must be kept exactly: read tokens or a tree, see what it thinks.
 
 Any causal language model of transformers with softmax attention, its own code untouched: it gets
-explicit positions, a mask of ours and our cache. What cannot be read that way is refused at load.
+explicit positions, a mask of ours and our cache. Where some layers are recurrent, it reads chains
+instead of trees (states.py). What cannot be read that way is refused at load.
 
 Legend: B batch rows, N tree nodes, T positions, S cache columns, D hidden size, V vocabulary,
 R any leading dimensions.
@@ -12,8 +13,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +25,10 @@ from .accelerated import MOST_ROWS as MOST_ROWS_ON_A_GPU
 from .accelerated import Accelerated
 from .attention import shared_keys
 from .cache import KVCache
+from .chains import Chains
 from .families import (
     FULL,
+    LINEAR,
     LogitsRule,
     Windows,
     among_new,
@@ -33,6 +37,7 @@ from .families import (
     inner_model,
     output_head,
     probe,
+    recurrent_mixers,
     refuse,
     refuse_unused_window,
 )
@@ -65,6 +70,7 @@ class Target:
     head, which can be more than the tokenizer knows. quantized: what it computes in, or None.
     weight_only: what its layers are held in, if not in their own type. spread: whether its layers
     lie in parts on several processes. reads_together: whether those have to read the same rows.
+    recurrent: whether layers have states, so that it reads chains, one text at a time.
     """
 
     def __init__(
@@ -85,6 +91,9 @@ class Target:
         self._decoder = inner_model(model)
         self._layers = decoder_layers(self._decoder, self.config, name)
         refuse_unused_window(self._decoder, self.config, name)
+        self._chains = Chains(recurrent_mixers(self._layers, self.config, name), name)
+        self.recurrent = bool(self._chains.mixers)
+        self._chains.refuse_integers(quantize)
         self._cache_name = _cache_name(self._decoder)
         self._windows = Windows.of(self.config)
         self._lm_head = LMHead(head, LogitsRule.of(self.config))
@@ -103,7 +112,8 @@ class Target:
             quantize_target(self, quantize)
             self.quantized = quantize
         if not self.spread and weight_only is None:
-            self._lean = shorter_way(self._decoder, self._layers, self.config)
+            if not self.recurrent:
+                self._lean = shorter_way(self._decoder, self._layers, self.config)
             pack_linears(model)  # after the probes, which would pack what they widen
 
     @classmethod
@@ -225,7 +235,7 @@ class Target:
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty cache for `read`."""
-        return KVCache(batch_size, self.config.num_hidden_layers, self.device)
+        return self._chains.new_cache(batch_size, self.num_layers, self.device)
 
     @torch.no_grad()
     def read(
@@ -242,6 +252,7 @@ class Target:
         Text is causal and stands behind what each row of the cache holds. A tree's node stands
         `depth` positions behind it and sees the row's committed tokens, its ancestors and itself.
         With a cache the rows read stay pending until `cache.commit`; without one nothing is kept.
+        ValueError for branches where layers are recurrent.
         lengths_B: valid tokens per row of a text; behind them may be anything.
         layers: decoder layers (0-based) whose output is wanted too.
         """
@@ -251,6 +262,10 @@ class Target:
             cache = self.new_cache(len(ids_BT))
         if lengths_B is not None:
             ids_BT = _blank(ids_BT, lengths_B)
+        if self.recurrent and cache is not None:
+            run = partial(self._read, cache=cache, layers=layers)
+            last_BTD, hidden = self._chains.read(ids_BT, tree, cache, self.dtype, run)
+            return Seen(self.unembed(last_BTD) if logits else None, last_BTD, hidden)
         steps_BT = _steps(ids_BT) if tree is None else tree.depths_BN
         lean = self._lean if cache is not None and self._suits(ids_BT, cache) else None
         mask: Tensor | dict[str, Tensor] | None = None  # None: the model's own causal mask
@@ -264,7 +279,7 @@ class Target:
         if lean is not None and cache is not None:
             last_BTD, hidden = lean.read(ids_BT, steps_BT, cache, mask, layers)
         else:
-            last_BTD, hidden = self._read(ids_BT, steps_BT, cache, mask, layers)
+            last_BTD, hidden = self._read(ids_BT, steps_BT, mask, cache, layers)
         return Seen(self.unembed(last_BTD) if logits else None, last_BTD, hidden)
 
     def read_texts(
@@ -285,7 +300,7 @@ class Target:
         if starts_BT is not None:
             steps_BT = steps_BT - starts_BT
             mask = self._windows.mask_texts(starts_BT, self.dtype)
-        last_BTD, hidden = self._read(ids_BT, steps_BT, None, mask, layers)
+        last_BTD, hidden = self._read(ids_BT, steps_BT, mask, None, layers)
         return Seen(None, last_BTD, hidden)
 
     def _suits(self, ids_BT: Tensor, cache: KVCache) -> bool:
@@ -301,15 +316,16 @@ class Target:
         self,
         ids_BT: Tensor,
         positions_BT: Tensor,
-        cache: KVCache | None,
         mask: Tensor | dict[str, Tensor] | None,
+        cache: KVCache | None,
         layers: tuple[int, ...],
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """With the model's own modules."""
+        by_kind: Any = {FULL: mask, LINEAR: None} if self.recurrent and mask is not None else mask
         with self._tapped(layers) as hidden, shared_keys():
             last_BTD: Tensor = self._decoder(
                 input_ids=ids_BT,
-                attention_mask=mask,
+                attention_mask=by_kind,
                 position_ids=positions_BT,
                 use_cache=cache is not None,
                 **{self._cache_name: cache},

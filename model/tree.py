@@ -100,6 +100,16 @@ class Tree:
         off_BN = (self.ancestors_BNN & later_BN[:, None]).any(-1)
         return self._taken(off_BN.to(torch.uint8).argsort(dim=1, stable=True))
 
+    def likeliest_chain(self) -> Tree:
+        """Only the chain from each node to its likeliest child, of a single row. Reads the tree on
+        the host."""
+        tree = self.chain_first()
+        (parents,) = tree.parents_BN.tolist()
+        length = next((n for n, parent in enumerate(parents) if parent != n - 1), len(parents))
+        return Tree(
+            tree.tokens_BN[:, :length], tree.parents_BN[:, :length], tree.scores_BN[:, :length]
+        )
+
     def _taken(self, kept_BM: Tensor) -> Tree:
         """The nodes kept_BM in that order; with each node comes its parent, before it."""
         rank_BN = torch.full_like(self.tokens_BN, NO_PARENT)

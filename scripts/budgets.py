@@ -2,7 +2,7 @@
 
     auto         trees of as many nodes as pay on this machine (measured at first use)
     static       the best fixed tree for this head and machine, from the head's calibration
-    12           always trees of 12 nodes
+    12           always trees of 12 nodes (chains where the target has recurrent layers)
     12/5/4       the same with a greatest depth and a width
     off          the default tree, nothing measured
     lookup       no head: only guesses from the text itself
@@ -57,7 +57,7 @@ def check_budgets(values: list[str] | None) -> list[str]:
     return [_checked(value) for value in values or []]
 
 
-def usual(target: Target) -> str:
+def usual_budget(target: Target) -> str:
     """The budget that is used unless somebody says otherwise."""
     from headstart.inference.trees import looks_up
 
@@ -66,7 +66,7 @@ def usual(target: Target) -> str:
 
 def contestants(target: Target, head: DraftHead, budgets: Sequence[str]) -> dict[str, Contestant]:
     """By name, in the order given; none given: the usual one."""
-    budgets = budgets or [usual(target)]
+    budgets = budgets or [usual_budget(target)]
     return {
         f"{head.kind if budget != 'lookup' else 'own'} {budget}": contestant(target, head, budget)
         for budget in dict.fromkeys(budgets)
@@ -78,20 +78,24 @@ def contestant(target: Target, head: DraftHead, budget: str | None = None) -> Co
     from headstart.inference.budget import Budget
     from headstart.inference.costs import Costs
     from headstart.inference.measure import Contestant
-    from headstart.inference.trees import DEFAULT_TREE, WIDEST_TREE
+    from headstart.inference.trees import DEFAULT_TREE, WIDEST_TREE, usual
+    from headstart.model.tree import TreeShape
 
-    budget = budget or usual(target)
+    budget = budget or usual_budget(target)
     measured = budget == "lookup" or budget.startswith(("auto", "static"))
     if measured and not Costs.known(target, head):
         show("Measuring once what a read costs on this machine: a few seconds.")
+    widest = usual(target, WIDEST_TREE)
     if budget == "lookup":
-        return Contestant(None, WIDEST_TREE, Budget.auto(target, head), lookup=True)
+        return Contestant(None, widest, Budget.auto(target, head), lookup=True)
     size, _, more = budget.partition("+")
     lookup = more == "lookup"
     if size == "auto":
-        return Contestant(head, WIDEST_TREE, Budget.auto(target, head), lookup)
+        return Contestant(head, widest, Budget.auto(target, head), lookup)
     if size == "off":
-        return Contestant(head, DEFAULT_TREE, None, lookup)
+        return Contestant(head, usual(target, DEFAULT_TREE), None, lookup)
+    if size.isdigit() and target.recurrent:
+        return Contestant(head, TreeShape.chain(int(size) - 1), None, lookup)
     shape = _static(target, head) if size == "static" else _dynamic(size)
     return Contestant(head, shape, None, lookup)
 
@@ -129,4 +133,7 @@ def _static(target: Target, head: DraftHead) -> TreeShape:
             "The best static tree follows from how often each guess was right, and this head was "
             "never calibrated. Run `headstart calibrate` first, or take another --budget."
         )
-    return best_for(head.rank_acceptance, Costs.of(target, head).round)
+    # A recurrent state cannot branch: only the likeliest guess of each depth is one.
+    ranks = 1 if target.recurrent else None
+    acceptance = [one[:ranks] for one in head.rank_acceptance]
+    return best_for(acceptance, Costs.of(target, head).round)

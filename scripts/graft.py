@@ -123,10 +123,11 @@ def _decoded(
 ) -> Figures:
     """Always the same tree: what a machine makes pay says nothing of the head."""
     from headstart.inference.measure import Contestant, measure
+    from headstart.inference.trees import DEFAULT_TREE, usual
 
     from .budgets import described
 
-    one = Contestant(head)
+    one = Contestant(head, usual(target, DEFAULT_TREE))
     show(f"decoding with {target.name}")
     with progress("decoding", len(prompts)) as update:
         results = measure(

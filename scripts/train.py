@@ -157,6 +157,7 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
         )
         return None
     from headstart.inference.measure import accepted_length
+    from headstart.inference.trees import usual
     from headstart.model.tree import TreeShape
     from headstart.training.samples import Sample
 
@@ -169,7 +170,7 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
     longer = {context: _filled(prompts, context, config, target) for context in config.contexts}
     options: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens,
-        "shape": TreeShape.dynamic(config.nodes, config.depth, config.width),
+        "shape": usual(target, TreeShape.dynamic(config.nodes, config.depth, config.width)),
         "temperature": config.temperature,
     }
 

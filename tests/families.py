@@ -52,6 +52,21 @@ GROUPED = {
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
 }
+# Gated delta nets beside softmax attention, as in Qwen3-Next.
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "head_dim": 8,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+    },
+}
+SHARED_EXPERTS = EXPERTS | {"shared_expert_intermediate_size": 32}
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 ORIGINAL = "original_max_position_embeddings"
 LONGROPE = {
@@ -73,7 +88,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "mimo": {},
     "qwen2_windows": MIXED | {"use_sliding_window": True, "max_window_layers": 0},
-    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 32},
+    "qwen2_moe": SHARED_EXPERTS,
     "qwen3": {"head_dim": 8},
     "qwen3_moe": EXPERTS | {"head_dim": 8},
     "gemma": {"head_dim": 8},

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import GROUPED, MLA, build
+from families import DELTA, GROUPED, MLA, SHARED_EXPERTS, build
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -65,12 +65,31 @@ MIMO_PARTS = {
     "input_proj.weight": (HIDDEN, 2 * HIDDEN),
     "final_layernorm.weight": (HIDDEN,),
 }
+QWEN_PARTS = {
+    "pre_fc_norm_embedding.weight": (HIDDEN,),
+    "pre_fc_norm_hidden.weight": (HIDDEN,),
+    "fc.weight": (HIDDEN, 2 * HIDDEN),
+    "norm.weight": (HIDDEN,),
+}
+HEAD_NORMS = {"self_attn.q_norm.weight": (8,), "self_attn.k_norm.weight": (8,)}
+# Queries and an output gate, head by head.
+GATED = GQA | HEAD_NORMS | {"self_attn.q_proj.weight": (64, HIDDEN)}
+SHARED_MIXTURE = {name: shape for name, shape in MIXTURE.items() if "e_score" not in name}
+SHARED_MIXTURE = {
+    name.replace("shared_experts", "shared_expert"): shape for name, shape in SHARED_MIXTURE.items()
+} | {"mlp.shared_expert_gate.weight": (1, HIDDEN)}
+# Together, as the code of Qwen3.5 holds them
+FUSED_MIXTURE = {n: shape for n, shape in SHARED_MIXTURE.items() if "experts." not in n} | {
+    "mlp.experts.gate_up_proj": (4, 64, HIDDEN),
+    "mlp.experts.down_proj": (4, HIDDEN, 32),
+}
 
 
 @dataclass(frozen=True)
 class Family:
     """tensors: published names without the prefix, and shapes. copies: whether the embedding and
-    the LM head are published again with the layer. more: keys of its config.json."""
+    the LM head are published again with the layer. more: keys of its config.json. zero_centred:
+    norms' weights are added to 1."""
 
     model_type: str
     settings: dict[str, Any]
@@ -78,6 +97,11 @@ class Family:
     tensors: dict[str, tuple[int, ...]]
     copies: bool = False
     more: dict[str, Any] = field(default_factory=dict)
+    zero_centred: bool = False
+
+
+def in_first_layer(tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {f"layers.0.{name}": shape for name, shape in tensors.items()}
 
 
 GLM = f"model.layers.{LAYERS}."
@@ -109,7 +133,25 @@ FAMILIES = {
     "deepseek_v3": Family(
         "deepseek_v3", GROUPED | MLA, GLM, GLM_PARTS | MIXTURE | LATENT, copies=True
     ),
+    "qwen3_next": Family(
+        "qwen3_next",
+        DELTA | SHARED_EXPERTS,
+        "mtp.",
+        QWEN_PARTS | in_first_layer(SHARED_MIXTURE | GATED),
+        zero_centred=True,
+    ),
+    "qwen3_5_text": Family(
+        "qwen3_5_text", DELTA, "mtp.", QWEN_PARTS | in_first_layer(DENSE | GATED), zero_centred=True
+    ),
+    "qwen3_5_moe_text": Family(
+        "qwen3_5_moe_text",
+        DELTA | SHARED_EXPERTS,
+        "mtp.",
+        QWEN_PARTS | in_first_layer(FUSED_MIXTURE | GATED),
+        zero_centred=True,
+    ),
 }
+RECURRENT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 
 def write(name: str, folder: Path, *, seed: int = 0, **settings: Any) -> dict[str, Tensor]:
@@ -150,7 +192,7 @@ def random_layer(family: Family, seed: int) -> dict[str, Tensor]:
     for name, shape in family.tensors.items():
         values = torch.randn(shape, generator=generator)
         if "norm" in name:
-            layer[name] = (1 + 0.2 * values).bfloat16()
+            layer[name] = ((0 if family.zero_centred else 1) + 0.2 * values).bfloat16()
         elif "e_score" in name:
             layer[name] = 0.05 * values  # float32
         else:
@@ -169,8 +211,10 @@ class Formula:
     rotary: int  # channels that are turned
     top: int = 0  # experts of a token
     scale: float = 1.0  # of what the experts add
+    qwen: bool = False  # norms added to 1, an output gate, softmax over all experts, a shared one
 
 
+QWEN = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
 FORMULAS = {
     "glm4_moe_lite": Formula(
         ("enorm", "hnorm", "eh_proj", "shared_head.norm"), False, 10000.0, 1e-5, 8, 2, 1.8
@@ -189,6 +233,9 @@ FORMULAS = {
     "deepseek_v3": Formula(
         ("enorm", "hnorm", "eh_proj", "shared_head.norm"), False, 10000.0, 1e-6, 8, 2, 2.5
     ),
+    "qwen3_next": Formula(QWEN, False, 10000.0, 1e-6, 4, 2, qwen=True),
+    "qwen3_5_text": Formula(QWEN, False, 10000.0, 1e-6, 4, qwen=True),
+    "qwen3_5_moe_text": Formula(QWEN, False, 10000.0, 1e-6, 4, 2, qwen=True),
 }
 
 
@@ -205,7 +252,11 @@ class Reference:
 
     def __init__(self, name: str, layer: dict[str, Tensor], heads: int = 4):
         self.formula, self.heads, self.name = FORMULAS[name], heads, name
-        self.layer = {key: value.double() for key, value in layer.items()}
+        self.layer = {
+            key.removeprefix("layers.0."): value.double()
+            + (1 if self.formula.qwen and "norm" in key else 0)
+            for key, value in layer.items()
+        }
 
     def steps(self, embedded_TD: list[Tensor], hidden_TD: Tensor) -> list[Tensor]:
         """embedded_TD: of each step. hidden_TD: of the target. Normed outputs of each step."""
@@ -228,7 +279,8 @@ class Reference:
         normed = rms(state, self.layer["input_layernorm.weight"], eps)
         state = state + self._attention(normed, step, keys, values)
         normed = rms(state, self.layer["post_attention_layernorm.weight"], eps)
-        mixed = self._experts(normed) if self.formula.top else self._mlp(normed, "mlp.")
+        experts = self._softmax_experts if self.formula.qwen else self._experts
+        mixed = experts(normed) if self.formula.top else self._mlp(normed, "mlp.")
         return rms(state + mixed, norm, eps)
 
     def _linear(self, states: Tensor, name: str) -> Tensor:
@@ -255,10 +307,18 @@ class Reference:
             every = torch.cat([one for one, _ in seen]), torch.cat([one for _, one in seen])
             scores = torch.einsum("hc,shc->hs", query[place], every[0]) * query.shape[-1] ** -0.5
             out[place] = torch.einsum("hs,shc->hc", scores.softmax(-1), every[1])
+        if self.formula.qwen:
+            gate = self._linear(normed, "q_proj").unflatten(1, (self.heads, 16))[..., 8:]
+            out = out * gate.sigmoid()
         return out.flatten(1) @ self.layer["self_attn.o_proj.weight"].T
 
     def _grouped(self, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts = [self._linear(normed, f"{one}_proj").unflatten(1, (-1, 8)) for one in "qkv"]
+        width = 16 if self.formula.qwen else 8
+        parts = [
+            self._linear(normed, f"{one}_proj").unflatten(1, (-1, width if one == "q" else 8))
+            for one in "qkv"
+        ]
+        parts[0] = parts[0][..., :8]
         for index, one in enumerate("qk"):
             weight = self.layer.get(f"self_attn.{one}_norm.weight")
             if weight is not None:
@@ -315,3 +375,21 @@ class Reference:
                 share = scores[row, number] / total * self.formula.scale
                 out[row] += share * self._mlp(normed[row : row + 1], f"mlp.experts.{number}.")[0]
         return out
+
+    def _softmax_experts(self, normed: Tensor) -> Tensor:
+        """The best two of all, whose shares add up to 1; and one for every token, behind a gate."""
+        shares = (normed @ self.layer["mlp.gate.weight"].T).softmax(-1)
+        gate = (normed @ self.layer["mlp.shared_expert_gate.weight"].T).sigmoid()
+        out = gate * self._mlp(normed, "mlp.shared_expert.")
+        for row in range(len(normed)):
+            best, chosen = shares[row].topk(self.formula.top)
+            for share, number in zip(best / best.sum(), chosen.tolist(), strict=True):
+                out[row] += share * self._expert(normed[row : row + 1], number)[0]
+        return out
+
+    def _expert(self, normed: Tensor, number: int) -> Tensor:
+        if "mlp.experts.gate_up_proj" not in self.layer:
+            return self._mlp(normed, f"mlp.experts.{number}.")
+        gate, up = (normed @ self.layer["mlp.experts.gate_up_proj"][number].T).chunk(2, -1)
+        down = self.layer["mlp.experts.down_proj"][number]
+        return (torch.nn.functional.silu(gate) * up) @ down.T

@@ -235,7 +235,7 @@ MISTAKES = {
     "but the head has": lambda t: t.update({GLM + "enorm.weight": torch.ones(31)}),
     "is not the target's own": lambda t: t[GLM + "embed_tokens.weight"].mul_(2),
     "names that are not known": lambda t: [
-        t.update({"mtp.fc.weight": torch.ones(2)}),
+        t.update({"mtp.proj.weight": torch.ones(2)}),
         *[t.pop(one) for one in list(t) if one.startswith(GLM)],
     ],
 }
@@ -248,6 +248,14 @@ def test_what_cannot_be_adopted_is_refused(message: str, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=message):
         adopt(tmp_path / "model", tmp_path / "head")
     assert not (tmp_path / "head").exists()
+
+
+def test_several_layers_of_qwen_are_refused(tmp_path: Path) -> None:
+    write("qwen3_next", tmp_path / "model")
+    one = {"mtp.layers.1.input_layernorm.weight": torch.ones(32)}
+    rewritten(tmp_path / "model", lambda tensors: tensors.update(one))
+    with pytest.raises(ValueError, match=r"several multi-token .*mtp\.layers\.1\."):
+        adopt(tmp_path / "model", tmp_path / "head")
 
 
 def test_a_layer_of_another_kind_is_refused(tmp_path: Path) -> None:

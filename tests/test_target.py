@@ -256,7 +256,8 @@ def test_rows_of_the_lm_head_are_gathered_once_and_follow_changes() -> None:
 
 
 RECURRENT = {
-    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8},
+    "qwen3_next": {"layer_types": ["linear_attention"] * 2, "head_dim": 8},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8},
     "mamba": {},
     "falcon_h1": {},
     "lfm2": {"layer_types": ["conv", "full_attention"]},

@@ -206,3 +206,16 @@ def test_the_likeliest_chain_comes_first() -> None:
     assert first.parents_BN.tolist() == [[-1, 0, 1, 0, 3, 1], [-1, 0, 1, 2, 0, -1]]
     torch.testing.assert_close(first.scores_BN.exp().sort(1).values, chances_BN.sort(1).values)
     assert first.depths_BN.max(1).values.tolist() == tree.depths_BN.max(1).values.tolist()
+
+
+def test_only_the_likeliest_chain() -> None:
+    parents_1N = torch.tensor([[-1, 0, 0, 1, 2, 2]])
+    chances_1N = torch.tensor([[1, 0.3, 0.6, 0.2, 0.1, 0.5]])
+    tree = Tree(torch.tensor([[10, 11, 12, 13, 14, 15]]), parents_1N, chances_1N.log())
+    chain = tree.likeliest_chain()
+    assert chain.tokens_BN.tolist() == [[10, 12, 15]]
+    assert chain.parents_BN.tolist() == [[-1, 0, 1]]
+    torch.testing.assert_close(chain.scores_BN.exp(), torch.tensor([[1, 0.6, 0.5]]))
+    again = chain.likeliest_chain()
+    assert again.tokens_BN.tolist() == chain.tokens_BN.tolist()
+    assert Tree.root(torch.tensor([7])).likeliest_chain().nodes == 1

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from headstart.model.borrow import copy_final_norm, copy_last_layer, layer_sizes
 from headstart.model.family_layer import FamilyConfig, FamilyLayer
 from headstart.model.head import HeadConfig
-from headstart.model.layers import MLP, Attend, Attention, LayerConfig, RMSNorm
+from headstart.model.layers import MLP, Attend, Attention, LayerConfig, RMSNorm, ZeroCentredNorm
 from headstart.model.recurrent import AttentionLayout, RecurrentHead
 from headstart.model.seen import Seen
 from headstart.model.target import Target
@@ -32,11 +32,13 @@ class Config(HeadConfig):
     """attention_layout: `kvshare` suits our trees, `append` is what stock engines serve. window:
     how many pairs attention sees (`model/recurrent.py`); all of them if none. feature_layer: the
     target's decoder layer (0-based) whose output h[t] is, instead of what the LM head reads.
-    family: where the decoder layer is one of the target's own family (model/family_layer.py)."""
+    family: where the decoder layer is one of the target's own family (model/family_layer.py).
+    zero_centred: the weights of the head's own norms are added to 1."""
 
     layer: LayerConfig
     family: FamilyConfig | None = None
     feature_layer: int | None = None
+    zero_centred: bool = False
     attention_layout: AttentionLayout = "append"
     window: int | None = Field(default=None, ge=1)
 
@@ -65,14 +67,15 @@ class Head(RecurrentHead):
         super().__init__(config)
         size, eps = config.hidden_size, config.layer.rms_norm_eps
         self.attention_layout, self.window = config.attention_layout, config.window
-        self.enorm = RMSNorm(size, eps)
-        self.hnorm = RMSNorm(size, eps)
+        norm = ZeroCentredNorm if config.zero_centred else RMSNorm
+        self.enorm = norm(size, eps)
+        self.hnorm = norm(size, eps)
         self.eh_proj = nn.Linear(2 * size, size, bias=False)
         if config.feature_layer is not None:
             self.layers = (config.feature_layer,)
         family = config.family
         self.layer = DecoderLayer(config.layer) if family is None else FamilyLayer(family)
-        self.norm = RMSNorm(size, eps)
+        self.norm = norm(size, eps)
 
     @classmethod
     def defaults(cls, target: Target) -> dict[str, Any]:
@@ -84,6 +87,8 @@ class Head(RecurrentHead):
         layer = self.layer.block if isinstance(self.layer, FamilyLayer) else self.layer
         copy_last_layer(self.target, layer)
         copy_final_norm(self.target, self.norm.weight)
+        if isinstance(self.norm, ZeroCentredNorm):
+            self.norm.weight.sub_(1)
         half = self.config.hidden_size
         self.eh_proj.weight[:, half:] = torch.eye(half)
         self.eh_proj.weight[:, :half] *= 0.1
