@@ -40,7 +40,15 @@ Format = Literal["native", "speculators"]
 
 # Families whose multi-token prediction layers engines have classes for, among those that
 # `fuse --native` writes.
-STOCK_MTP = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "mimo")
+STOCK_MTP = (
+    "deepseek_v3",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "mimo",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+)
 SPECULATORS = "0.9.0"  # the version whose format is written
 EMBEDDING = "embed_tokens.weight"
 # Keys of the draft's decoder layer, and of the whole draft: the same in both formats.
