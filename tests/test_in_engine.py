@@ -1,5 +1,5 @@
-"""Heads in production engines: what is reported, with a stub in the engine's place; and the engines
-themselves where they are installed (VLLM_PYTHON, LLAMA_CPP)."""
+"""Heads in production engines: what is reported, with a stub in the engine's place; and vLLM
+itself where VLLM_PYTHON names a Python with vLLM (half an hour)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 from called import refused, run
 from exported import fused, trained, write_plain
+from mimo_form import as_mimo
 
+from headstart.inference.answer import AnswerSettings
+from headstart.model.adopt import adopt
+from headstart.model.fusing import fuse
 from headstart.model.target import Target
+from headstart.scripts.data import write_answers
 from headstart.scripts.engine_server import Counted, running
 from headstart.scripts.in_engine import (
     Commands,
@@ -22,6 +27,10 @@ from headstart.scripts.in_engine import (
     llama_cpp,
     vllm,
 )
+from headstart.scripts.prompts import read_prompts, shipped_prompts
+from headstart.scripts.shipped import shipped_checkpoint
+from headstart.scripts.train import run_recipe
+from headstart.training.recipe import make_recipe
 
 STUB = Path(__file__).with_name("stub_engine.py")
 PROMPTS = [[5, 6], [7, 8, 9]]
@@ -160,13 +169,47 @@ def test_what_llama_cpps_converter_is_asked(tmp_path):
     assert not (out / "target.gguf").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    "VLLM_PYTHON" not in os.environ,
-    reason="VLLM_PYTHON names no Python with vLLM (docs/serving.md)",
+needs_vllm = pytest.mark.skipif(
+    "VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no Python with vLLM"
 )
-def test_vllm_itself(capsys):
-    vllm(python=Path(os.environ["VLLM_PYTHON"]), limit=40, max_new_tokens=64)
+
+
+@pytest.mark.slow
+@needs_vllm
+@pytest.mark.parametrize("form", ["fused", "native", "speculators"])
+def test_the_shipped_head_in_vllm(form, capsys):
+    vllm(python=Path(os.environ["VLLM_PYTHON"]), form=form)
     report = reported(capsys)
     assert report["identical_with_and_without_head"] == report["prompts"] == 40
     assert report["acceptance_by_position"]["largest_difference"] <= 0.03
+
+
+@pytest.mark.slow
+@needs_vllm
+def test_a_layer_of_the_targets_own_in_vllm(tmp_path, capsys):
+    """Hardly trained, so it guesses little; read in another way it would guess nothing."""
+    root = as_mimo(shipped_checkpoint(), tmp_path / "target")
+    adopt(root, tmp_path / "adopted")
+    target = Target.load(root)
+    texts, _ = read_prompts([str(shipped_prompts("train"))])
+    file = tmp_path / "answers.jsonl"
+    write_answers(target, texts[:96], AnswerSettings(max_new_tokens=64), file, batch_size=48)
+    values = {
+        "target": {"name": str(root)},
+        "head": {"kind": "mtp"},
+        "data": {"path": str(file), "max_length": 256, "batch_tokens": 1024},
+        "loss": {"kind": "lk", "steps": 2, "chunk_rows": 256},
+        "train": {
+            "output": str(tmp_path / "run"), "start_from": str(tmp_path / "adopted"), "steps": 80,
+            "optimizer": "muon", "lr": 5e-3,
+        },
+        "eval": {"prompts": None},
+    }  # fmt: skip
+    best = run_recipe(make_recipe(values), target)
+    fuse(root, best, tmp_path / "fused", native=True)
+    options = "--dtype float32 --enforce-eager --no-enable-prefix-caching --trust-remote-code"
+    vllm(tmp_path / "fused", python=Path(os.environ["VLLM_PYTHON"]), options=options)
+    report = reported(capsys)
+    assert report["identical_with_and_without_head"] == report["prompts"] == 40
+    rates = report["acceptance_by_position"]
+    assert rates["headstart"][0] > 0.08 and rates["largest_difference"] <= 0.03
