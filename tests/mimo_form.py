@@ -1,6 +1,5 @@
-"""A Llama checkpoint rewritten in the published form of MiMo-7B, so that engines have a class for it:
-Qwen2's layers with biases of zero, and a multi-token prediction layer that starts as the last layer.
-"""
+"""A Llama checkpoint in the published form of MiMo-7B, for which engines have a class: Qwen2's
+layers with biases of zero, and a multi-token prediction layer that starts as the last layer."""
 
 from __future__ import annotations
 
