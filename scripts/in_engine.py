@@ -146,8 +146,8 @@ def llama_cpp(
         count = str(threads or expected.facts["threads"])
         serve = [program, *shlex.split(options), "--metrics", "-t", count]
         commands = Commands("llama.cpp", [*serve, *given[:2]], [*serve, *given], {})
-        facts = {"target_file": Path(given[1]).name, "outtype": outtype}
-        facts |= {"engine_threads": int(count)}
+        file = Path(given[1]).name
+        facts = {"target_file": file, "outtype": outtype, "engine_threads": int(count)}
         compare(commands, expected, max_new_tokens, logs or Path(place), facts)
 
 

@@ -116,6 +116,7 @@ def test_a_proxy_is_not_asked_for_this_machine(answers, tmp_path, monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr("urllib.request._opener", None)  # one that knows the environment of before
     monkeypatch.setattr(engine_server, "START_SECONDS", 10)
     with running("vllm", "served", stub("vllm", answers), {}, tmp_path / "log") as server:
         assert server.answer(PROMPTS[0], 4)[0] == ANSWERS[0]
