@@ -12,6 +12,7 @@ from pathlib import Path
 from .family_layer import FamilyLayer
 from .head import DraftHead
 from .heads import mtp
+from .layers import ZeroCentredNorm
 from .remote.drafting import KINDS
 
 FOLDER = "custom_generate"  # transformers' names
@@ -26,6 +27,8 @@ def undraftable_alone(head: DraftHead) -> str | None:
         return f"it does not know heads of kind {head.kind}"
     if isinstance(head, mtp.Head) and isinstance(head.layer, FamilyLayer):
         return "the head has a layer of its target's family"
+    if isinstance(head, mtp.Head) and isinstance(head.norm, ZeroCentredNorm):
+        return "the weights of the head's norms are added to 1"
     if head.target.recurrent:
         return "the target has recurrent layers"
     return None

@@ -113,7 +113,7 @@ def export(
         )
     root = fused_root(folder, out)
     file = read_head_file(root)
-    _refuse_undraftable(file, root)
+    refuse_undraftable(file, root)
     served = _verifier(folder, verifier)
     architectures = _architectures(served, root)
     _, head = load_fused(root, device="cpu")  # it also says whether the two belong together
@@ -148,7 +148,8 @@ def fused_root(folder: str | Path, out: str | Path) -> Path:
     return root
 
 
-def _refuse_undraftable(file: HeadFile, root: Path) -> None:
+def refuse_undraftable(file: HeadFile, root: Path) -> None:
+    """ValueError for a head that vLLM and SGLang cannot draft with."""
     with torch.device("meta"):
         head = unbound_head(file, root)
     if isinstance(head, mtp.Head) and unservable(head) is None:

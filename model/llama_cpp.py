@@ -83,7 +83,7 @@ def _converter(source: Path) -> Path:
 def _convert(converter: Path, folder: Path, file: Path, precision: Precision, *more: str) -> None:
     options = ["--outfile", str(file), "--outtype", precision, *more]
     command = [sys.executable, str(converter), str(folder), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it said nothing"]
         raise ValueError(

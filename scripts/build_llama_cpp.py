@@ -43,7 +43,8 @@ def build_llama_cpp(
         raise ValueError("llama.cpp is built with cmake, which is not installed. Install it first.")
     source = folder / "llama.cpp"
     if not source.is_dir():
-        _unpack(_download(), source)
+        with tempfile.TemporaryDirectory() as place:
+            _unpack(_download(place), source)
     build = source / "build"
     _run(["cmake", "-S", str(source), "-B", str(build), *OPTIONS], "configuring")
     count = str(jobs or os.cpu_count() or 1)
@@ -51,9 +52,8 @@ def build_llama_cpp(
     show(str(source.resolve()))
 
 
-def _download() -> Path:
-    """The source package, in a folder of its own."""
-    place = tempfile.mkdtemp()
+def _download(place: str) -> Path:
+    """The source package."""
     source = ["--no-deps", "--no-binary", PACKAGE, f"{PACKAGE}=={VERSION}", "--dest", place]
     _run([sys.executable, "-m", "pip", "download", *source], "downloading")
     return next(Path(place).glob("*.tar.gz"))
@@ -66,7 +66,6 @@ def _unpack(package: Path, source: Path) -> None:
         with tarfile.open(package) as archive:
             archive.extractall(part, filter="data")
         next(Path(part).glob("*/vendor/llama.cpp")).rename(source)
-    shutil.rmtree(package.parent)
 
 
 def _run(command: Sequence[str], what: str) -> None:

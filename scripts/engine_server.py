@@ -12,16 +12,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, Request, build_opener
 
 Dialect = Literal["vllm", "llama.cpp"]
 LOCAL = "127.0.0.1"
 START_SECONDS = 900  # large models take long to read
+ANSWER_SECONDS = 900  # one answer on a CPU may take minutes
+HEALTH_SECONDS = 10
+STOP_SECONDS = 60
 COUNTER = re.compile(r"^\w+:spec_decode_(?P<name>\w+)_total(?P<labels>{.*})? (?P<value>\S+)$", re.M)
 POSITION = re.compile(r'position="(\d+)"')
+DIRECT = build_opener(ProxyHandler({}))  # a proxy of the environment does not lead to this machine
 
 
 @dataclass(frozen=True)
@@ -80,17 +85,27 @@ class Server:
 
     def ready(self) -> bool:
         try:
-            self._fetch("/health")
-        except (URLError, ConnectionError):
+            self._opened("/health", None, HEALTH_SECONDS)
+        except (OSError, HTTPException):
             return False
         return True
 
     def _fetch(self, path: str, body: Mapping[str, Any] | None = None) -> str:
+        """ValueError where it refuses, has ended or does not answer in time."""
+        try:
+            return self._opened(path, body, ANSWER_SECONDS)
+        except (OSError, HTTPException) as error:
+            raise ValueError(
+                f"{self.dialect} does not answer any more ({self.address}{path}: {error}). What it "
+                "wrote says why: give --logs FOLDER to keep that."
+            ) from error
+
+    def _opened(self, path: str, body: Mapping[str, Any] | None, seconds: float) -> str:
         """ValueError with the engine's own words where it refuses."""
         data = None if body is None else json.dumps(body).encode()
         request = Request(self.address + path, data, {"Content-Type": "application/json"})
         try:
-            with urlopen(request) as reply:
+            with DIRECT.open(request, timeout=seconds) as reply:
                 return str(reply.read().decode())
         except HTTPError as error:
             if error.code == 503:  # still reading the model
@@ -114,8 +129,7 @@ def running(
             _wait(server, process, log)
             yield server
         finally:
-            process.terminate()
-            process.wait()
+            _stop(process)
 
 
 def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -128,6 +142,15 @@ def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
                 f"{server.dialect} did not start. The last lines that it wrote:\n{last}"
             )
         time.sleep(0.5)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _free_port() -> int:

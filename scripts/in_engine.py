@@ -14,11 +14,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -103,13 +105,14 @@ def vllm(
         env = {  # of the CPU build
             "OMP_NUM_THREADS": count,
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": "",
         }
         drafting = [*serve, *shlex.split(line)[2:]]
         commands = Commands("vllm", [*serve, str(folder)], drafting, env)
-        compare(commands, expected, max_new_tokens, logs or Path(place), {"form": form})
+        facts = {"form": form, "engine_threads": int(count)}
+        compare(commands, expected, max_new_tokens, logs or Path(place), facts)
 
 
 def llama_cpp(
@@ -134,20 +137,17 @@ def llama_cpp(
     """Convert target and head, and serve them."""
     from headstart.model.llama_cpp import export_gguf
 
-    program = llama_cpp / "build" / "bin" / "llama-server"
-    if not program.is_file():
-        raise ValueError(
-            f"There is no {program}. `python -m headstart.scripts.build_llama_cpp` builds it."
-        )
+    program = _llama_server(llama_cpp)
     with tempfile.TemporaryDirectory() as place:
         line = export_gguf(folder, Path(place, "gguf"), llama_cpp, outtype, verifier)
         show(line)
         expected = headstart_alone(folder, prompts, limit, max_new_tokens, steps)
         given = [*shlex.split(line)[1:], "--spec-draft-n-max", str(expected.facts["steps"])]
         count = str(threads or expected.facts["threads"])
-        serve = [str(program), *shlex.split(options), "--metrics", "-t", count]
+        serve = [program, *shlex.split(options), "--metrics", "-t", count]
         commands = Commands("llama.cpp", [*serve, *given[:2]], [*serve, *given], {})
-        facts = {"target_file": Path(given[1]).name, "outtype": outtype}
+        file = Path(given[1]).name
+        facts = {"target_file": file, "outtype": outtype, "engine_threads": int(count)}
         compare(commands, expected, max_new_tokens, logs or Path(place), facts)
 
 
@@ -166,22 +166,46 @@ def _check_vllm(python: Path) -> None:
         )
 
 
+def _llama_server(source: Path) -> str:
+    """ValueError where it is not built. Visual Studio has a folder for each configuration."""
+    places = (source / "build" / "bin", source / "build" / "bin" / "Release")
+    for place in places:
+        program = shutil.which("llama-server", path=str(place))
+        if program is not None:
+            return program
+    raise ValueError(
+        f"There is no llama-server in {places[0]}. `python -m headstart.scripts.build_llama_cpp` "
+        "builds it."
+    )
+
+
+def _steps_of(folder: Path, steps: int | None) -> int:
+    """Guesses per pass: as the lines that start engines say."""
+    from headstart.model.engines import USUAL_STEPS
+    from headstart.model.fused import read_head_file
+
+    meta = read_head_file(folder).meta
+    return steps or meta.steps or (USUAL_STEPS if meta.replaces is None else 1)
+
+
 def _vllm_line(folder: Path, form: str, steps: int | None, out: Path) -> str:
     from headstart.model.engines import launch_line, native_line
-    from headstart.model.export import export
+    from headstart.model.export import export, refuse_undraftable
     from headstart.model.fused import read_head_file
     from headstart.model.hub import HEADS
 
     if form == "speculators":
         return export(folder, out, "vllm", "speculators")
-    meta = read_head_file(folder).meta
-    if form == "fused" and meta.replaces is not None:
-        return native_line(str(folder), steps or meta.steps)
+    file, steps = read_head_file(folder), _steps_of(folder, steps)
+    if form == "fused" and file.meta.replaces is not None:
+        return native_line(str(folder), steps)
     draft = folder / HEADS
     if form == "native":
         export(folder, out, "vllm")
         draft = out
-    return launch_line("vllm", str(folder), str(draft), steps or meta.steps)
+    else:
+        refuse_undraftable(file, folder)
+    return launch_line("vllm", str(folder), str(draft), steps)
 
 
 def headstart_alone(
@@ -189,14 +213,13 @@ def headstart_alone(
 ) -> Expected:
     """Decode with a chain, in float32."""
     from headstart.inference.measure import accepted_length
-    from headstart.model.engines import USUAL_STEPS
-    from headstart.model.fused import load_fused, read_head_file
+    from headstart.model.fused import load_fused
     from headstart.model.tree import TreeShape
 
     from .prompts import decodable, first_turns
 
     target, head = load_fused(folder, dtype="float32")
-    steps = steps or read_head_file(folder).meta.steps or USUAL_STEPS
+    steps = _steps_of(folder, steps)
     ids = first_turns(target, decodable(prompts, limit, target))
     show(f"Headstart answers {len(ids)} prompts with chains of {steps} guesses")
     stats, answers = accepted_length(
@@ -268,7 +291,9 @@ def report(expected: Expected, turns: Sequence[Turn], counted: Counted) -> dict[
         sum(len(tokens) for tokens, _ in answers) / sum(seconds for _, seconds in answers)
         for answers in (plain, drafting)
     ]
-    apart = [abs(ours - theirs) for ours, theirs in zip(expected.rates, rates, strict=True)]
+    # Either side leaves out the last positions where none of its guesses came so far.
+    both = zip_longest(expected.rates, rates, fillvalue=0.0)
+    apart = [abs(ours - theirs) for ours, theirs in both]
 
     def same(one: Sequence[list[int]], other: Sequence[list[int]]) -> int:
         ended = [[token for token in answer if token not in expected.ends] for answer in one]
@@ -284,7 +309,7 @@ def report(expected: Expected, turns: Sequence[Turn], counted: Counted) -> dict[
         "acceptance_by_position": {
             "headstart": [round(rate, 4) for rate in expected.rates],
             "engine": [round(rate, 4) for rate in rates],
-            "largest_difference": round(max(apart), 4),
+            "largest_difference": round(max(apart, default=0.0), 4),
         },
         "accepted_length": {
             "headstart": round(expected.accepted_length, 4),

@@ -1,15 +1,19 @@
 """Answers as a production engine's server does: the same tokens always, and counters of drafts.
 
-    python stub_engine.py vllm|llama.cpp ANSWERS.json [--wrong] [--drafts] --host H --port P
+    python stub_engine.py vllm|llama.cpp ANSWERS.json [--wrong] [--drafts] [--slow] [--deaf]
+        --host H --port P
 
 ANSWERS.json: pairs of a prompt and its answer. --drafts counts three passes for each answer, of
-which all, two and one brought the first, second and third guess. --wrong gives other tokens.
+which all, two and one brought the first, second and third guess. --wrong gives other tokens. --slow
+takes a minute for an answer. --deaf does not end when it is told to, for as long.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,6 +30,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def do_POST(self) -> None:
+        if "--slow" in sys.argv:
+            time.sleep(60)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         answers = {tuple(prompt): answer for prompt, answer in json.loads(ANSWERS.read_text())}
         assert body["temperature"] == 0
@@ -65,5 +71,7 @@ def metrics(name: str, answered: int) -> str:
 
 if __name__ == "__main__":
     ANSWERS = Path(sys.argv[2])
+    if "--deaf" in sys.argv:
+        signal.signal(signal.SIGTERM, lambda *_: time.sleep(60))
     port = int(sys.argv[sys.argv.index("--port") + 1])
     ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()

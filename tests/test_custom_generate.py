@@ -366,4 +366,8 @@ def test_the_code_is_written_where_it_can_draft(folders: dict[str, Path], tmp_pa
     # With the index transformers drafts by itself, and its `generate` must stay its own.
     fuse(folder, folder / "draft_heads", tmp_path / "indexed", index=True)
     assert not (tmp_path / "indexed" / "custom_generate").exists()
+    target = Target.load(folder)
+    save_head(make_head(target, "mtp", {"zero_centred": True}), tmp_path / "head", META)
+    fuse(folder, tmp_path / "head", tmp_path / "other")
+    assert not (tmp_path / "other" / "custom_generate").exists()
     assert "custom_generate" not in (tmp_path / "indexed" / "README.md").read_text()

@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
+import published
 import pytest
 from called import refused, run
 from exported import fused, trained, write_plain
@@ -17,14 +19,18 @@ from headstart.inference.answer import AnswerSettings
 from headstart.model.adopt import adopt
 from headstart.model.fusing import fuse
 from headstart.model.target import Target
+from headstart.scripts import engine_server
 from headstart.scripts.data import write_answers
 from headstart.scripts.engine_server import Counted, running
 from headstart.scripts.in_engine import (
     Commands,
     Expected,
+    _llama_server,
+    _vllm_line,
     compare,
     headstart_alone,
     llama_cpp,
+    report,
     vllm,
 )
 from headstart.scripts.prompts import read_prompts, shipped_prompts
@@ -94,6 +100,45 @@ def test_an_engine_that_does_not_start(tmp_path):
             pass
 
 
+def test_an_engine_that_hangs_is_ended(answers, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_server, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(engine_server, "STOP_SECONDS", 0.5)
+    began, command = time.monotonic(), stub("vllm", answers, "--slow", "--deaf")
+    with (
+        pytest.raises(ValueError, match=r"does not answer any more.*--logs"),
+        running("vllm", "served", command, {}, tmp_path / "log") as server,
+    ):
+        server.answer(PROMPTS[0], 4)
+    assert time.monotonic() - began < 30
+
+
+def test_an_engine_that_ends_between_answers(answers, tmp_path):
+    with running("vllm", "served", stub("vllm", answers), {}, tmp_path / "log") as server:
+        server.answer(PROMPTS[0], 4)
+    with pytest.raises(ValueError, match="does not answer any more"):
+        server.answer(PROMPTS[0], 4)
+
+
+def test_a_proxy_is_not_asked_for_this_machine(answers, tmp_path, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr("urllib.request._opener", None)  # one that knows the environment of before
+    monkeypatch.setattr(engine_server, "START_SECONDS", 10)
+    with running("vllm", "served", stub("vllm", answers), {}, tmp_path / "log") as server:
+        assert server.answer(PROMPTS[0], 4)[0] == ANSWERS[0]
+
+
+def test_positions_that_nobody_reached_count_as_none():
+    """Of short answers our chain knows fewer positions, of a poor head llama.cpp does."""
+    turn = (ANSWERS[0], 1.0), (ANSWERS[0], 1.0)
+    for ours, theirs in (([0.5], (5, 3)), ([0.5, 0.3], (5,)), ([], ())):
+        expected = Expected({}, PROMPTS[:1], ANSWERS[:1], ours, 1.5, frozenset())
+        found = report(expected, [turn], Counted(10, theirs))["acceptance_by_position"]
+        longest = max(len(ours), len(theirs))
+        assert found["largest_difference"] == (0.3 if longest == 2 else 0.0)
+
+
 def test_mistakes_are_told_before_any_work(tmp_path):
     for python in (tmp_path / "none", Path(sys.executable)):  # vLLM is not installed beside us
         with pytest.raises(ValueError, match="does not find vLLM"):
@@ -102,6 +147,31 @@ def test_mistakes_are_told_before_any_work(tmp_path):
         vllm(tmp_path, form="speculators", steps=2)
     with pytest.raises(ValueError, match="build_llama_cpp"):
         llama_cpp(tmp_path, llama_cpp=tmp_path)
+    plain = write_plain(tmp_path / "plain")
+    head = trained(Target.load(plain, dtype="float32", device="cpu"), "medusa")
+    with pytest.raises(ValueError, match="heads of kind medusa"):
+        _vllm_line(fused(plain, head, tmp_path), "fused", None, tmp_path / "out")
+
+
+def test_where_llama_cpp_puts_its_programs(tmp_path):
+    place = tmp_path / "build" / "bin" / "Release"
+    place.mkdir(parents=True)
+    name = "llama-server.exe" if os.name == "nt" else "llama-server"
+    (place / name).touch(mode=0o755)
+    assert Path(_llama_server(tmp_path)) == place / name
+
+
+def test_the_layer_of_the_target_guesses_as_often_on_both_sides(tmp_path, monkeypatch):
+    published.write("glm4_moe", tmp_path / "plain")
+    adopt(tmp_path / "plain", tmp_path / "head")
+    fuse(tmp_path / "plain", tmp_path / "head", tmp_path / "fused", native=True)
+    monkeypatch.setattr("headstart.scripts.prompts.first_turns", lambda *_: PROMPTS)
+    monkeypatch.setattr("headstart.scripts.prompts.decodable", lambda *_: [])
+    for steps, count in ((None, 1), (2, 2)):
+        line = _vllm_line(tmp_path / "fused", "fused", steps, tmp_path / "out")
+        assert f'"num_speculative_tokens": {count}' in line
+        expected = headstart_alone(tmp_path / "fused", "heldout", 2, 6, steps)
+        assert expected.facts["steps"] == count
 
 
 def test_counters_since():
@@ -139,7 +209,10 @@ def test_what_belongs_to_llama_cpp(tmp_path):
     source.mkdir()
     (source / "convert_hf_to_gguf.py").write_text("raise SystemExit('unknown tensor')")
     given = (*given, "--llama-cpp", source)
-    assert "unknown tensor" in refused(*given) and not (tmp_path / "out").exists()
+    assert "unknown tensor" in refused(*given)
+    said = "import sys; sys.stderr.buffer.write(b'no \\xff such key'); raise SystemExit(1)"
+    (source / "convert_hf_to_gguf.py").write_text(said)
+    assert "such key" in refused(*given) and not (tmp_path / "out").exists()
     assert "is no .gguf file" in refused(*given, "--verifier", folders["plain"])
     for name, reason in (("3.1", "norms of EAGLE-3.1"), ("two", "reads three layers")):
         assert reason in refused("export", folders[name], *given[2:])
