@@ -90,8 +90,7 @@ def launch_line(engine: Engine, target: str, draft: str, steps: int | None) -> s
         drafting = ["--spec-type", "draft-eagle3", "--spec-draft-n-max", str(steps)]
         return shlex.join(["llama-server", "-m", target, "-md", draft, *drafting])
     if engine == "vllm":
-        config = {"method": "eagle3", "model": draft, "num_speculative_tokens": steps}
-        return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(config)])
+        return _vllm_line(target, method="eagle3", model=draft, num_speculative_tokens=steps)
     options = {
         "model-path": target,
         "speculative-algorithm": "EAGLE3",
@@ -106,8 +105,11 @@ def launch_line(engine: Engine, target: str, draft: str, steps: int | None) -> s
 
 def native_line(folder: str, steps: int | None) -> str:
     """How vLLM is started that drafts with the multi-token prediction layer of the target's own."""
-    config = {"method": "mtp", "num_speculative_tokens": steps or 1}
-    return shlex.join(["vllm", "serve", folder, "--speculative-config", json.dumps(config)])
+    return _vllm_line(folder, method="mtp", num_speculative_tokens=steps or 1)
+
+
+def _vllm_line(target: str, **config: str | int) -> str:
+    return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(config)])
 
 
 def tensor_name(head: DraftHead, ours: str) -> str:

@@ -9,6 +9,8 @@ import typer
 
 from .ui import show
 
+OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"]  # of llama.cpp's converter
+
 
 def export(
     folder: Annotated[Path, typer.Argument(help="Fused checkpoint: folder or Hub id.")],
@@ -28,8 +30,7 @@ def export(
         Path | None, typer.Option(help="llama.cpp's source code, which has the converter.")
     ] = None,
     outtype: Annotated[
-        Literal["auto", "f32", "f16", "bf16", "q8_0"],
-        typer.Option(help="Precision of the GGUF files; auto: as stored."),
+        OutType, typer.Option(help="Precision of the GGUF files; auto: as stored.")
     ] = "auto",
 ) -> None:
     """Write the head alone, and print the line that starts the engine with it."""

@@ -22,16 +22,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from .engine_server import Counted, Dialect, Server, running
 from .evaluate import conditions
+from .export import OutType
 from .ui import friendly, progress, show
-
-if TYPE_CHECKING:
-    from headstart.model.target import Target
 
 SERVED = "served"  # the name that requests call the model by
 Folder = Annotated[Path, typer.Argument(help="Fused checkpoint.")]
@@ -120,9 +118,7 @@ def llama_cpp(
     llama_cpp: Annotated[
         Path, typer.Option(help="llama.cpp's source code, built in its folder build.")
     ],
-    outtype: Annotated[
-        Literal["auto", "f32", "f16", "bf16", "q8_0"], typer.Option(help="Of the GGUF files.")
-    ] = "f32",
+    outtype: Annotated[OutType, typer.Option(help="Of the GGUF files.")] = "f32",
     verifier: Annotated[
         str | None, typer.Option(help="GGUF file of the target, if it is there already.")
     ] = None,
@@ -230,12 +226,9 @@ def headstart_alone(
         came *= share
         rates.append(came)
     flat = [[token for step in answer for token in step] for answer in answers]
-    facts = facts_of(target, prompts, steps)
+    asked = {"cores": os.cpu_count(), "prompts_of": prompts, "steps": steps}
+    facts = conditions(target) | asked
     return Expected(facts, ids, flat, rates, stats.tau, frozenset(target.eos_ids))
-
-
-def facts_of(target: Target, prompts: str, steps: int) -> dict[str, Any]:
-    return {**conditions(target), "cores": os.cpu_count(), "prompts_of": prompts, "steps": steps}
 
 
 def compare(

@@ -74,10 +74,9 @@ def serve(
 
 def _line_of(engine: Literal["vllm", "sglang"], folder: Path) -> str:
     """The command that serves a fused checkpoint with another engine."""
-    import torch
-
-    from headstart.model.engines import launch_line, undraftable
-    from headstart.model.fused import read_head_file, unbound_head
+    from headstart.model.engines import launch_line
+    from headstart.model.export import refuse_undraftable
+    from headstart.model.fused import read_head_file
     from headstart.model.hub import HEADS, hub_name
 
     if hub_name(folder) is not None:
@@ -86,13 +85,7 @@ def _line_of(engine: Literal["vllm", "sglang"], folder: Path) -> str:
             f"`hf download {folder} --local-dir FOLDER` brings it from the Hub."
         )
     file = read_head_file(folder)
-    with torch.device("meta"):
-        reason = undraftable(unbound_head(file, folder))
-    if reason is not None:
-        raise ValueError(
-            f"vLLM and SGLang cannot draft with the head in {folder}: {reason}. They serve the "
-            "folder as the plain target. Train a head of kind eagle3, or use `headstart serve`."
-        )
+    refuse_undraftable(file, folder)
     return launch_line(engine, str(folder), str(folder / HEADS), file.meta.steps)
 
 
