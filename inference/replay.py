@@ -5,6 +5,7 @@ Legend: B batch rows, N tree nodes, P places of a path, V vocabulary.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,9 +79,10 @@ class Replay:
             return
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the device meanwhile; only this one is recorded.
-        with torch.cuda.graph(
+        recorded = torch.cuda.graph(
             graph, pool=self.pool, stream=side, capture_error_mode="thread_local"
-        ):
+        )
+        with _nothing_collected(), recorded:
             self.function()
         self.graph = graph
 
@@ -104,6 +106,19 @@ class Replay:
         finally:
             for tensor, values in zip(self.rewind, before, strict=True):
                 tensor.copy_(values)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Within it, Python collects no cycles: a graph of an earlier plan that ended there would end
+    the capture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager

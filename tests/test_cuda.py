@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -33,6 +34,22 @@ def test_a_function_that_waits_is_called_and_a_warning_says_so() -> None:
         replay()
     replay()
     assert replay.graph is None and total.tolist() == [2.0] * 4
+
+
+def test_what_an_earlier_graph_leaves_is_not_collected_in_a_capture() -> None:
+    total = torch.zeros(4, device="cuda")
+    pool = torch.cuda.graph_pool_handle()
+    collects: list[bool] = []
+
+    def add() -> None:
+        collects.append(gc.isenabled())
+        total.add_(1)
+
+    replay = Replay(add, total.device, pool, [total])
+    replay()
+    replay()
+    assert replay.graph is not None and total.tolist() == [2.0] * 4
+    assert collects == [True, True, False] and gc.isenabled()
 
 
 @pytest.mark.parametrize("sampled", [False, True])

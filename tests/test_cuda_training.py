@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from chatty import save
 from engines_worker import STEPS, decoded, recipe_for
 from safetensors.torch import load_file
@@ -27,6 +29,18 @@ def data(tmp_path) -> Path:
     return write_rows(tmp_path / "data.jsonl", mixed_rows(20) + long_rows)
 
 
+@pytest.fixture(autouse=True)
+def _no_device_is_chosen() -> Iterator[None]:
+    choose_anew()
+    yield
+    choose_anew()
+
+
+def choose_anew() -> None:
+    """accelerate keeps the device that a process trains on first."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def check_near(one: Path, other: Path) -> None:
     ours, theirs = (load_file(path / "state" / "state.safetensors") for path in (one, other))
     assert ours.keys() == theirs.keys()
@@ -39,6 +53,7 @@ def check_near(one: Path, other: Path) -> None:
 
 def test_a_gpu_trains_the_head_that_a_cpu_trains(data, tmp_path):
     alone(tmp_path / "cpu", data, {})
+    choose_anew()
     target = tiny_target(device="cuda")
     head = tiny_head(target, draft_vocab=20)
     train(recipe_for(tmp_path / "gpu", data, {}), target=target, head=head, evaluate=decoded)
@@ -56,6 +71,7 @@ def test_rows_of_several_texts_and_a_target_that_learns_along(changes, data, tmp
         for section, settings in changes.items():
             values[section] = values.get(section, {}) | settings
         target = tiny_target(device=device)
+        choose_anew()
         train(make_recipe(values), target=target, head=tiny_head(target, draft_vocab=20))
     check_near(tmp_path / "cuda", tmp_path / "cpu")
 

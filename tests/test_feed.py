@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,13 @@ def feed(corpus) -> Iterator[Feed]:
     yield feed
     feed.close()
     assert not threads()
+
+
+def test_a_gpu_has_its_number():
+    """Without one, a thread cannot choose it."""
+    team = Team(torch.device("cpu"))
+    team.accelerator = SimpleNamespace(device=torch.device("cuda"))
+    assert team.device == torch.device("cuda", 0)
 
 
 def test_batches_are_those_of_their_places_and_come_ahead(feed, corpus):

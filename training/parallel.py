@@ -54,8 +54,9 @@ class Team:
 
     @property
     def device(self) -> torch.device:
+        """With an index, which accelerate leaves out where a process is alone."""
         device: torch.device = self.accelerator.device
-        return device
+        return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
     @property
     def index(self) -> int:
