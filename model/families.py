@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .cache import KVCache
+from .sparse import SPARSE, earlier_first, few_chosen, indexers
 from .tree import Tree
 
 if TYPE_CHECKING:
@@ -38,12 +39,14 @@ class Windows:
     """How far each kind of layer looks back.
 
     kinds: the kinds of attention that occur. sliding: a position sees itself and the sliding - 1
-    before it. chunked: a position sees only its own chunk of that many positions.
+    before it. chunked: a position sees only its own chunk of that many positions. sparse: an
+    indexer chooses among what the mask shows (sparse.py).
     """
 
     kinds: tuple[str, ...]
     sliding: int = 0
     chunked: int = 0
+    sparse: bool = False
 
     @staticmethod
     def of(config: PretrainedConfig) -> Windows:
@@ -52,6 +55,8 @@ class Windows:
         sliding = settings.get("sliding_window") or 0
         chunked = settings.get("attention_chunk_size") or 0
         kinds = settings.get("layer_types")
+        if kinds is not None and set(kinds) <= set(SPARSE):
+            return Windows((FULL,), sparse=True)
         if kinds is not None:
             kinds = [kind for kind in kinds if kind != LINEAR]
         else:
@@ -67,7 +72,8 @@ class Windows:
         """
         seen_BNS = cache.visible(among_new(depths_BN, tree))
         if self.kinds == (FULL,):
-            return additive(seen_BNS, dtype)
+            mask = additive(seen_BNS, dtype)
+            return earlier_first(mask) if self.sparse else mask
         new_places_BN = depths_BN + cache.lengths_B[:, None]
         return self._of_kinds(seen_BNS, new_places_BN, cache.positions(depths_BN), dtype)
 
@@ -205,6 +211,7 @@ def refuse(model: PreTrainedModel, name: str) -> None:
     """ValueError for what is known not to work; `probe` finds the rest."""
     config = model.config.get_text_config(decoder=True)
     refuse_config(config, name)
+    refuse_unknown_choice(model, config, name)
     if model._is_stateful and LINEAR not in (config.to_dict().get("layer_types") or ()):
         raise ValueError(_recurrent(name, config))
     attention = config._attn_implementation
@@ -229,8 +236,17 @@ def refuse_config(config: PretrainedConfig, name: str) -> None:
         )
     kinds = set(config.to_dict().get("layer_types") or ())
     odd = kinds - {FULL, SLIDING, CHUNKED}
-    if odd and kinds != {FULL, LINEAR}:
+    if odd and kinds != {FULL, LINEAR} and not kinds <= set(SPARSE):
         raise ValueError(_recurrent(name, config, f", with layers of {', '.join(sorted(odd))}"))
+
+
+def refuse_unknown_choice(model: PreTrainedModel, config: PretrainedConfig, name: str) -> None:
+    """ValueError where sparse attention chooses in another way than the families known here."""
+    if Windows.of(config).sparse and not indexers(model):
+        raise ValueError(
+            f"{name} ({config.model_type}) has sparse attention whose indexer is not known here "
+            "(known: that of DeepSeek-V3.2 and GLM-5). Use another target."
+        )
 
 
 def refuse_unused_window(decoder: nn.Module, config: PretrainedConfig, name: str) -> None:
@@ -264,7 +280,7 @@ def probe(target: Target) -> None:
     ids = [5, 3, 7, 2, 6, 4, 1]
     text_1T = torch.tensor([[i % target.vocab_size for i in ids]], device=target.device)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), few_chosen(target.layers, target.dtype):
             theirs = target.model(input_ids=text_1T, use_cache=False).logits
             plain = target.read(text_1T)
             branch = (_read_chains if target.recurrent else _read_branches)(target, text_1T)
@@ -332,10 +348,12 @@ def probe_packed(target: Target) -> None:
     starts = [start for start, size in zip(bounds, lengths, strict=False) for _ in range(size)]
     starts_1T = torch.tensor([starts], device=target.device)
     whole_1 = torch.tensor([len(ids)], device=target.device)
-    together = target.read_texts(row_1T, whole_1, starts_1T).last_BTD
-    apart = [
-        target.read(row_1T[:, start:end], logits=False).last_BTD for start, end in pairwise(bounds)
-    ]
+    with few_chosen(target.layers, target.dtype):
+        together = target.read_texts(row_1T, whole_1, starts_1T).last_BTD
+        apart = [
+            target.read(row_1T[:, start:end], logits=False).last_BTD
+            for start, end in pairwise(bounds)
+        ]
     if not _close(together, torch.cat(apart, 1)):
         raise ValueError(
             f"{target.name} ({target.config.model_type}) does not read several texts in one row as "

@@ -396,4 +396,5 @@ def _plain(cache: KVCache, ids_BT: Tensor, windows: Windows, lean: bool) -> bool
     model makes its own."""
     if lean:
         return cache.even and ids_BT.shape[1] == 1 and windows.kinds == (FULL,)
-    return cache.even and (ids_BT.shape[1] == 1 or cache.width == 0)
+    alone = ids_BT.shape[1] == 1 or cache.width == 0
+    return cache.even and alone and not windows.sparse
