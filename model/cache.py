@@ -10,7 +10,8 @@ capacity it sees all columns each time, every shape stays the same and no number
 host: what CUDA graphs and compiled code need. The mask hides what is not written yet. The lengths
 then change in place, because a graph knows them by their address.
 
-Recurrent layers have states instead of columns: see states.py.
+Recurrent layers have states instead of columns: see states.py. Sparse attention has keys of an
+indexer beside its own: see sparse.py.
 
 Legend: B batch rows, P accepted positions, N new rows of a read, M pending rows, L layers, H heads,
 S columns, D head size.

@@ -8,6 +8,7 @@ Legend: B batch rows, N new rows (tree nodes or text positions), S cache columns
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
@@ -72,8 +73,7 @@ class Windows:
         """
         seen_BNS = cache.visible(among_new(depths_BN, tree))
         if self.kinds == (FULL,):
-            mask = additive(seen_BNS, dtype)
-            return earlier_first(mask) if self.sparse else mask
+            return self._additive(seen_BNS, dtype)
         new_places_BN = depths_BN + cache.lengths_B[:, None]
         return self._of_kinds(seen_BNS, new_places_BN, cache.positions(depths_BN), dtype)
 
@@ -84,14 +84,23 @@ class Windows:
         positions_BT = places_T - starts_BT
         return self._of_kinds(seen_BTT, positions_BT, positions_BT, dtype)
 
+    def ranked(self, ids_BT: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor] | None:
+        """The mask of whole texts where ours says more than the model's own: which of two columns
+        with the same score is chosen. None elsewhere."""
+        return self.mask_texts(torch.zeros_like(ids_BT), dtype) if self.sparse else None
+
     def _of_kinds(
         self, seen_BNS: Tensor, query_BN: Tensor, key_BS: Tensor, dtype: torch.dtype
     ) -> Tensor | dict[str, Tensor]:
         masks = {
-            kind: additive(seen_BNS & self._near(kind, query_BN, key_BS), dtype)
+            kind: self._additive(seen_BNS & self._near(kind, query_BN, key_BS), dtype)
             for kind in self.kinds
         }
         return masks if len(masks) > 1 else masks[self.kinds[0]]
+
+    def _additive(self, seen_BNS: Tensor, dtype: torch.dtype) -> Tensor:
+        mask_B1NS = additive(seen_BNS, dtype)
+        return earlier_first(mask_B1NS) if self.sparse else mask_B1NS
 
     def _near(self, kind: str, query_BN: Tensor, key_BS: Tensor) -> Tensor:
         """True where a key's position lies in the window of a query's, B x N x S."""
@@ -181,6 +190,12 @@ def inner_model(model: PreTrainedModel) -> nn.Module:
         return decoder
     # a few families name their prefix wrongly, and nothing is found under it
     return next(child for child in model.children() if isinstance(child, PreTrainedModel))
+
+
+def cache_name(decoder: nn.Module) -> str:
+    """What the model calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    known = inspect.signature(decoder.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def decoder_layers(decoder: nn.Module, config: PretrainedConfig, name: str) -> nn.ModuleList:
@@ -281,9 +296,11 @@ def probe(target: Target) -> None:
     text_1T = torch.tensor([[i % target.vocab_size for i in ids]], device=target.device)
     try:
         with torch.no_grad(), few_chosen(target.layers, target.dtype):
-            theirs = target.model(input_ids=text_1T, use_cache=False).logits
+            mask = Windows.of(target.config).ranked(text_1T, target.dtype)
+            whole = target.model(input_ids=text_1T, attention_mask=mask, use_cache=False)
             plain = target.read(text_1T)
             branch = (_read_chains if target.recurrent else _read_branches)(target, text_1T)
+            theirs = whole.logits
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(
             f"{target.name} ({target.config.model_type}) cannot be read with own positions, mask "

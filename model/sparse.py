@@ -8,7 +8,7 @@ visible than it may choose, it chooses hidden columns too, and the mask hides th
 Scores are clipped at 0, so two columns can have the same. Which of them torch then takes depends on
 what else is there, and a tree has more columns than a chain. `earlier_first` settles it.
 
-Legend: B batch rows, N new rows, S columns.
+Legend: B batch rows, N new rows, S columns, D hidden size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# transformers' names of such layers: since version 5.20 or so, and before.
+# transformers' names of such layers: in version 5.24, and in 5.17.
 SPARSE = ("indexed_attention", "deepseek_sparse_attention")
 FEW = 3  # columns that are chosen in a probe
 STEP = 1e-30  # no attention score is so small that it changes
@@ -36,6 +36,36 @@ def _is_indexer(module: nn.Module) -> bool:
     parts = {name for name, _ in module.named_children()}
     own = next(module.parameters(recurse=False), None)
     return parts == PARTS and own is None and isinstance(getattr(module, "index_topk", None), int)
+
+
+class UnusedIndexer(nn.Module):
+    """What a head's layer has in the place of an indexer: nothing is chosen, so all that is visible
+    is attended to. The weights are kept as they are, in buffers, which no optimizer sees."""
+
+    def __init__(self, indexer: nn.Module):
+        super().__init__()
+        for name, child in indexer.named_children():
+            held = nn.Module()
+            for own, weight in child.named_parameters():
+                held.register_buffer(own, weight.detach())
+            self.add_module(name, held)
+
+    def forward(self, hidden_BND: Tensor, *_: object, **__: object) -> Tensor:
+        shape = (*hidden_BND.shape[:2], 0)
+        return torch.empty(shape, dtype=torch.int32, device=hidden_BND.device)
+
+
+def set_aside(layer: nn.Module) -> bool:
+    """Let a decoder layer attend to all that is visible; whether it has an indexer."""
+    found = [
+        (owner, name)
+        for owner in layer.modules()
+        for name, one in owner.named_children()
+        if _is_indexer(one)
+    ]
+    for owner, name in found:
+        setattr(owner, name, UnusedIndexer(getattr(owner, name)))
+    return bool(found)
 
 
 def earlier_first(mask_B1NS: Tensor) -> Tensor:

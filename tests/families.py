@@ -174,6 +174,7 @@ SEEDS = {
     "qwen2_windows": 1,
     "glm": 1,
     "deepseek_v2": 1,
+    "glm_moe_dsa": 1,
     "gptj": 1,
     "falcon": 1,
     "exaone4": 2,

@@ -13,6 +13,7 @@ PROCESSES = 2
 # Plain, tied, norms of queries, windows and caps, experts, one matrix for q, k and v, latents.
 SHARED = (
     *("llama", "llama_tied", "qwen3", "gemma2", "mixtral", "qwen3_moe", "phi3", "deepseek_v3"),
+    "glm_moe_dsa",
 )
 
 
