@@ -56,7 +56,7 @@ class Windows:
         sliding = settings.get("sliding_window") or 0
         chunked = settings.get("attention_chunk_size") or 0
         kinds = settings.get("layer_types")
-        if kinds is not None and set(kinds) <= set(SPARSE):
+        if kinds and set(kinds) <= set(SPARSE):
             return Windows((FULL,), sparse=True)
         if kinds is not None:
             kinds = [kind for kind in kinds if kind != LINEAR]

@@ -28,7 +28,6 @@ from headstart.model.seen import Seen
 from headstart.model.target import Target
 from headstart.model.tree import NO_PARENT, Tree
 
-FINISHING = ("llama", "gemma3_text", "deepseek_v3", "glm_moe_dsa", "gpt_oss")
 LENGTHS = {1: [2 * WINDOW + 3], 3: [2 * WINDOW + 3, 5, 14]}
 
 
