@@ -26,6 +26,7 @@ from .heads import mtp
 from .layers import LayerConfig, grouped_attention
 from .meta import HeadMeta
 from .published import Published, find, read_into
+from .sparse import choosing
 from .target import Target
 
 TEXT = (5, 3, 7, 2, 6, 4, 1)
@@ -84,7 +85,8 @@ def _agrees(target: Target, layer: nn.Module) -> bool:
     )
     if index is None:
         return False
-    given_BTD, theirs_BTD = _seen_by(target, index)
+    with choosing(len(TEXT), target.model):  # all of them, as the head's layer does
+        given_BTD, theirs_BTD = _seen_by(target, index)
     positions_BT = torch.arange(len(TEXT), device=target.device)[None]
     causal = partial(grouped_attention, mask=None, causal=True)
     try:

@@ -10,7 +10,8 @@ capacity it sees all columns each time, every shape stays the same and no number
 host: what CUDA graphs and compiled code need. The mask hides what is not written yet. The lengths
 then change in place, because a graph knows them by their address.
 
-Recurrent layers have states instead of columns: see states.py.
+Recurrent layers have states instead of columns: see states.py. Sparse attention has keys of an
+indexer beside its own: see sparse.py.
 
 Legend: B batch rows, P accepted positions, N new rows of a read, M pending rows, L layers, H heads,
 S columns, D head size.
@@ -59,7 +60,10 @@ class _Place:
 
 
 class KVLayer(CacheLayerMixin):
-    """One layer's keys and values, preallocated. Key and value sizes may differ (MLA)."""
+    """One layer's keys and values, preallocated. Key and value sizes may differ (MLA).
+
+    indexed: keys of sparse attention's indexer, B x 1 x S x D, where the layer has one.
+    """
 
     is_sliding = False
     keys: Tensor
@@ -68,6 +72,7 @@ class KVLayer(CacheLayerMixin):
     def __init__(self, place: _Place) -> None:
         super().__init__()
         self.place = place
+        self.indexed: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys = _grown(key_states[:, :, :0], self.place)
@@ -89,6 +94,20 @@ class KVLayer(CacheLayerMixin):
             self.keys = _grown(self.keys, self.place)
             self.values = _grown(self.values, self.place)
         return self.keys, self.values
+
+    def update_indexer(self, key_states: Tensor) -> Tensor:
+        """As `update`, with an indexer's keys B x N x D."""
+        new_B1ND = key_states[:, None]
+        if self.indexed is None:
+            self.indexed = new_B1ND[:, :, :0]
+        if self.place.end > self.indexed.shape[2]:
+            self.indexed = _grown(self.indexed, self.place)
+        return _written(self.indexed, new_B1ND, self.place)[:, 0]
+
+    def held(self) -> list[Tensor]:
+        """All that it holds, each B x H x S x D."""
+        both = [self.keys, self.values] if self.is_initialized else []
+        return both if self.indexed is None else [*both, self.indexed]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.place.end, 0
@@ -152,8 +171,7 @@ class KVCache(Cache):
     @property
     def size(self) -> int:
         """Bytes of all columns."""
-        known = [layer for layer in self.kv_layers if layer.is_initialized]
-        return sum(one.nbytes for layer in known for one in (layer.keys, layer.values))
+        return sum(one.nbytes for layer in self.kv_layers for one in layer.held())
 
     @property
     def after(self) -> int:
@@ -240,8 +258,8 @@ class KVCache(Cache):
             self._make_room(other)
         for layer, source in zip(self.kv_layers, other.kv_layers, strict=True):
             if source.is_initialized:
-                layer.keys[:, :, :held] = source.keys[:, :, :held]
-                layer.values[:, :, :held] = source.values[:, :, :held]
+                for mine, theirs in zip(layer.held(), source.held(), strict=True):
+                    mine[:, :, :held] = theirs[:, :, :held]
         self.lengths_B.copy_(other.lengths_B)
         self._pending = 0
 
@@ -260,6 +278,8 @@ class KVCache(Cache):
             if layer.is_initialized:
                 layer.keys = _kept(layer.keys, rows_B, places_M)
                 layer.values = _kept(layer.values, rows_B, places_M)
+            if layer.indexed is not None:
+                layer.indexed = _kept(layer.indexed, rows_B, places_M)
         self.lengths_B = self.lengths_B[rows_B]
         self._lengths = [self._lengths[row] for row in rows]
         self._pending = 0
@@ -273,6 +293,9 @@ class KVCache(Cache):
         """Where all layers have one shape, in one tensor: a path is then moved in all of them at
         once, not by a few small operations per layer."""
         pairs = list(zip(self.kv_layers, like.kv_layers, strict=True))
+        for mine, one in pairs:
+            if one.indexed is not None:
+                mine.indexed = _grown(one.indexed[:, :, :0], self._place)
         known = [one for _, one in pairs if one.is_initialized]
         shapes = {(one.keys.shape, one.values.shape, one.keys.dtype) for one in known}
         if len(shapes) != 1 or len(known) < len(pairs):
@@ -288,11 +311,12 @@ class KVCache(Cache):
         for mine, keys, values in zip(self.kv_layers, keys_LBHSD, values_LBHSD, strict=True):
             mine.keys, mine.values, mine.is_initialized = keys, values, True
 
-    def _blocks(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values, ... x B x H x S x D."""
-        if self._stacks is not None:
-            return [self._stacks]
-        return [(layer.keys, layer.values) for layer in self.kv_layers if layer.is_initialized]
+    def _blocks(self) -> list[Tensor]:
+        """All that is held, ... x B x H x S x D."""
+        if self._stacks is None:
+            return [one for layer in self.kv_layers for one in layer.held()]
+        indexed = [layer.indexed for layer in self.kv_layers if layer.indexed is not None]
+        return [*self._stacks, *indexed]
 
     def _commit_on_host(self, path_BP: Tensor | None, counts: list[int]) -> None:
         assert len(counts) == self.rows and max(counts) <= self._pending, "paths do not fit"
@@ -316,9 +340,8 @@ class KVCache(Cache):
         target_BP = self.lengths_B[:, None] + steps_P
         source_BP = self.lengths_B[:, None] + path_BP.clamp(0, self._pending - 1)
         rows_B1 = torch.arange(self.rows, device=path_BP.device)[:, None]
-        for keys, values in self._blocks():
-            keys[..., rows_B1, :, target_BP, :] = keys[..., rows_B1, :, source_BP, :]
-            values[..., rows_B1, :, target_BP, :] = values[..., rows_B1, :, source_BP, :]
+        for held in self._blocks():
+            held[..., rows_B1, :, target_BP, :] = held[..., rows_B1, :, source_BP, :]
 
 
 def _written(columns: Tensor, new_BHND: Tensor, place: _Place) -> Tensor:

@@ -14,6 +14,7 @@ from .head import DraftHead
 from .heads import mtp
 from .layers import ZeroCentredNorm
 from .remote.drafting import KINDS
+from .sparse import indexers
 
 FOLDER = "custom_generate"  # transformers' names
 REQUIREMENTS = "requirements.txt"
@@ -31,6 +32,8 @@ def undraftable_alone(head: DraftHead) -> str | None:
         return "the weights of the head's norms are added to 1"
     if head.target.recurrent:
         return "the target has recurrent layers"
+    if indexers(head.target.layers):
+        return "the target has sparse attention"
     return None
 
 

@@ -42,8 +42,10 @@ Format = Literal["native", "speculators"]
 # `fuse --native` writes.
 STOCK_MTP = (
     "deepseek_v3",
+    "deepseek_v32",
     "glm4_moe",
     "glm4_moe_lite",
+    "glm_moe_dsa",
     "mimo",
     "qwen3_next",
     "qwen3_5_text",

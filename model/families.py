@@ -8,6 +8,7 @@ Legend: B batch rows, N new rows (tree nodes or text positions), S cache columns
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .cache import KVCache
+from .sparse import SPARSE, earlier_first, few_chosen, indexers
 from .tree import Tree
 
 if TYPE_CHECKING:
@@ -38,12 +40,14 @@ class Windows:
     """How far each kind of layer looks back.
 
     kinds: the kinds of attention that occur. sliding: a position sees itself and the sliding - 1
-    before it. chunked: a position sees only its own chunk of that many positions.
+    before it. chunked: a position sees only its own chunk of that many positions. sparse: an
+    indexer chooses among what the mask shows (sparse.py).
     """
 
     kinds: tuple[str, ...]
     sliding: int = 0
     chunked: int = 0
+    sparse: bool = False
 
     @staticmethod
     def of(config: PretrainedConfig) -> Windows:
@@ -52,6 +56,8 @@ class Windows:
         sliding = settings.get("sliding_window") or 0
         chunked = settings.get("attention_chunk_size") or 0
         kinds = settings.get("layer_types")
+        if kinds and set(kinds) <= set(SPARSE):
+            return Windows((FULL,), sparse=True)
         if kinds is not None:
             kinds = [kind for kind in kinds if kind != LINEAR]
         else:
@@ -67,7 +73,7 @@ class Windows:
         """
         seen_BNS = cache.visible(among_new(depths_BN, tree))
         if self.kinds == (FULL,):
-            return additive(seen_BNS, dtype)
+            return self._additive(seen_BNS, dtype)
         new_places_BN = depths_BN + cache.lengths_B[:, None]
         return self._of_kinds(seen_BNS, new_places_BN, cache.positions(depths_BN), dtype)
 
@@ -78,14 +84,23 @@ class Windows:
         positions_BT = places_T - starts_BT
         return self._of_kinds(seen_BTT, positions_BT, positions_BT, dtype)
 
+    def ranked(self, ids_BT: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor] | None:
+        """The mask of whole texts where ours says more than the model's own: which of two columns
+        with the same score is chosen. None elsewhere."""
+        return self.mask_texts(torch.zeros_like(ids_BT), dtype) if self.sparse else None
+
     def _of_kinds(
         self, seen_BNS: Tensor, query_BN: Tensor, key_BS: Tensor, dtype: torch.dtype
     ) -> Tensor | dict[str, Tensor]:
         masks = {
-            kind: additive(seen_BNS & self._near(kind, query_BN, key_BS), dtype)
+            kind: self._additive(seen_BNS & self._near(kind, query_BN, key_BS), dtype)
             for kind in self.kinds
         }
         return masks if len(masks) > 1 else masks[self.kinds[0]]
+
+    def _additive(self, seen_BNS: Tensor, dtype: torch.dtype) -> Tensor:
+        mask_B1NS = additive(seen_BNS, dtype)
+        return earlier_first(mask_B1NS) if self.sparse else mask_B1NS
 
     def _near(self, kind: str, query_BN: Tensor, key_BS: Tensor) -> Tensor:
         """True where a key's position lies in the window of a query's, B x N x S."""
@@ -177,6 +192,12 @@ def inner_model(model: PreTrainedModel) -> nn.Module:
     return next(child for child in model.children() if isinstance(child, PreTrainedModel))
 
 
+def cache_name(decoder: nn.Module) -> str:
+    """What the model calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    known = inspect.signature(decoder.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 def decoder_layers(decoder: nn.Module, config: PretrainedConfig, name: str) -> nn.ModuleList:
     """The list of decoder layers: the outermost list as long as the configuration says."""
     for module in decoder.modules():
@@ -205,6 +226,7 @@ def refuse(model: PreTrainedModel, name: str) -> None:
     """ValueError for what is known not to work; `probe` finds the rest."""
     config = model.config.get_text_config(decoder=True)
     refuse_config(config, name)
+    refuse_unknown_choice(model, config, name)
     if model._is_stateful and LINEAR not in (config.to_dict().get("layer_types") or ()):
         raise ValueError(_recurrent(name, config))
     attention = config._attn_implementation
@@ -229,8 +251,17 @@ def refuse_config(config: PretrainedConfig, name: str) -> None:
         )
     kinds = set(config.to_dict().get("layer_types") or ())
     odd = kinds - {FULL, SLIDING, CHUNKED}
-    if odd and kinds != {FULL, LINEAR}:
+    if odd and kinds != {FULL, LINEAR} and not kinds <= set(SPARSE):
         raise ValueError(_recurrent(name, config, f", with layers of {', '.join(sorted(odd))}"))
+
+
+def refuse_unknown_choice(model: PreTrainedModel, config: PretrainedConfig, name: str) -> None:
+    """ValueError where sparse attention chooses in another way than the families known here."""
+    if Windows.of(config).sparse and not indexers(model):
+        raise ValueError(
+            f"{name} ({config.model_type}) has sparse attention whose indexer is not known here "
+            "(known: that of DeepSeek-V3.2 and GLM-5). Use another target."
+        )
 
 
 def refuse_unused_window(decoder: nn.Module, config: PretrainedConfig, name: str) -> None:
@@ -264,10 +295,12 @@ def probe(target: Target) -> None:
     ids = [5, 3, 7, 2, 6, 4, 1]
     text_1T = torch.tensor([[i % target.vocab_size for i in ids]], device=target.device)
     try:
-        with torch.no_grad():
-            theirs = target.model(input_ids=text_1T, use_cache=False).logits
+        with torch.no_grad(), few_chosen(target.layers, target.dtype):
+            mask = Windows.of(target.config).ranked(text_1T, target.dtype)
+            whole = target.model(input_ids=text_1T, attention_mask=mask, use_cache=False)
             plain = target.read(text_1T)
             branch = (_read_chains if target.recurrent else _read_branches)(target, text_1T)
+            theirs = whole.logits
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(
             f"{target.name} ({target.config.model_type}) cannot be read with own positions, mask "
@@ -332,10 +365,12 @@ def probe_packed(target: Target) -> None:
     starts = [start for start, size in zip(bounds, lengths, strict=False) for _ in range(size)]
     starts_1T = torch.tensor([starts], device=target.device)
     whole_1 = torch.tensor([len(ids)], device=target.device)
-    together = target.read_texts(row_1T, whole_1, starts_1T).last_BTD
-    apart = [
-        target.read(row_1T[:, start:end], logits=False).last_BTD for start, end in pairwise(bounds)
-    ]
+    with few_chosen(target.layers, target.dtype):
+        together = target.read_texts(row_1T, whole_1, starts_1T).last_BTD
+        apart = [
+            target.read(row_1T[:, start:end], logits=False).last_BTD
+            for start, end in pairwise(bounds)
+        ]
     if not _close(together, torch.cat(apart, 1)):
         raise ValueError(
             f"{target.name} ({target.config.model_type}) does not read several texts in one row as "

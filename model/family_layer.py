@@ -3,6 +3,7 @@
 Families whose multi-token prediction layer is no plain Llama layer (GLM-4.5, DeepSeek-V3) use one
 of their target's layers there. It is built from transformers' own class and called without a cache
 or a mask: its attention hands queries, keys and values to the head's `attend`, which knows them.
+Sparse attention attends to all that it sees there: guesses need not be exact (sparse.py).
 
 Legend: B batch rows, T positions, H query heads, C head channels, D hidden size.
 """
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, PretrainedConfig
 
 from .layers import Attend
 from .pretrained import one_layer
+from .sparse import set_aside
 
 ATTENTION = "headstart"  # the name under which transformers' layers find `_attention`
 # What says nothing about a layer, or is said by the model type.
@@ -30,6 +32,8 @@ ELSEWHERE = (
     "model_type",
     "transformers_version",
 )
+# Of a layer's attention, its experts, and its indexer.
+KINDS = {"layer_types": "full_attention", "mlp_layer_types": "sparse", "indexer_types": "full"}
 
 
 class FamilyConfig(BaseModel):
@@ -47,7 +51,7 @@ class FamilyConfig(BaseModel):
         one.num_hidden_layers = 1
         if hasattr(one, "first_k_dense_replace"):
             one.first_k_dense_replace = 0
-        for name, kind in (("layer_types", "full_attention"), ("mlp_layer_types", "sparse")):
+        for name, kind in KINDS.items():
             if getattr(one, name, None) is not None:
                 setattr(one, name, [kind])
         settings = {key: value for key, value in one.to_diff_dict().items() if key not in ELSEWHERE}
@@ -55,12 +59,14 @@ class FamilyConfig(BaseModel):
 
 
 class FamilyLayer(nn.Module):
-    """block: the layer. Its buffers keep their type whatever the head is converted to: the biases
-    that choose among experts differ by less than 16 bits can tell."""
+    """block: the layer. chose: whether the family's attention is sparse. Its buffers keep their
+    type whatever the head is converted to: the biases that choose among experts differ by less than
+    16 bits can tell."""
 
     def __init__(self, config: FamilyConfig):
         super().__init__()
         self.block, self.rotary = one_layer(config.model_type, config.settings, ATTENTION)
+        self.chose = set_aside(self.block)
         for parameter in self.block.parameters():
             if parameter.dim() > 1:  # transformers leaves some of them as they come
                 nn.init.normal_(parameter, std=0.02)
@@ -69,14 +75,14 @@ class FamilyLayer(nn.Module):
         places = positions_BT
         if hasattr(self.rotary, "mrope_section"):  # time, height and width: the same for a text
             places = positions_BT.expand(3, *positions_BT.shape)
-        output_BTD: Tensor = self.block(
+        output: Tensor | tuple[Tensor, ...] = self.block(
             hidden_BTD,
-            attention_mask=None,
+            attention_mask=hidden_BTD.new_zeros(1, 1, 1, 1) if self.chose else None,  # not read
             position_ids=positions_BT,
             position_embeddings=self.rotary(hidden_BTD, places),
             attend=attend,
         )
-        return output_BTD
+        return output if isinstance(output, Tensor) else output[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FamilyLayer:
         kept = {id(owner): dict(owner._buffers) for owner in self.modules()}
@@ -94,7 +100,7 @@ def _attention(
     queries_BHTC: Tensor,
     keys: Tensor,
     values: Tensor,
-    mask: None,
+    mask: Tensor | None,
     *,
     attend: Attend,
     scaling: float,

@@ -59,7 +59,7 @@ class Layout:
 
 
 LAYOUTS = {
-    # GLM-4.5 to 4.7, DeepSeek-V3 and R1; and what `headstart fuse --index` writes
+    # GLM-4.5 to 5, DeepSeek-V3 to V3.2 and R1; what `headstart fuse --index` writes
     "glm": Layout("model.layers.{layers}.", "enorm", "hnorm", "eh_proj", "shared_head.norm"),
     # MiMo-7B; what vLLM computes, whose class is of the authors
     "mimo": Layout(

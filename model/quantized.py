@@ -42,6 +42,7 @@ from transformers.masking_utils import sdpa_mask
 from . import kernels
 from .families import probe
 from .layers import grouped_attention
+from .sparse import indexers
 
 if TYPE_CHECKING:
     from .target import Target
@@ -235,6 +236,11 @@ def _refuse(model: PreTrainedModel, name: str) -> None:
                 "CPU can be quantised. Load it with dtype float32 on the CPU, or leave "
                 "quantisation out."
             )
+    if indexers(model):
+        raise ValueError(
+            f"{name} has sparse attention, which is not computed in integers. Leave "
+            "quantisation out."
+        )
     for path, module in model.named_modules():
         matrices = [one for one in module.parameters(recurse=False) if one.dim() > 1]
         if matrices and type(module) is not nn.Linear and not isinstance(module, nn.Embedding):

@@ -10,7 +10,6 @@ R any leading dimensions.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -32,6 +31,7 @@ from .families import (
     LogitsRule,
     Windows,
     among_new,
+    cache_name,
     context_limit,
     decoder_layers,
     inner_model,
@@ -94,7 +94,7 @@ class Target:
         self._chains = Chains(recurrent_mixers(self._layers, self.config, name), name)
         self.recurrent = bool(self._chains.mixers)
         self._chains.refuse_integers(quantize)
-        self._cache_name = _cache_name(self._decoder)
+        self._cache_name = cache_name(self._decoder)
         self._windows = Windows.of(self.config)
         self._lm_head = LMHead(head, LogitsRule.of(self.config))
         self.hidden_size, self.vocab_size = head.in_features, head.out_features
@@ -112,7 +112,7 @@ class Target:
             quantize_target(self, quantize)
             self.quantized = quantize
         if not self.spread and weight_only is None:
-            if not self.recurrent:
+            if not self.recurrent and not self._windows.sparse:
                 self._lean = shorter_way(self._decoder, self._layers, self.config)
             pack_linears(model)  # after the probes, which would pack what they widen
 
@@ -321,6 +321,8 @@ class Target:
         layers: tuple[int, ...],
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """With the model's own modules."""
+        if mask is None:
+            mask = self._windows.ranked(ids_BT, self.dtype)
         by_kind: Any = {FULL: mask, LINEAR: None} if self.recurrent and mask is not None else mask
         with self._tapped(layers) as hidden, shared_keys():
             last_BTD: Tensor = self._decoder(
@@ -385,15 +387,10 @@ def _steps(ids_BT: Tensor) -> Tensor:
     return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand(ids_BT.shape)
 
 
-def _cache_name(decoder: nn.Module) -> str:
-    """What the model calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
-    known = inspect.signature(decoder.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
-
-
 def _plain(cache: KVCache, ids_BT: Tensor, windows: Windows, lean: bool) -> bool:
     """True where no mask of ours is needed: one token more, or all from the start, for which the
-    model makes its own."""
+    model makes its own. With sparse attention ours is always needed."""
     if lean:
         return cache.even and ids_BT.shape[1] == 1 and windows.kinds == (FULL,)
-    return cache.even and (ids_BT.shape[1] == 1 or cache.width == 0)
+    first = ids_BT.shape[1] == 1 or cache.width == 0
+    return cache.even and first and not windows.sparse

@@ -66,6 +66,8 @@ DELTA = {
         "partial_rotary_factor": 0.5,
     },
 }
+# Sparse attention: few of the columns are chosen, even of a short text.
+SPARSE = {"index_topk": 6, "index_n_heads": 8, "index_head_dim": 16}
 SHARED_EXPERTS = EXPERTS | {"shared_expert_intermediate_size": 32}
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 ORIGINAL = "original_max_position_embeddings"
@@ -107,6 +109,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": GROUPED | MLA,
     "deepseek_v2": GROUPED | MLA | {"topk_method": "greedy"},
     "deepseek_v3": GROUPED | MLA,
+    "deepseek_v32": GROUPED | MLA | SPARSE,
+    "glm_moe_dsa": GROUPED
+    | MLA
+    | SPARSE
+    | {"num_hidden_layers": 3, "indexer_types": ["full", "shared", "full"]},
     "gpt2": GPT2,
     "gpt_neox": {},
     "gptj": GPT2 | {"rotary_dim": 4},
@@ -167,6 +174,7 @@ SEEDS = {
     "qwen2_windows": 1,
     "glm": 1,
     "deepseek_v2": 1,
+    "glm_moe_dsa": 1,
     "gptj": 1,
     "falcon": 1,
     "exaone4": 2,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import DELTA, GROUPED, MLA, SHARED_EXPERTS, build
+from families import DELTA, GROUPED, MLA, SHARED_EXPERTS, SPARSE, build
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,6 +41,14 @@ LATENT = {
     "self_attn.kv_a_layernorm.weight": (16,),
     "self_attn.kv_b_proj.weight": (80, 16),
     "self_attn.o_proj.weight": (HIDDEN, 48),
+}
+# 8 heads of 16 channels; drafts leave it out
+INDEXER = {
+    "self_attn.indexer.wq_b.weight": (128, 16),
+    "self_attn.indexer.wk.weight": (16, HIDDEN),
+    "self_attn.indexer.k_norm.weight": (16,),
+    "self_attn.indexer.k_norm.bias": (16,),
+    "self_attn.indexer.weights_proj.weight": (8, HIDDEN),
 }
 MIXTURE = {
     "input_layernorm.weight": (HIDDEN,),
@@ -127,12 +135,14 @@ FAMILIES = {
         | {"self_attn.q_norm.weight": (8,), "self_attn.k_norm.weight": (8,)},
         copies=True,
     ),
-    "glm4_moe_lite": Family(
-        "glm4_moe_lite", GROUPED | MLA, GLM, GLM_PARTS | MIXTURE | LATENT, copies=True
-    ),
-    "deepseek_v3": Family(
-        "deepseek_v3", GROUPED | MLA, GLM, GLM_PARTS | MIXTURE | LATENT, copies=True
-    ),
+    **{
+        name: Family(name, GROUPED | MLA, GLM, GLM_PARTS | MIXTURE | LATENT, copies=True)
+        for name in ("glm4_moe_lite", "deepseek_v3")
+    },
+    **{
+        name: Family(name, GROUPED | MLA | SPARSE, GLM, GLM_PARTS | MIXTURE | LATENT | INDEXER)
+        for name in ("deepseek_v32", "glm_moe_dsa")
+    },
     "qwen3_next": Family(
         "qwen3_next",
         DELTA | SHARED_EXPERTS,
@@ -156,7 +166,7 @@ RECURRENT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 def write(name: str, folder: Path, *, seed: int = 0, **settings: Any) -> dict[str, Tensor]:
     """A checkpoint in two files with an index, bfloat16; returns the layer's tensors by name,
-    without the prefix. The bias that chooses experts is published in float32."""
+    without the prefix. What chooses experts and columns is published in float32."""
     family = FAMILIES[name]
     model = build(family.model_type, family.settings | settings).bfloat16()
     model.save_pretrained(folder)
@@ -193,7 +203,7 @@ def random_layer(family: Family, seed: int) -> dict[str, Tensor]:
         values = torch.randn(shape, generator=generator)
         if "norm" in name:
             layer[name] = ((0 if family.zero_centred else 1) + 0.2 * values).bfloat16()
-        elif "e_score" in name:
+        elif "e_score" in name or "weights_proj" in name:
             layer[name] = 0.05 * values  # float32
         else:
             layer[name] = ((0.1 if len(shape) == 1 else 0.25) * values).bfloat16()
@@ -214,25 +224,17 @@ class Formula:
     qwen: bool = False  # norms added to 1, an output gate, softmax over all experts, a shared one
 
 
+NAMES = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+MIMO = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
 QWEN = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm")
 FORMULAS = {
-    "glm4_moe_lite": Formula(
-        ("enorm", "hnorm", "eh_proj", "shared_head.norm"), False, 10000.0, 1e-5, 8, 2, 1.8
-    ),
-    "mimo": Formula(
-        ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"),
-        True,
-        640000.0,
-        1e-6,
-        8,
-    ),
-    "llama": Formula(("enorm", "hnorm", "eh_proj", "shared_head.norm"), False, 10000.0, 1e-6, 8),
-    "glm4_moe": Formula(
-        ("enorm", "hnorm", "eh_proj", "shared_head.norm"), False, 10000.0, 1e-5, 4, 2
-    ),
-    "deepseek_v3": Formula(
-        ("enorm", "hnorm", "eh_proj", "shared_head.norm"), False, 10000.0, 1e-6, 8, 2, 2.5
-    ),
+    "glm4_moe_lite": Formula(NAMES, False, 10000.0, 1e-5, 8, 2, 1.8),
+    "mimo": Formula(MIMO, True, 640000.0, 1e-6, 8),
+    "llama": Formula(NAMES, False, 10000.0, 1e-6, 8),
+    "glm4_moe": Formula(NAMES, False, 10000.0, 1e-5, 4, 2),
+    "deepseek_v3": Formula(NAMES, False, 10000.0, 1e-6, 8, 2, 2.5),
+    "deepseek_v32": Formula(NAMES, False, 10000.0, 1e-6, 8, 2, 2.5),
+    "glm_moe_dsa": Formula(NAMES, False, 10000.0, 1e-5, 8, 2, 2.5),
     "qwen3_next": Formula(QWEN, False, 10000.0, 1e-6, 4, 2, qwen=True),
     "qwen3_5_text": Formula(QWEN, False, 10000.0, 1e-6, 4, qwen=True),
     "qwen3_5_moe_text": Formula(QWEN, False, 10000.0, 1e-6, 4, 2, qwen=True),

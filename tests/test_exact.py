@@ -148,7 +148,7 @@ def test_every_head_kind(family: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek_v3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek_v3", "glm_moe_dsa", "gpt2"])
 def test_seeded_sampling_is_an_equality_too(family: str, sampler: str) -> None:
     for rows in LENGTHS:
         expected = reference(family, rows, sampler)

@@ -102,7 +102,7 @@ def test_targets_that_engines_draft_for_otherwise_are_refused(tmp_path, family, 
     assert reason in refused("export", folder, tmp_path / "out", "--to", "sglang")
 
 
-@pytest.mark.parametrize("family", ["glm4_moe", "mimo", "qwen3_5_text", "llama"])
+@pytest.mark.parametrize("family", ["glm4_moe", "glm_moe_dsa", "mimo", "qwen3_5_text", "llama"])
 def test_mtp_layers_of_the_target_have_a_way_of_their_own(tmp_path, family):
     published.write(family, tmp_path / "plain")
     adopt(tmp_path / "plain", tmp_path / "head")

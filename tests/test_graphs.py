@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ from headstart.model.target import Target
 from headstart.model.tree import Children, Frontier, GoesOn, Tree, TreeShape, grow
 
 USED = ["llama", "qwen2", "gemma3_text", "mixtral"]
+SPARSE = "glm_moe_dsa"  # what it chooses from are all columns of a cache of fixed size
 LARGE = TreeShape.dynamic(nodes=20, depth=5, width=3)
 
 
@@ -129,7 +131,7 @@ def ragged(truth: list[list[int]]) -> tuple[Stop, list[list[int]]]:
 
 @pytest.mark.parametrize("costs", [None, FREE, USUAL, DEAR], ids=["none", "free", "usual", "dear"])
 @pytest.mark.parametrize("rows", LENGTHS)
-@pytest.mark.parametrize("family", USED)
+@pytest.mark.parametrize("family", [*USED, SPARSE])
 def test_guesses_that_are_often_right(family: str, rows: int, costs: Costs | None) -> None:
     """Deep paths and side branches, rows that end early, and all sizes of trees."""
     target, prompts = target_of(family), batch(family, rows)
@@ -193,7 +195,7 @@ def test_seeded_sampling(family: str, rows: int, sampler: str) -> None:
     assert replayed(target, None, prompts, LARGE, stop, sampler)[0] == truth
 
 
-@pytest.mark.parametrize("family", USED)
+@pytest.mark.parametrize("family", [*USED, SPARSE])
 def test_full_caches_are_replaced(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "CAPACITY", 8)
     monkeypatch.setattr(graphs, "AHEAD", 2)
@@ -350,8 +352,7 @@ def test_waiting_for_the_device_is_noticed(wait: str) -> None:
         WAITING[wait](torch.empty(3, device="meta"))
 
 
-@pytest.mark.parametrize("kind", kinds())
-@pytest.mark.parametrize("family", USED)
+@pytest.mark.parametrize(("family", "kind"), [*product(USED, kinds()), (SPARSE, "medusa")], ids=str)
 def test_no_part_of_a_round_waits_for_the_device(family: str, kind: str) -> None:
     # Experts have a way without waiting in bfloat16 only.
     target = Target.wrap(FAMILIES[family]().bfloat16())

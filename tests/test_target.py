@@ -168,7 +168,9 @@ def test_the_tiny_models_are_not_degenerate(family: str) -> None:
 
 
 @pytest.mark.parametrize("left", [[2, 1], [0, 1], [1, 2], [1, 0]])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3_text", "deepseek_v3", "glm_moe_dsa", "gpt_oss"]
+)
 def test_finished_rows_can_leave(family: str, left: list[int]) -> None:
     rows = Batch(target_of(family), LENGTHS[3])
     rows.check_tree(1)

@@ -10,9 +10,11 @@ from families import FAMILIES, build
 from launched import launch_together
 
 PROCESSES = 2
-# Plain, tied, norms of queries, windows and caps, experts, one matrix for q, k and v, latents.
+# Plain, tied, norms of queries, windows and caps, experts, one matrix for q, k and v, latents;
+# sparse attention, of which one layer takes over the choice of another.
 SHARED = (
     *("llama", "llama_tied", "qwen3", "gemma2", "mixtral", "qwen3_moe", "phi3", "deepseek_v3"),
+    "glm_moe_dsa",
 )
 
 
