@@ -39,7 +39,7 @@ from .decode import Rounds, decode, plain
 from .rows import Stop
 from .sampling import Sampler
 from .stats import Stats
-from .trees import DEFAULT_TREE, WIDEST_TREE, looks_up, usual
+from .trees import DEFAULT_TREE, WIDEST_TREE, fixed_tree, usual
 
 # Options of `generate` that ask for another way of decoding, or for inputs that are not ours.
 REFUSED_OPTIONS = (
@@ -114,12 +114,12 @@ class SpeculativeModel:
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Answer prompts, with the arguments and results of transformers' `generate`.
 
-        input_ids: B x T prompts. attention_mask: 0 for padding. By default each tree is as large as
-        pays on this machine, which is measured once (`Budget.auto`, a few seconds at the first call
-        ever), and on a CPU guesses come from the text itself too. tree: the shape of the guesses;
-        with a budget the largest one. lookup: whether to guess from the text. speculate: False
-        decodes plainly, with the same tokens as a result. seed: of the sampling; None takes one
-        from torch's global generator. timing: measure time by phase.
+        input_ids: B x T prompts. attention_mask: 0 for padding. By default trees have 16 nodes on a
+        GPU; on a CPU as many as pay on this machine, which is measured once (`Budget.auto`, a few
+        seconds at the first call ever), and guesses come from the text itself too. tree: the shape
+        of the guesses; with a budget the largest one. lookup: whether to guess from the text.
+        speculate: False decodes plainly, with the same tokens as a result. seed: of the sampling;
+        None takes one from torch's global generator. timing: measure time by phase.
         options: any other option of `generate`, e.g. max_new_tokens, do_sample, temperature, top_p,
         top_k, eos_token_id, stopping_criteria, return_dict_in_generate. B x L ids, padded on the
         right. Stopping criteria get no scores (None): a token that is accepted may not have any.
@@ -218,17 +218,19 @@ class SpeculativeModel:
     ) -> Rounds:
         if not how.speculate:
             return plain(self.target, input_ids, mask_BT, **options)
-        budget, lookup = how.budget, how.lookup
-        if how.tree is None and budget is None:
-            budget = Budget.auto(self.target, self.head)
-            lookup = looks_up(self.target) if lookup is None else lookup
+        tree, budget, lookup = how.tree, how.budget, how.lookup
+        if tree is None and budget is None:
+            tree = fixed_tree(self.target)
+            if tree is None:
+                budget = Budget.auto(self.target, self.head)
+                lookup = True if lookup is None else lookup
         shape = usual(self.target, DEFAULT_TREE if budget is None else WIDEST_TREE)
         return decode(
             self.target,
             self.head,
             input_ids,
             mask_BT,
-            shape=how.tree or shape,
+            shape=tree or shape,
             budget=budget,
             lookup=bool(lookup),
             **options,

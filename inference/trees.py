@@ -10,6 +10,9 @@ from headstart.model.tree import TreeShape
 DEFAULT_TREE = TreeShape.dynamic(nodes=8, depth=4, width=3)
 # With a budget: as much as can pay on any machine; the budget takes the part that does.
 WIDEST_TREE = TreeShape.dynamic(nodes=64, depth=8, width=4)
+# Where 16 nodes are read in little more time than one. A budget, which there sizes a tree by the
+# scores of the one before, was slower in all that was measured (docs/benchmarks.md).
+GPU_TREE = TreeShape.dynamic(nodes=16, depth=5, width=4)
 
 
 def usual(target: Target, shape: TreeShape) -> TreeShape:
@@ -18,10 +21,10 @@ def usual(target: Target, shape: TreeShape) -> TreeShape:
     return TreeShape.chain(shape.depth) if target.recurrent else shape
 
 
-def looks_up(target: Target) -> bool:
-    """Whether guesses from the text are used unless somebody says otherwise. On a GPU rounds with
-    them cannot be played back as a whole."""
-    return target.device.type != "cuda"
+def fixed_tree(target: Target) -> TreeShape | None:
+    """The tree that is used on a GPU unless somebody says otherwise. None elsewhere: a budget sizes
+    trees there, and guesses come from the text too."""
+    return usual(target, GPU_TREE) if target.device.type == "cuda" else None
 
 
 def fitting(shape: TreeShape, head: DraftHead) -> TreeShape:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 HELP = (
     "auto, static, off, NODES, NODES/DEPTH/WIDTH or lookup; with +lookup, guesses from the text. "
-    "Default: auto+lookup, on a GPU auto."
+    "Default: auto+lookup, on a GPU 16/5/4."
 )
 FORM = re.compile(r"(auto|static|off|\d+(/\d+/\d+)?)(\+lookup)?|lookup")
 
@@ -59,9 +59,10 @@ def check_budgets(values: list[str] | None) -> list[str]:
 
 def usual_budget(target: Target) -> str:
     """The budget that is used unless somebody says otherwise."""
-    from headstart.inference.trees import looks_up
+    from headstart.inference.trees import fixed_tree
 
-    return "auto+lookup" if looks_up(target) else "auto"
+    tree = fixed_tree(target)
+    return "auto+lookup" if tree is None else f"{tree.nodes}/{tree.depth}/{tree.width}"
 
 
 def contestants(target: Target, head: DraftHead, budgets: Sequence[str]) -> dict[str, Contestant]:

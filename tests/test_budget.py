@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +22,10 @@ from headstart.inference.plan import Graphs
 from headstart.inference.rows import Stop
 from headstart.inference.sampling import Sampler
 from headstart.inference.stats import Stats
-from headstart.inference.trees import WIDEST_TREE, fitting
+from headstart.inference.trees import WIDEST_TREE, fitting, fixed_tree
 from headstart.model.head import kinds, make_head
 from headstart.model.target import Target
+from headstart.scripts.budgets import check_budget, usual_budget
 
 NEW_TOKENS = 24
 
@@ -44,8 +47,19 @@ def scores(*probabilities: list[float]) -> Tensor:
 
 def test_between_and_past_the_measured_counts() -> None:
     known = Costs((1, 4, 8), (10.0, 16.0, 20.0), advance=2.0, deepen=1.0, rest=0.5)
-    assert [known.read(n) for n in (1, 2, 4, 6, 8, 12)] == [10, 12, 16, 18, 20, 24]
+    assert [known.read(n) for n in (1, 2, 4, 6, 8)] == [10, 12, 16, 18, 20]
+    assert known.read(15) == 30  # as all of them: nothing gets cheaper with its size
+    assert ARITHMETIC.read(72) == pytest.approx(8 + 8 * 6.8 / 56)  # as the last ones
     assert known.round(4, depth=3) == 16 + 2 + 2 + 0.5
+
+
+@pytest.mark.parametrize(("recurrent", "size"), [(False, "16/5/4"), (True, "6/5/1")])
+def test_on_a_gpu_trees_have_one_size(recurrent: bool, size: str) -> None:
+    target: Any = SimpleNamespace(device=torch.device("cuda"), recurrent=recurrent)
+    assert usual_budget(target) == size
+    assert check_budget(size) == size
+    target.device = torch.device("cpu")
+    assert fixed_tree(target) is None and usual_budget(target) == "auto+lookup"
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -371,7 +371,7 @@ def test_opens_a_fused_checkpoint(target: Target, one: Tensor, tmp_path: Path) -
     assert model.last_stats.tried[0] > 0
 
 
-def test_trees_are_sized_by_what_pays_unless_one_is_given(
+def test_trees_are_sized_by_what_pays_unless_they_have_one_size(
     model: SpeculativeModel, one: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, Any]] = []
@@ -384,6 +384,9 @@ def test_trees_are_sized_by_what_pays_unless_one_is_given(
     for options in ({}, {"tree": DEFAULT_TREE}, {"lookup": False}):
         again = SpeculativeModel(model.target, model.head)
         again.generate(one, max_new_tokens=4, **options)
+    monkeypatch.setattr("headstart.inference.generate.fixed_tree", lambda _: TreeShape.chain(3))
+    model.generate(one, max_new_tokens=4)  # as on a GPU
     sized = [options["budget"] is not None for options in asked]
     looked = [options["lookup"] for options in asked]
-    assert sized == [True, False, True] and looked == [True, False, False]
+    assert sized == [True, False, True, False] and looked == [True, False, False, False]
+    assert asked[-1]["shape"] == TreeShape.chain(3)
