@@ -109,6 +109,7 @@ class Plan:
         if sampler.sample:
             size = (self.batch, self.places, target.vocab_size)
             self.noise_BPV = tokens_BN.new_zeros(size, dtype=torch.float32)
+        self.noise_from: Tensor | None = None  # of each row, the position of the first noise
         self.advance = self._replay(self._advance)
         self.drafts: dict[int, Replay] = {}  # by depth
         self.verifies: dict[int, Replay] = {}  # by count of nodes
@@ -123,6 +124,7 @@ class Plan:
         self.next_BP[:, :1] = begun.first_B1
         self.counts_B.fill_(1)
         self.alive_B.fill_(1)
+        self.noise_from = None  # another run's
 
     def follow(self, other: Plan) -> None:
         """Go on where a plan of a smaller capacity stands."""
@@ -130,6 +132,7 @@ class Plan:
         for ours, theirs in zip(self._passed(), other._passed(), strict=True):
             ours.copy_(theirs)
         self.alive_B.copy_(other.alive_B)
+        self.noise_from = None
 
     def close(self) -> None:
         """Let go of all that takes memory: graphs refer to their plan, which refers to them."""
@@ -141,13 +144,23 @@ class Plan:
         self.alive_B.copy_(torch.tensor(alive))
 
     def make_noise(self, sampler: Sampler, rows: Sequence[Row]) -> None:
-        """Lay out the noise of the next tokens of all rows."""
-        if self.noise_BPV is not None:
-            places = range(self.places)
-            numbers = [row.number for row in rows for _ in places]
-            positions = [row.length + place for row in rows for place in places]
-            flat_MV = self.noise_BPV.flatten(0, 1)
-            flat_MV.copy_(sampler.noise(numbers, positions, flat_MV))
+        """Lay out the noise of the next tokens of all rows. What was laid out for tokens that a
+        round did not come to is kept: each position's takes a kernel of its own."""
+        if self.noise_BPV is None:
+            return
+        now = torch.tensor([row.length for row in rows])
+        before = now - self.places if self.noise_from is None else self.noise_from
+        self.noise_from = now
+        from_BP = (now - before)[:, None] + torch.arange(self.places)
+        index_BP1 = from_BP.clamp(max=self.places - 1)[..., None].to(self.noise_BPV.device)
+        noise_BPV = self.noise_BPV.gather(1, index_BP1.expand_as(self.noise_BPV))
+        rows_M, places_M = (from_BP >= self.places).nonzero(as_tuple=True)
+        if len(rows_M):
+            numbers = [rows[row].number for row in rows_M.tolist()]
+            positions = (now[rows_M] + places_M).tolist()
+            place = rows_M.to(noise_BPV.device), places_M.to(noise_BPV.device)
+            noise_BPV[place] = sampler.noise(numbers, positions, noise_BPV[place])
+        self.noise_BPV.copy_(noise_BPV)
 
     @property
     def key(self) -> tuple[Any, ...]:

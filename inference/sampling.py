@@ -174,8 +174,8 @@ class Sampler:
     def noise(self, rows: Sequence[int], positions: Sequence[int], like_MV: Tensor) -> Tensor:
         """Gumbel noise M x V for the tokens at absolute positions of rows."""
         waiting_MV = torch.empty_like(like_MV)
+        generator = torch.Generator(like_MV.device)
         for waiting_V, row, position in zip(waiting_MV, rows, positions, strict=True):
-            generator = torch.Generator(like_MV.device)
             generator.manual_seed(_mixed(self.seed, row, position))
             waiting_V.exponential_(generator=generator)
         return -waiting_MV.clamp_min(torch.finfo(torch.float32).tiny).log()

@@ -195,6 +195,24 @@ def test_seeded_sampling(family: str, rows: int, sampler: str) -> None:
     assert replayed(target, None, prompts, LARGE, stop, sampler)[0] == truth
 
 
+def test_noise_of_a_position_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a new plan with another run too, whose noise is another."""
+    drawn: list[tuple[int, int]] = []
+    whole = Sampler.noise
+
+    def watched(sampler: Sampler, rows: Any, positions: Any, like_MV: Tensor) -> Tensor:
+        drawn.extend(zip(rows, positions, strict=True))
+        return whole(sampler, rows, positions, like_MV)
+
+    monkeypatch.setattr(Sampler, "noise", watched)
+    target, prompts, kept = target_of("llama"), batch("llama", 3), Graphs()
+    head = prophet("llama", 3, "temperature")
+    for _ in range(2):
+        drawn.clear()
+        replayed(target, head, prompts, LARGE, Stop(NEW_TOKENS), "temperature", kept=kept)
+        assert 3 * NEW_TOKENS <= len(drawn) == len(set(drawn)) < 3 * (NEW_TOKENS + LARGE.depth + 1)
+
+
 @pytest.mark.parametrize("family", [*USED, SPARSE])
 def test_full_caches_are_replaced(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "CAPACITY", 8)
