@@ -61,14 +61,14 @@ class Costs:
 
     def read(self, nodes: int) -> float:
         """Seconds to read so many nodes: between the measured ones in proportion; past the last as
-        the last ones grew, or all of them where that is more: several texts together are many
-        nodes, and a GPU on which 64 cost no more than 32 is busy with 512."""
+        the last ones grew, or all but the first where that is more: several texts together are
+        many nodes, and a GPU on which 64 cost no more than 32 is busy with 512."""
         high = min(max(bisect_left(self.nodes, nodes), 1), len(self.nodes) - 1)
         left, right = self.nodes[high - 1], self.nodes[high]
         low_cost, high_cost = self.verify[high - 1], self.verify[high]
         slope = (high_cost - low_cost) / (right - left)
-        if nodes > right:
-            slope = max(slope, (high_cost - self.verify[0]) / (right - self.nodes[0]))
+        if nodes > right > self.nodes[1]:
+            slope = max(slope, (high_cost - self.verify[1]) / (right - self.nodes[1]))
         return high_cost + slope * (nodes - right)
 
     def round(self, nodes: int, depth: int, rows: int = 1) -> float:

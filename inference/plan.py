@@ -144,8 +144,8 @@ class Plan:
         self.alive_B.copy_(torch.tensor(alive))
 
     def make_noise(self, sampler: Sampler, rows: Sequence[Row]) -> None:
-        """Lay out the noise of the next tokens of all rows. What was laid out for tokens that a
-        round did not come to is kept: each position's takes a kernel of its own."""
+        """Lay out the noise of the next tokens of all rows. What is there already, for tokens that
+        the last round did not come to, is kept: drawing it takes a kernel for each token."""
         if self.noise_BPV is None:
             return
         now = torch.tensor([row.length for row in rows])
@@ -159,7 +159,8 @@ class Plan:
             numbers = [rows[row].number for row in rows_M.tolist()]
             positions = (now[rows_M] + places_M).tolist()
             place = rows_M.to(noise_BPV.device), places_M.to(noise_BPV.device)
-            noise_BPV[place] = sampler.noise(numbers, positions, noise_BPV[place])
+            like_MV = noise_BPV.new_empty(len(positions), noise_BPV.shape[-1])
+            noise_BPV[place] = sampler.noise(numbers, positions, like_MV)
         self.noise_BPV.copy_(noise_BPV)
 
     @property

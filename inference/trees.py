@@ -10,8 +10,8 @@ from headstart.model.tree import TreeShape
 DEFAULT_TREE = TreeShape.dynamic(nodes=8, depth=4, width=3)
 # With a budget: as much as can pay on any machine; the budget takes the part that does.
 WIDEST_TREE = TreeShape.dynamic(nodes=64, depth=8, width=4)
-# Where 16 nodes are read in little more time than one. A budget, which there sizes a tree by the
-# scores of the one before, was slower in all that was measured (docs/benchmarks.md).
+# Where rounds are CUDA graphs, in which 16 nodes are read in little more time than one. A budget,
+# which sizes a tree by the scores of the one before there, was slower (docs/benchmarks.md).
 GPU_TREE = TreeShape.dynamic(nodes=16, depth=5, width=4)
 
 
@@ -22,9 +22,9 @@ def usual(target: Target, shape: TreeShape) -> TreeShape:
 
 
 def fixed_tree(target: Target) -> TreeShape | None:
-    """The tree that is used on a GPU unless somebody says otherwise. None elsewhere: a budget sizes
-    trees there, and guesses come from the text too."""
-    return usual(target, GPU_TREE) if target.device.type == "cuda" else None
+    """The tree that is used on a GPU unless somebody says otherwise. None elsewhere, and where
+    layers are recurrent: a budget sizes trees there, and guesses come from the text too."""
+    return GPU_TREE if target.device.type == "cuda" and not target.recurrent else None
 
 
 def fitting(shape: TreeShape, head: DraftHead) -> TreeShape:

@@ -1,7 +1,8 @@
 """What differs between families of language models, and which ones cannot be read.
 
-Nothing here knows a family by name: windows, recurrent layers and the last step to the logits
-follow from the configuration, and a probe at load compares the result with the model itself.
+Windows, recurrent layers and the last step to the logits follow from the configuration, not from
+the family's name, and a probe at load compares the result with the model itself. Sparse attention
+alone goes by name: in 16 bits a probe cannot tell what is chosen.
 
 Legend: B batch rows, N new rows (tree nodes or text positions), S cache columns, D hidden size.
 """
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .cache import KVCache
-from .sparse import SPARSE, earlier_first, few_chosen, indexers
+from .sparse import FAMILIES, SPARSE, earlier_first, few_chosen, indexers
 from .tree import Tree
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ def refuse_config(config: PretrainedConfig, name: str) -> None:
 
 def refuse_unknown_choice(model: PreTrainedModel, config: PretrainedConfig, name: str) -> None:
     """ValueError where sparse attention chooses in another way than the families known here."""
-    if Windows.of(config).sparse and not indexers(model):
+    if Windows.of(config).sparse and (config.model_type not in FAMILIES or not indexers(model)):
         raise ValueError(
             f"{name} ({config.model_type}) has sparse attention whose indexer is not known here "
             "(known: that of DeepSeek-V3.2 and GLM-5). Use another target."

@@ -59,14 +59,14 @@ class FamilyConfig(BaseModel):
 
 
 class FamilyLayer(nn.Module):
-    """block: the layer. chose: whether the family's attention is sparse. Its buffers keep their
+    """block: the layer. sparse: whether the family's attention is. Its buffers keep their
     type whatever the head is converted to: the biases that choose among experts differ by less than
     16 bits can tell."""
 
     def __init__(self, config: FamilyConfig):
         super().__init__()
         self.block, self.rotary = one_layer(config.model_type, config.settings, ATTENTION)
-        self.chose = set_aside(self.block)
+        self.sparse = set_aside(self.block)
         for parameter in self.block.parameters():
             if parameter.dim() > 1:  # transformers leaves some of them as they come
                 nn.init.normal_(parameter, std=0.02)
@@ -77,7 +77,8 @@ class FamilyLayer(nn.Module):
             places = positions_BT.expand(3, *positions_BT.shape)
         output: Tensor | tuple[Tensor, ...] = self.block(
             hidden_BTD,
-            attention_mask=hidden_BTD.new_zeros(1, 1, 1, 1) if self.chose else None,  # not read
+            # Sparse attention takes one apart; `attend` never sees it.
+            attention_mask=hidden_BTD.new_zeros(1, 1, 1, 1) if self.sparse else None,
             position_ids=positions_BT,
             position_embeddings=self.rotary(hidden_BTD, places),
             attend=attend,

@@ -19,6 +19,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .hub import ADAPTER
+from .sparse import indexers
+
+INDEXERS = r".*\bindexer\b.*"  # of sparse attention: what they choose has no gradient
 
 
 def adapted(model: nn.Module, rank: int, alpha: float, modules: str | Sequence[str]) -> Any:
@@ -29,7 +32,13 @@ def adapted(model: nn.Module, rank: int, alpha: float, modules: str | Sequence[s
     """
     peft = _peft()
     names = modules if isinstance(modules, str) else list(modules)
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0)
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=names,
+        exclude_modules=INDEXERS if indexers(model) else None,
+        lora_dropout=0.0,
+    )
     try:
         return peft.get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:

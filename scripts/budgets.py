@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 HELP = (
     "auto, static, off, NODES, NODES/DEPTH/WIDTH or lookup; with +lookup, guesses from the text. "
-    "Default: auto+lookup, on a GPU 16/5/4."
+    "Default: auto+lookup, on a GPU 16/5/4 (but auto+lookup where layers are recurrent)."
 )
 FORM = re.compile(r"(auto|static|off|\d+(/\d+/\d+)?)(\+lookup)?|lookup")
 

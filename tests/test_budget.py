@@ -47,19 +47,21 @@ def scores(*probabilities: list[float]) -> Tensor:
 
 def test_between_and_past_the_measured_counts() -> None:
     known = Costs((1, 4, 8), (10.0, 16.0, 20.0), advance=2.0, deepen=1.0, rest=0.5)
-    assert [known.read(n) for n in (1, 2, 4, 6, 8)] == [10, 12, 16, 18, 20]
-    assert known.read(15) == 30  # as all of them: nothing gets cheaper with its size
-    assert ARITHMETIC.read(72) == pytest.approx(8 + 8 * 6.8 / 56)  # as the last ones
+    assert [known.read(n) for n in (1, 2, 4, 6, 8, 12)] == [10, 12, 16, 18, 20, 24]
+    flat = Costs((1, 4, 8, 16), (10.0, 16.0, 22.0, 22.0), advance=2.0, deepen=1.0, rest=0.5)
+    assert flat.read(28) == 28  # nothing gets cheaper with its size
+    assert Costs((1, 4), (10.0, 16.0), advance=2.0, deepen=1.0, rest=0.5).read(8) == 24
     assert known.round(4, depth=3) == 16 + 2 + 2 + 0.5
 
 
-@pytest.mark.parametrize(("recurrent", "size"), [(False, "16/5/4"), (True, "6/5/1")])
-def test_on_a_gpu_trees_have_one_size(recurrent: bool, size: str) -> None:
-    target: Any = SimpleNamespace(device=torch.device("cuda"), recurrent=recurrent)
-    assert usual_budget(target) == size
-    assert check_budget(size) == size
-    target.device = torch.device("cpu")
-    assert fixed_tree(target) is None and usual_budget(target) == "auto+lookup"
+def test_where_rounds_are_played_back_trees_have_one_size() -> None:
+    def target(device: str, recurrent: bool = False) -> Any:
+        return SimpleNamespace(device=torch.device(device), recurrent=recurrent)
+
+    size = usual_budget(target("cuda"))
+    assert check_budget(size) == size == "16/5/4"
+    for other in (target("cpu"), target("cuda", recurrent=True)):
+        assert fixed_tree(other) is None and usual_budget(other) == "auto+lookup"
 
 
 @pytest.mark.parametrize("rows", [1, 2])

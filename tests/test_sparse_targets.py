@@ -21,10 +21,11 @@ from headstart.inference import SpeculativeModel
 from headstart.inference.decode import Stop, decode, plain
 from headstart.inference.sampling import Sampler
 from headstart.model.adopt import adopt
-from headstart.model.cache import KVLayer
+from headstart.model.cache import BLOCK, KVLayer
 from headstart.model.fused import save_head
 from headstart.model.fusing import fuse
 from headstart.model.head import kinds, make_head
+from headstart.model.joint import adapted
 from headstart.model.meta import HeadMeta
 from headstart.model.sparse import UnusedIndexer, choosing, earlier_first, indexers
 from headstart.model.target import Target
@@ -92,7 +93,8 @@ def test_of_columns_with_the_same_score_the_earlier_is_chosen(family: str) -> No
 
 
 def test_what_an_indexer_remembers_moves_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache that left its keys where they were read would be noticed when a model is opened."""
+    """A cache that left its keys where they were read would be noticed when a model is opened in
+    32 bits."""
     whole = KVLayer.held
     monkeypatch.setattr(KVLayer, "held", lambda layer: whole(layer)[:2])
     for family in FAMILIES:
@@ -106,7 +108,8 @@ def test_memory_counts_what_an_indexer_remembers() -> None:
     target.read(ids_1T, cache, logits=False)
     held = [layer.held() for layer in cache.kv_layers]
     assert [len(one) for one in held] == [3, 2, 3]  # the layer between shares the choice
-    assert cache.size == sum(part.nbytes for one in held for part in one)
+    own = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.kv_layers)
+    assert cache.size == own + 2 * BLOCK * SPARSE["index_head_dim"] * 4
 
 
 def test_what_cannot_be_had_is_refused() -> None:
@@ -118,6 +121,10 @@ def test_what_cannot_be_had_is_refused() -> None:
         if layer.self_attn.indexer is not None:
             layer.self_attn.indexer.pooled = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="whose indexer is not known here"):
+        Target.wrap(model)
+    model = build("glm_moe_dsa", SETTINGS["glm_moe_dsa"])
+    model.config.model_type = "another"
+    with pytest.raises(ValueError, match=r"\(another\) has sparse attention whose indexer is not"):
         Target.wrap(model)
     kind = target_of("deepseek_v32").config.layer_types[0]
     mixed = {"layer_types": [kind, "full_attention"]}
@@ -134,6 +141,14 @@ def test_a_fused_folder_brings_no_code_that_keeps_too_little(tmp_path: Path) -> 
     assert not (tmp_path / "out" / "custom_generate").exists()
     with pytest.raises(ValueError, match="Fuse it without the index"):
         fuse(tmp_path / "model", tmp_path / "head", tmp_path / "indexed", index=True)
+
+
+def test_a_target_that_learns_along_leaves_its_indexers_alone() -> None:
+    pytest.importorskip("peft")
+    model = adapted(build("deepseek_v32", SETTINGS["deepseek_v32"]), 2, 4.0, "all-linear")
+    learning = [name for name, one in model.named_parameters() if one.requires_grad]
+    assert any("kv_b_proj" in name for name in learning)
+    assert not any("indexer" in name for name in learning)
 
 
 @families

@@ -91,7 +91,8 @@ def memory(recipe: Recipe, target: Target, head: DraftHead, processes: int) -> d
     # Of the whole batch, and our rows of it while both are there.
     rows_seen = read + tokens if together else tokens
     found["target: features"] = rows_seen * (len(head.layers) + 1) * target.hidden_size * width
-    found["target: one layer at work"] = read * width * _widest(target)
+    scores = 2 * FULL * recipe.data.max_length * getattr(target.config, "index_n_heads", 0)
+    found["target: one layer at work"] = read * (width * _widest(target) + scores)
     rows = min(recipe.loss.chunk_rows or chunk_rows(head, True), tokens)
     # The logits come before the backward pass, the head's attention is worked out within it.
     found["logits, or a step going backward"] = max(rows * FULL * wide_numbers(head), at_work)
