@@ -40,6 +40,11 @@ def curve(
     """Time reads of trees behind a text."""
     contexts, counts = numbers(context, "--context"), numbers(nodes, "--nodes")
     opened, figures = _opened(target, dtype), []
+    if opened.recurrent:
+        raise ValueError(
+            f"{opened.name} has recurrent layers, whose state cannot branch, and trees are timed "
+            "here. Name another target."
+        )
     facts = machine(opened)
     for tokens in contexts:
         for count in counts:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from families import FAMILIES
+from families import DELTA, FAMILIES, build
 
 from headstart.scripts.curve import curve
 
@@ -32,3 +32,9 @@ def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
         curve(str(tmp_path / "config.json"))
     with pytest.raises(ValueError, match="--nodes takes whole numbers"):
         curve(str(tmp_path / "config.json"), nodes="many")
+
+
+def test_recurrent_layers_read_no_trees(tmp_path: Path) -> None:
+    build("qwen3_5_text", DELTA).config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has recurrent layers, whose state cannot branch"):
+        curve(str(tmp_path / "config.json"), nodes="1,6", dtype="float32")
