@@ -18,6 +18,7 @@ from transformers.modeling_layers import MtpModel
 
 from headstart.inference import SpeculativeModel
 from headstart.model.adopt import adopt
+from headstart.model.families import cache_name
 from headstart.model.fused import load_head, read_head_file, save_head
 from headstart.model.fusing import fuse
 from headstart.model.head import make_head
@@ -346,7 +347,7 @@ def first_step(model: PreTrainedModel, tokens_BT: Tensor, last_BTD: Tensor) -> T
         position_embeddings=layer.rotary_emb(embedded_BTD, positions_BT),
         attention_mask=mask[None, None],
         position_ids=positions_BT,
-        cache=None,
+        **{cache_name(layer.layers[0]): None},
     )
     return out
 
