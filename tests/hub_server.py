@@ -127,11 +127,11 @@ class _Handler(BaseHTTPRequestHandler):
                     return answer(self, *map(unquote, found.groups()))
             raise _Refused(404, "", f"no such address: {path}")
         except _Refused as no:
-            self.close_connection = True  # the request may not have been read
+            # The request may not have been read. Said, or the client takes the connection again.
             self._send(
                 json.dumps({"error": no.message, "url": self.hub.url}).encode(),
                 no.status,
-                {"X-Error-Code": no.code, "X-Error-Message": no.message},
+                {"X-Error-Code": no.code, "X-Error-Message": no.message, "Connection": "close"},
             )
 
     # What requests are made of
