@@ -53,9 +53,9 @@ def open_pretrained(
     place = _place(device)
     source, file = _source(name)
     where = {"gguf_file": file, "revision": revision}
-    _read_config(name, source, where)
+    config = _read_config(name, source, where)  # of a GGUF file it takes seconds: once
     extra = gguf.model_arguments() if file else {}
-    model = _load(name, source, dtype=_dtype(dtype, place), **where, **extra)
+    model = _load(name, source, config=config, dtype=_dtype(dtype, place), **where, **extra)
     if file:
         gguf.take_output_weight(model, Path(source) / file)
     return nn.Module.to(model, place), _tokenizer(source, where)
