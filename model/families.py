@@ -86,8 +86,8 @@ class Windows:
         return self._of_kinds(seen_BTT, positions_BT, positions_BT, dtype)
 
     def ranked(self, ids_BT: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor] | None:
-        """The mask of whole texts where ours says more than the model's own: which of two columns
-        with the same score is chosen. None elsewhere."""
+        """The mask of whole texts where ours says more than the model's own: which of the columns
+        scored 0 are chosen. None elsewhere."""
         return self.mask_texts(torch.zeros_like(ids_BT), dtype) if self.sparse else None
 
     def _of_kinds(
@@ -227,7 +227,8 @@ def refuse(model: PreTrainedModel, name: str) -> None:
     """ValueError for what is known not to work; `probe` finds the rest."""
     config = model.config.get_text_config(decoder=True)
     refuse_config(config, name)
-    refuse_unknown_choice(model, config, name)
+    if Windows.of(config).sparse and not indexers(model):
+        raise ValueError(_unknown_choice(name, config))
     if model._is_stateful and LINEAR not in (config.to_dict().get("layer_types") or ()):
         raise ValueError(_recurrent(name, config))
     attention = config._attn_implementation
@@ -251,18 +252,11 @@ def refuse_config(config: PretrainedConfig, name: str) -> None:
             "branches of a tree lie side by side. Use another target."
         )
     kinds = set(config.to_dict().get("layer_types") or ())
+    if kinds & set(SPARSE) and config.model_type not in FAMILIES:
+        raise ValueError(_unknown_choice(name, config))
     odd = kinds - {FULL, SLIDING, CHUNKED}
     if odd and kinds != {FULL, LINEAR} and not kinds <= set(SPARSE):
         raise ValueError(_recurrent(name, config, f", with layers of {', '.join(sorted(odd))}"))
-
-
-def refuse_unknown_choice(model: PreTrainedModel, config: PretrainedConfig, name: str) -> None:
-    """ValueError where sparse attention chooses in another way than the families known here."""
-    if Windows.of(config).sparse and (config.model_type not in FAMILIES or not indexers(model)):
-        raise ValueError(
-            f"{name} ({config.model_type}) has sparse attention whose indexer is not known here "
-            "(known: that of DeepSeek-V3.2 and GLM-5). Use another target."
-        )
 
 
 def refuse_unused_window(decoder: nn.Module, config: PretrainedConfig, name: str) -> None:
@@ -283,8 +277,15 @@ def refuse_unused_window(decoder: nn.Module, config: PretrainedConfig, name: str
 def _recurrent(name: str, config: PretrainedConfig, layers: str = "") -> str:
     return (
         f"{name} ({config.model_type}{layers}) does not use softmax attention in every layer, and "
-        "its recurrent states are not held in a way that is known here (known: gated delta nets, "
-        "as in Qwen3-Next). Use a target with softmax attention throughout."
+        "what it uses there is not known here (known: gated delta nets, as in Qwen3-Next; sparse "
+        "attention in all layers, as in GLM-5). Use a target with softmax attention throughout."
+    )
+
+
+def _unknown_choice(name: str, config: PretrainedConfig) -> str:
+    return (
+        f"{name} ({config.model_type}) has sparse attention whose indexer is not known here "
+        "(known: that of DeepSeek-V3.2 and GLM-5). Use another target."
     )
 
 

@@ -77,9 +77,9 @@ def earlier_first(mask_B1NS: Tensor) -> Tensor:
 
 
 @contextmanager
-def choosing(count: int, *modules: nn.Module) -> Iterator[None]:
-    """Within it, the indexers inside modules choose so many columns."""
-    found: list[Any] = [one for module in modules for one in indexers(module)]
+def choosing(count: int, module: nn.Module) -> Iterator[None]:
+    """Within it, the indexers inside a module choose so many columns."""
+    found: list[Any] = indexers(module)
     before = [one.index_topk for one in found]
     try:
         for one in found:

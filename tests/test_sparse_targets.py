@@ -22,6 +22,7 @@ from headstart.inference.decode import Stop, decode, plain
 from headstart.inference.sampling import Sampler
 from headstart.model.adopt import adopt
 from headstart.model.cache import BLOCK, KVLayer
+from headstart.model.families import refuse_config
 from headstart.model.fused import save_head
 from headstart.model.fusing import fuse
 from headstart.model.head import kinds, make_head
@@ -125,7 +126,7 @@ def test_what_cannot_be_had_is_refused() -> None:
     model = build("glm_moe_dsa", SETTINGS["glm_moe_dsa"])
     model.config.model_type = "another"
     with pytest.raises(ValueError, match=r"\(another\) has sparse attention whose indexer is not"):
-        Target.wrap(model)
+        refuse_config(model.config, "one")  # before its weights are read
     kind = target_of("deepseek_v32").config.layer_types[0]
     mixed = {"layer_types": [kind, "full_attention"]}
     with pytest.raises(ValueError, match=f"with layers of {kind}"):
