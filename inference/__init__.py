@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .generate import SpeculativeModel as SpeculativeModel
+    from headstart.inference.generate import SpeculativeModel as SpeculativeModel
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: torch and transformers take seconds."""
     if name == "SpeculativeModel":
-        from .generate import SpeculativeModel
+        from headstart.inference.generate import SpeculativeModel
 
         return SpeculativeModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

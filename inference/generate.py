@@ -29,17 +29,16 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from headstart.model.fused import load_fused
-from headstart.model.head import DraftHead
-from headstart.model.target import Target
-from headstart.model.tree import TreeShape
-
-from .budget import Budget
-from .decode import Rounds, decode, plain
-from .rows import Stop
-from .sampling import Sampler
-from .stats import Stats
-from .trees import DEFAULT_TREE, WIDEST_TREE, fixed_tree, usual
+from headstart.inference.engine.loop import StepStream, decode, plain
+from headstart.inference.engine.sampler import Sampler
+from headstart.inference.engine.sequence import StopCriteria
+from headstart.inference.engine.stats import Stats
+from headstart.inference.tree_policy.adaptive import Budget
+from headstart.inference.tree_policy.defaults import DEFAULT_TREE, WIDEST_TREE, fixed_tree, usual
+from headstart.model.checkpoint.head import load_fused
+from headstart.model.heads.common.base import DraftHead
+from headstart.model.target.target import Target
+from headstart.model.tree.shape import TreeShape
 
 # Options of `generate` that ask for another way of decoding, or for inputs that are not ours.
 REFUSED_OPTIONS = (
@@ -91,7 +90,7 @@ class SpeculativeModel:
     ) -> SpeculativeModel:
         """Open a fused checkpoint: a target with its heads in `draft_heads/`.
 
-        folder: where it is, or its name on the Hub (`owner/name`). Arguments as in `Target.load`.
+        folder: where it is, or its name on the Hub (`owner/name`). Arguments as in `load_target`.
         """
         return cls(
             *load_fused(folder, dtype=dtype, device=device, revision=revision, quantize=quantize)
@@ -215,7 +214,7 @@ class SpeculativeModel:
 
     def _steps(
         self, how: _How, input_ids: Tensor, mask_BT: Tensor | None, **options: Any
-    ) -> Rounds:
+    ) -> StepStream:
         if not how.speculate:
             return plain(self.target, input_ids, mask_BT, **options)
         tree, budget, lookup = how.tree, how.budget, how.lookup
@@ -301,13 +300,13 @@ class _Request:
         return ids_BL
 
 
-def _stop(criteria: list[Any], prompt_columns: int) -> Stop:
+def _stop(criteria: list[Any], prompt_columns: int) -> StopCriteria:
     """Length and end tokens are checked by ourselves, cheaply; the rest asks the criteria."""
     length = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
     eos = [one.eos_token_id.tolist() for one in criteria if type(one) is EosTokenCriteria]
     others = [one for one in criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)]
     assert length, "transformers always sets a length"
-    return Stop(
+    return StopCriteria(
         min(length) - prompt_columns,
         frozenset(token for tokens in eos for token in tokens),
         tuple(others),

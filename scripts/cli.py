@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import typer
 
-from .adopt import adopt
-from .bench import bench
-from .calibrate import calibrate
-from .data import data
-from .demo import demo
-from .evaluate import evaluate
-from .export import export
-from .features import features
-from .fuse import fuse
-from .generate import generate
-from .graft import graft
-from .inspect_ import inspect_data, inspect_head
-from .plan import plan
-from .push import push
-from .serve import serve
-from .train import train
-from .ui import KEPT, friendly
+from headstart.scripts.commands.adopt import adopt
+from headstart.scripts.commands.bench import bench
+from headstart.scripts.commands.cache_hidden_states import features
+from headstart.scripts.commands.calibrate import calibrate
+from headstart.scripts.commands.demo import demo
+from headstart.scripts.commands.evaluate import evaluate
+from headstart.scripts.commands.export import export
+from headstart.scripts.commands.fuse import fuse
+from headstart.scripts.commands.generate import generate
+from headstart.scripts.commands.generate_data import data
+from headstart.scripts.commands.graft import graft
+from headstart.scripts.commands.inspect import inspect_data, inspect_head
+from headstart.scripts.commands.plan import plan
+from headstart.scripts.commands.push import push
+from headstart.scripts.commands.serve import serve
+from headstart.scripts.commands.train import train
+
+from .console import KEPT, friendly
 
 app = typer.Typer(
     help="Train draft heads on a frozen language model, fuse both, and decode exactly with a tree.",

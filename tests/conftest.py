@@ -16,10 +16,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a function of Triton is defined
 
-from benched import fused, opened, suites  # noqa: F401 (fixtures)
+from bench_fixtures import fused, opened, suites  # noqa: F401 (fixtures)
 
-from headstart.scripts import ui
-from headstart.scripts.fetch_smollm2 import fetch_smollm2
+from headstart.scripts import console as ui
+from headstart.scripts.options.fetch_smollm2 import fetch_smollm2
 
 # A shell's background jobs ignore Ctrl-C and pass that on, but some tests send it to a child.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,7 +38,7 @@ def _no_costs_are_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     """Tiny models would fill the user's folder of measured costs."""
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headstart.inference.costs.cache_folder", lambda: folder)
+        patch.setattr("headstart.inference.tree_policy.cost_model.cache_folder", lambda: folder)
         yield
 
 

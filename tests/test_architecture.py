@@ -8,9 +8,10 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from processes import ROOT
+
 PACKAGES = ("model", "training", "inference", "configs", "scripts")
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
 
 # A package imports itself and those named here: `scripts` composes, `model` stands alone.
 MAY_IMPORT = {
@@ -73,8 +74,8 @@ def test_the_rule_sees_every_kind_of_import(tmp_path: Path) -> None:
         ("headstart", ["b"]),
         ("headstart.c.d", ["e"]),
     ]
-    found = dict(imports(ROOT / "model" / "head.py"))
-    assert "headstart.model.tree" in found
+    found = dict(imports(ROOT / "model" / "heads" / "common" / "base.py"))
+    assert "headstart.model.tree.grow" in found
 
 
 def test_one_file_opens_models_and_few_are_distributed() -> None:
@@ -91,11 +92,12 @@ def test_one_file_opens_models_and_few_are_distributed() -> None:
         if "import deepspeed" in path.read_text(encoding="utf-8"):
             wrong += [f"{where(path)} uses deepspeed"]
     allowed = {
-        "model/pretrained.py uses transformers",
-        "model/spread.py uses torch.distributed",
-        "training/parallel.py uses torch.distributed",
-        "training/engines.py uses torch.distributed",
-        "training/zero.py uses deepspeed",
+        "model/target/pretrained.py uses transformers",
+        "model/target/synthetic.py uses transformers",
+        "model/target/sharding.py uses torch.distributed",
+        "training/distributed/process_group.py uses torch.distributed",
+        "training/distributed/strategies.py uses torch.distributed",
+        "training/distributed/deepspeed_zero.py uses deepspeed",
     }
     assert {line for line in wrong if not line.startswith(tuple(allowed))} == set()
     assert wrong  # or the rule sees nothing

@@ -17,7 +17,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from headstart.model.files import recover, written_beside
+from headstart.model.checkpoint.atomic import atomic_folder, recover
 
 FOLDER = "state"  # within the folder of the run
 STATE, TENSORS = "state.json", "state.safetensors"
@@ -51,7 +51,7 @@ def save_state(
 
     try:
         _keep_older(folder, facts["step"], keep)
-        with written_beside(folder, STATE) as fresh:
+        with atomic_folder(folder, STATE) as fresh:
             # As bytes and through Python, so that a full disk is an OSError.
             _write(fresh / TENSORS, safetensors.torch.save(plain))
             _write(fresh / STATE, _json(facts))
@@ -66,7 +66,7 @@ def _keep_older(folder: Path, step: int, keep: int) -> None:
     """
     facts, name = load_facts(folder), f"{folder.name}_step"
     if facts is not None and facts["step"] != step and keep > 1:
-        with written_beside(folder.with_name(f"{name}{facts['step']}"), STATE) as older:
+        with atomic_folder(folder.with_name(f"{name}{facts['step']}"), STATE) as older:
             for file in (TENSORS, STATE):
                 _link(folder / file, older / file)
     found = [path for path in folder.parent.glob(f"{name}*") if path.name[len(name) :].isdigit()]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from headstart.model.head import DraftHead
+from headstart.model.heads.common.base import DraftHead
 
 BACKEND = "inductor"
 MOST_GRAPHS = 16  # of one function: rows one or more, gradient or none, packed or not

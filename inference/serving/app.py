@@ -20,10 +20,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headstart.inference.answer import prompt_ids
+from headstart.inference.rollout import prompt_ids
 
-from .protocol import ApiError, ChatRequest, CompletionRequest, Reply
-from .worker import Done, Event, Job, Order, Piece, Worker
+from .engine_thread import Done, Event, Job, Order, Piece, Worker
+from .openai_api import ApiError, ChatRequest, CompletionRequest, Reply
 
 MOST_BYTES = 16 << 20  # of a request: more than any context holds as text
 

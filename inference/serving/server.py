@@ -11,11 +11,11 @@ from types import FrameType
 
 import uvicorn
 
+from headstart.inference.benchmark.runner import Contestant
 from headstart.inference.generate import SpeculativeModel
-from headstart.inference.measure import Contestant
 
 from .app import Service, make_app
-from .worker import Worker
+from .engine_thread import Worker
 
 GRACE = 20.0  # seconds that the running answer gets at the end
 
@@ -85,14 +85,14 @@ class Server(uvicorn.Server):
 
 def make_server(
     model: SpeculativeModel,
-    guesses: Contestant | None,
+    candidates: Contestant | None,
     settings: Settings,
     ready: Callable[[str], None],
 ) -> Server:
     """A server for `Server.run()`. ValueError for limits that the model cannot keep."""
     context = _context(model, settings.context)
     service = Service(
-        Worker(model, guesses, settings.queue),
+        Worker(model, candidates, settings.queue),
         settings.name,
         context,
         min(settings.max_tokens or context, context),

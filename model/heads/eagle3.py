@@ -17,12 +17,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from headstart.model.borrow import copy_final_norm, layer_sizes
-from headstart.model.head import HeadConfig
-from headstart.model.layers import MLP, Attend, Attention, LayerConfig, RMSNorm
-from headstart.model.recurrent import AttentionLayout, RecurrentHead
-from headstart.model.seen import Seen
-from headstart.model.target import Target
+from headstart.model.heads.common.autoregressive import AttentionLayout, AutoregressiveHead
+from headstart.model.heads.common.base import HeadConfig
+from headstart.model.heads.common.borrow import copy_final_norm, layer_sizes
+from headstart.model.heads.common.layers import MLP, Attend, Attention, LayerConfig, RMSNorm
+from headstart.model.target.output import TargetOutput
+from headstart.model.target.target import Target
 
 
 class Config(HeadConfig):
@@ -57,14 +57,14 @@ class DecoderLayer(nn.Module):
         return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
 
 
-class Head(RecurrentHead):
+class Head(AutoregressiveHead):
     kind = "eagle3"
 
     def __init__(self, config: Config):
         super().__init__(config)
         size, eps = config.hidden_size, config.layer.rms_norm_eps
         self.attention_layout, self.window = config.attention_layout, config.window
-        self.layers = config.taps
+        self.taps = config.taps
         self.norm_output = config.norm_output
         self.fc = nn.Linear(len(config.taps) * size, size, bias=False)
         norms = [RMSNorm(size, eps) for _ in config.taps] if config.fc_norm else []
@@ -85,19 +85,19 @@ class Head(RecurrentHead):
         """The final norm starts as the target's; the layer is new."""
         copy_final_norm(self.target, self.norm.weight)
 
-    def feature(self, seen: Seen) -> Tensor:
-        taps = [seen.hidden[layer].to(self.fc.weight.dtype) for layer in self.layers]
+    def feature(self, seen: TargetOutput) -> Tensor:
+        taps = [seen.hidden_states[layer].to(self.fc.weight.dtype) for layer in self.taps]
         if self.fc_norm:
             taps = [norm(tap) for norm, tap in zip(self.fc_norm, taps, strict=True)]
         return self.fc(torch.cat(taps, -1))
 
-    def cell(
+    def step(
         self, embedded_BTD: Tensor, feature_BTD: Tensor, positions_BT: Tensor, attend: Attend
     ) -> Tensor:
         return self.midlayer(embedded_BTD, feature_BTD, positions_BT, attend)
 
-    def readout(self, output_BTD: Tensor) -> Tensor:
+    def lm_head_input(self, output_BTD: Tensor) -> Tensor:
         return self.norm(output_BTD)
 
-    def recycle(self, output_BTD: Tensor) -> Tensor:
+    def next_feature(self, output_BTD: Tensor) -> Tensor:
         return self.norm(output_BTD) if self.norm_output else output_BTD

@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from headstart.model.head import DraftHead, HeadConfig
-from headstart.model.seen import Seen
-from headstart.model.target import Target
-from headstart.model.tree import Children, Frontier, GoesOn, Tree, TreeShape, grow
+from headstart.model.heads.common.base import DraftHead, HeadConfig
+from headstart.model.target.output import TargetOutput
+from headstart.model.target.target import Target
+from headstart.model.tree.grow import Children, Frontier, ShouldDeepen, grow
+from headstart.model.tree.shape import TreeShape
+from headstart.model.tree.tree import Tree
 
 
 class Config(HeadConfig):
@@ -71,44 +73,48 @@ class Head(DraftHead):
         """Nothing to do: zero blocks already make every head the target's LM head."""
 
     def unroll(
-        self, seen: Seen, tokens_BT: Tensor, steps: int, starts_BT: Tensor | None = None
+        self, seen: TargetOutput, tokens_BT: Tensor, steps: int, starts_BT: Tensor | None = None
     ) -> list[Tensor]:
         if steps > len(self.heads):
             raise ValueError(
                 f"Medusa has {len(self.heads)} heads and cannot be trained for {steps} steps. "
                 "Raise head.num_heads or lower loss.steps."
             )
-        last_BTD = self._feature(seen)
-        return [head(last_BTD) for head in self.heads[:steps]]
+        lm_head_input_BTD = self._feature(seen)
+        return [head(lm_head_input_BTD) for head in self.heads[:steps]]
 
     def start(self, batch_size: int) -> State:
         return State()
 
-    def keep(self, state: State, rows: Tensor) -> State:
+    def select_rows(self, state: State, rows: Tensor) -> State:
         assert state.last_B1D is not None and state.root_B is not None
         return State(state.last_B1D[rows], state.root_B[rows])
 
     @torch.no_grad()
-    def advance(self, state: State, seen: Seen, next_tokens_BP: Tensor, counts_B: Tensor) -> State:
+    def advance(
+        self, state: State, seen: TargetOutput, next_tokens_BP: Tensor, counts_B: Tensor
+    ) -> State:
         last_B1 = (counts_B - 1)[:, None]
-        return State(self._feature(seen.at(last_B1)), next_tokens_BP.gather(1, last_B1)[:, 0])
+        return State(self._feature(seen.gather(last_B1)), next_tokens_BP.gather(1, last_B1)[:, 0])
 
     @torch.no_grad()
-    def draft(self, state: State, shape: TreeShape, goes_on: GoesOn | None = None) -> Tree:
+    def draft(
+        self, state: State, shape: TreeShape, should_deepen: ShouldDeepen | None = None
+    ) -> Tree:
         assert state.last_B1D is not None and state.root_B is not None
         last_B1D = state.last_B1D
         shape = shape.limited(len(self.heads))
 
         def at_depth(depth: int) -> Children:
-            return self.guesses(self.heads[depth](last_B1D), shape.width, depth)
+            return self.candidates(self.heads[depth](last_B1D), shape.width, depth)
 
         def step(frontier: Frontier) -> Children:
             logp_B1W, tokens_B1W = at_depth(frontier.depth)
             nodes = frontier.tokens_BF.shape[1]
             return logp_B1W.expand(-1, nodes, -1), tokens_B1W.expand(-1, nodes, -1)
 
-        return grow(state.root_B, at_depth(0), step, shape, goes_on)
+        return grow(state.root_B, at_depth(0), step, shape, should_deepen)
 
-    def _feature(self, seen: Seen) -> Tensor:
+    def _feature(self, seen: TargetOutput) -> Tensor:
         dtype = next(self.parameters()).dtype
-        return seen.last_BTD.to(dtype)
+        return seen.lm_head_input_BTD.to(dtype)

@@ -19,13 +19,20 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from headstart.model.borrow import copy_final_norm, copy_last_layer, layer_sizes
-from headstart.model.family_layer import FamilyConfig, FamilyLayer
-from headstart.model.head import HeadConfig
-from headstart.model.layers import MLP, Attend, Attention, LayerConfig, RMSNorm, ZeroCentredNorm
-from headstart.model.recurrent import AttentionLayout, RecurrentHead
-from headstart.model.seen import Seen
-from headstart.model.target import Target
+from headstart.model.heads.common.autoregressive import AttentionLayout, AutoregressiveHead
+from headstart.model.heads.common.base import HeadConfig
+from headstart.model.heads.common.borrow import copy_final_norm, copy_last_layer, layer_sizes
+from headstart.model.heads.common.layers import (
+    MLP,
+    Attend,
+    Attention,
+    LayerConfig,
+    RMSNorm,
+    ZeroCentredNorm,
+)
+from headstart.model.heads.common.target_layer import FamilyConfig, FamilyLayer
+from headstart.model.target.output import TargetOutput
+from headstart.model.target.target import Target
 
 
 class Config(HeadConfig):
@@ -60,7 +67,7 @@ class DecoderLayer(nn.Module):
         return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
 
 
-class Head(RecurrentHead):
+class Head(AutoregressiveHead):
     kind = "mtp"
 
     def __init__(self, config: Config):
@@ -72,7 +79,7 @@ class Head(RecurrentHead):
         self.hnorm = norm(size, eps)
         self.eh_proj = nn.Linear(2 * size, size, bias=False)
         if config.feature_layer is not None:
-            self.layers = (config.feature_layer,)
+            self.taps = (config.feature_layer,)
         family = config.family
         self.layer = DecoderLayer(config.layer) if family is None else FamilyLayer(family)
         self.norm = norm(size, eps)
@@ -93,19 +100,19 @@ class Head(RecurrentHead):
         self.eh_proj.weight[:, half:] = torch.eye(half)
         self.eh_proj.weight[:, :half] *= 0.1
 
-    def feature(self, seen: Seen) -> Tensor:
-        hidden_BTD = seen.hidden[self.layers[0]] if self.layers else seen.last_BTD
+    def feature(self, seen: TargetOutput) -> Tensor:
+        hidden_BTD = seen.hidden_states[self.taps[0]] if self.taps else seen.lm_head_input_BTD
         return hidden_BTD.to(self.eh_proj.weight.dtype)
 
-    def cell(
+    def step(
         self, embedded_BTD: Tensor, feature_BTD: Tensor, positions_BT: Tensor, attend: Attend
     ) -> Tensor:
         joined = torch.cat([self.enorm(embedded_BTD), self.hnorm(feature_BTD)], -1)
         output_BTD: Tensor = self.layer(self.eh_proj(joined), positions_BT, attend)
         return output_BTD
 
-    def readout(self, output_BTD: Tensor) -> Tensor:
+    def lm_head_input(self, output_BTD: Tensor) -> Tensor:
         return self.norm(output_BTD)
 
-    def recycle(self, output_BTD: Tensor) -> Tensor:
+    def next_feature(self, output_BTD: Tensor) -> Tensor:
         return self.norm(output_BTD)

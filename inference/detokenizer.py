@@ -1,0 +1,85 @@
+"""The text of an answer while its tokens come: no half characters, and no stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from headstart.model.target.target import Target
+
+BROKEN = "\ufffd"  # what a tokenizer writes for an unfinished character
+CONTEXT = 32  # tokens that are read again before new ones, which may depend on them
+
+
+class TextStream:
+    """Turns tokens into pieces of text, which joined are the text of all tokens.
+
+    A character can be spread over several tokens, so text is held back while it ends in a broken
+    one. So is text that could be the beginning of a stop string. Of several stop strings the one
+    that is complete first ends the text, which does not depend on how many tokens come at a time.
+    count: tokens up to the end of the text. stopped: whether a stop string ended it.
+    """
+
+    def __init__(self, target: Target, stop: Sequence[str] = ()):
+        self.count, self.stopped = 0, False
+        self._target, self._stop = target, tuple(stop)
+        self._tokens: list[int] = []  # the last ones only, so that long answers stay cheap
+        self._known = 0  # characters of their text that were seen
+        self._held = ""  # seen, but perhaps the beginning of a stop string
+        self._broken = False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is text that was not given yet."""
+        return self._broken or bool(self._held)
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """What can be shown now. Tokens behind a stop string are left out."""
+        if not self._stop:
+            return self._grown(tokens)
+        piece = ""
+        for token in tokens:
+            if self.stopped:
+                break
+            piece += self._grown([token])
+        return piece
+
+    def end(self) -> str:
+        """What is left when no more tokens come."""
+        piece = self._released(self._text()[self._known :])
+        rest, self._held, self._broken = self._held, "", False
+        self._tokens, self._known = [], 0
+        return piece + rest
+
+    def _text(self) -> str:
+        return self._target.text(self._tokens)
+
+    def _grown(self, tokens: Sequence[int]) -> str:
+        self.count += len(tokens)
+        self._tokens += tokens
+        text = self._text()
+        self._broken = text.endswith(BROKEN)
+        if self._broken:
+            return ""
+        new, self._known = text[self._known :], len(text)
+        if len(self._tokens) > 4 * CONTEXT:
+            self._tokens = self._tokens[-CONTEXT:]
+            self._known = len(self._text())
+        return self._released(new)
+
+    def _released(self, new: str) -> str:
+        self._held += new
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            _, begin = min(found)
+            piece, self._held, self.stopped = self._held[:begin], "", True
+            return piece
+        kept = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        piece = self._held[: len(self._held) - kept]
+        self._held = self._held[len(self._held) - kept :]
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text may be the beginning of a stop string."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

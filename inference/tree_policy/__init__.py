@@ -1,0 +1,1 @@
+"""How large the draft tree of a decode step is."""

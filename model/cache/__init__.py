@@ -1,0 +1,1 @@
+"""The KV cache, and the states of recurrent layers."""

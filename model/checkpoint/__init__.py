@@ -1,0 +1,1 @@
+"""Head and fused folders: save, load, fuse, adopt."""

@@ -1,0 +1,1 @@
+"""Fused checkpoints in the formats of other engines."""

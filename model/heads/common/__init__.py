@@ -1,0 +1,1 @@
+"""The protocol of draft heads, and the layers they share."""

@@ -1,0 +1,245 @@
+"""What a draft head is. One file in `model/heads/` holds one kind.
+
+Legend: B batch rows, T positions, P newly committed positions, R any rows, D hidden size,
+V vocabulary, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from headstart.model.backends import cuda_ops as accelerated
+from headstart.model.backends.fused_head import speed_up_blocks
+from headstart.model.backends.int8 import quantize_linears
+from headstart.model.backends.linear import pack_linears
+from headstart.model.target.output import TargetOutput
+from headstart.model.tree.grow import Children, ShouldDeepen
+from headstart.model.tree.shape import TreeShape
+from headstart.model.tree.tree import Tree
+
+if TYPE_CHECKING:
+    from headstart.model.target.target import Target
+
+
+MOST_AT_ONCE = 16  # words that a GPU finds one after the other
+UNSET = -1  # what the offsets of a draft vocabulary hold before it is set
+
+
+class HeadConfig(BaseModel):
+    """Settings that every kind has. Sizes are taken from the target unless given.
+
+    draft_vocab: how many tokens the head can propose (the most frequent ones of the target's own
+    answers), or None for the whole vocabulary. The draft vocabulary limits guesses, never output.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    hidden_size: int
+    vocab_size: int
+    draft_vocab: int | None = None
+
+
+class DraftHead(nn.Module, ABC):
+    """A small module that guesses what a frozen target will say.
+
+    `layers` are the target's decoder layers (0-based) whose outputs it reads, beside the input of
+    the LM head, which is always there. `max_depth` is the longest path it can draft, or None.
+    `recompute`: `unroll` keeps less for the backward pass and works it out again there.
+    `temperatures`: one per depth, dividing the logits of guesses so that path probabilities are
+    calibrated; the last one also holds for deeper guesses, and without any it is 1.
+    `rank_acceptance`: per depth, how often the guess of each rank was right. Both are kept in the
+    checkpoint's `HeadMeta` alone, from where `load_head` puts them here.
+    The target's embedding and LM head are borrowed by `bind` and never part of the state dict.
+    """
+
+    kind: ClassVar[str]
+    taps: tuple[int, ...] = ()
+    max_depth: int | None = None
+    recompute: bool = False
+    temperatures: tuple[float, ...] = ()
+    rank_acceptance: tuple[tuple[float, ...], ...] = ()
+
+    def __init__(self, config: HeadConfig):
+        super().__init__()
+        self.config = config
+        self.d2t: Tensor | None
+        offsets = None
+        if config.draft_vocab is not None:
+            offsets = torch.full((config.draft_vocab,), UNSET)
+        self.register_buffer("d2t", offsets)
+        self._target: list[Target] = []  # in a list, so that it is no submodule
+        self._draft_ids: Tensor | None = None
+        self._decoded: Callable[[Tensor], Tensor] | None = None  # `logits` for decoding
+
+    @property
+    def target(self) -> Target:
+        assert self._target, "bind(target) comes first"
+        return self._target[0]
+
+    def bind(self, target: Target) -> DraftHead:
+        """Borrow the target's embedding and LM head. ValueError when the head does not fit."""
+        for name, ours, theirs in (
+            ("hidden size", self.config.hidden_size, target.hidden_size),
+            ("vocabulary", self.config.vocab_size, target.vocab_size),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"This head was made for a target with {name} {ours}, but {target.name} has "
+                    f"{theirs}. Use the target that the head was trained on, or train a new head."
+                )
+        if any(layer >= target.num_layers or layer < 0 for layer in self.taps):
+            raise ValueError(
+                f"The head reads the layers {list(self.taps)}, but {target.name} has only "
+                f"{target.num_layers} (0 to {target.num_layers - 1}). Choose other layers."
+            )
+        self._target = [target]
+        self._draft_ids = self._decoded = None
+        return self
+
+    def for_decoding(self, target: Target) -> DraftHead:
+        """This head on the target's device and in its dtype, bound and ready to draft. It cannot be
+        trained any more where guesses are rounded (`Target.rounds_guesses`)."""
+        dtype = torch.float32 if target.drafts_in_int8 else target.dtype
+        self.to(device=target.device, dtype=dtype).bind(target).eval()
+        if target.drafts_in_int8:
+            quantize_linears(self)
+        else:
+            pack_linears(self)
+        if target.drafts_in_int8 or target.device.type != "cpu":
+            speed_up_blocks(self)
+        self._decoded = target.draft_logits(self.draft_ids)
+        return self
+
+    def set_draft_vocab(self, token_ids: Tensor) -> None:
+        """Fix which tokens can be proposed: sorted ids, stored as offsets id - index (d2t)."""
+        assert self.d2t is not None
+        ids = token_ids.to(self.d2t.device).sort().values
+        if len(ids) != len(self.d2t) or len(ids.unique()) != len(ids):
+            raise ValueError(
+                f"The draft vocabulary needs exactly {len(self.d2t)} different tokens, "
+                f"got {len(ids.unique())}. Lower head.draft_vocab or train on more answers."
+            )
+        self.d2t.copy_(ids - torch.arange(len(ids), device=ids.device))
+        self._draft_ids = self._decoded = None
+
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """The tokens that can be proposed, ascending, or None for all."""
+        if self.d2t is not None and self._draft_ids is None:
+            with torch.inference_mode(False):  # they are kept, and training may use them later
+                ids = self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+            if bool(ids[0] < 0) or not bool((ids[1:] > ids[:-1]).all()):
+                raise ValueError(
+                    "The head's draft vocabulary was never set: its offset table d2t holds no "
+                    "ascending token ids. Call set_draft_vocab, or load a trained head."
+                )
+            self._draft_ids = ids
+        return self._draft_ids
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """Draft logits R x Vd of draft hidden states, by the target's own LM head."""
+        if self._decoded is not None:
+            return self._decoded(hidden_RD)
+        return self.target.unembed(hidden_RD, self.draft_ids)
+
+    def candidates(self, hidden_BFD: Tensor, width: int, depth: int = 0) -> Children:
+        """The likeliest next tokens: log-probabilities and ids, B x F x width, best first.
+
+        depth: of the nodes whose children are guessed, 0 for the root.
+        """
+        logits_BFV = self.logits(hidden_BFD)
+        width, temperature = min(width, logits_BFV.shape[-1]), 1.0
+        if self.temperatures:
+            temperature = self.temperatures[min(depth, len(self.temperatures) - 1)]
+        on_a_gpu = accelerated.functions(logits_BFV.device)
+        if on_a_gpu is not None and width <= MOST_AT_ONCE:
+            best_RW, index_RW = on_a_gpu.best_words(logits_BFV.flatten(0, 1), width, temperature)
+            shape = (*logits_BFV.shape[:2], width)
+            logp_BFW, index_BFW = best_RW.view(shape), index_RW.view(shape)
+        else:
+            logp_BFV = (logits_BFV.float() / temperature).log_softmax(-1)
+            logp_BFW, index_BFW = logp_BFV.topk(width, dim=-1)
+        ids = self.draft_ids
+        return logp_BFW, index_BFW if ids is None else ids[index_BFW]
+
+    @classmethod
+    @abstractmethod
+    def defaults(cls, target: Target) -> dict[str, Any]:
+        """Settings of this kind that follow from the target (heads, widths, rope, layers)."""
+
+    @abstractmethod
+    def init_from_target(self) -> None:
+        """Start from the bound target's own weights where that helps."""
+
+    @abstractmethod
+    def unroll(
+        self, seen: TargetOutput, tokens_BT: Tensor, steps: int, starts_BT: Tensor | None = None
+    ) -> list[Tensor]:
+        """The training computation: for each step k, B x T x D hidden states for `logits`.
+
+        Row t of step k sees the target's features up to row t and the tokens x[t+1] to x[t+1+k];
+        its teacher is the target's distribution at row t+1+k and its label x[t+2+k]. Rows that run
+        past the end hold anything: the loss leaves them out. starts_BT: where the text of each
+        position begins, if rows hold several; a position then sees its own text only.
+        """
+
+    @abstractmethod
+    def start(self, batch_size: int) -> Any:
+        """An empty decoding state."""
+
+    @abstractmethod
+    def advance(
+        self, state: Any, seen: TargetOutput, next_tokens_BP: Tensor, counts_B: Tensor
+    ) -> Any:
+        """Take in newly committed positions.
+
+        seen: features at P positions per row, of which the first counts_B[b] >= 1 are real.
+        next_tokens_BP: the committed token that follows each of them; the last real one is the
+        root of the next tree.
+        """
+
+    @abstractmethod
+    def draft(
+        self, state: Any, shape: TreeShape, should_deepen: ShouldDeepen | None = None
+    ) -> Tree:
+        """Guess what follows the last committed token: at most `shape.nodes` nodes.
+
+        goes_on: asked after each depth, may end the tree earlier (see `grow`)."""
+
+    @abstractmethod
+    def select_rows(self, state: Any, rows: Tensor) -> Any:
+        """The state of some rows only (finished rows leave the batch)."""
+
+
+def kinds() -> list[str]:
+    """Every head kind: the file names in `model/heads/`."""
+    package = importlib.import_module("headstart.model.heads")
+    found = pkgutil.iter_modules(package.__path__)
+    return sorted(module.name for module in found if not module.ispkg)
+
+
+def head_class(kind: str) -> tuple[type[DraftHead], type[HeadConfig]]:
+    """A kind's `Head` and `Config`. ValueError for a kind that does not exist."""
+    if kind not in kinds():
+        raise ValueError(f"Unknown head kind {kind!r}. There are: {', '.join(kinds())}.")
+    module = importlib.import_module(f"headstart.model.heads.{kind}")
+    return module.Head, module.Config
+
+
+def make_head(target: Target, kind: str, settings: dict[str, Any]) -> DraftHead:
+    """A fresh head for a target: sizes from the target, the rest from `settings`."""
+    head_type, config_type = head_class(kind)
+    sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
+    config = config_type.model_validate(
+        {"kind": kind} | head_type.defaults(target) | sizes | settings
+    )
+    return head_type(config).to(target.device).bind(target)

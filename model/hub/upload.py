@@ -1,0 +1,336 @@
+"""Publishing a fused checkpoint, or a head alone, as a repository of the Hugging Face Hub.
+
+One commit brings the repository to what the folder holds, so nobody ever loads half of it. A
+stopped upload costs little: the Hub keeps the files (and with Xet the parts of files) that it has,
+and the next try sends the rest. Everything that can be wrong is looked for before anything is sent.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    hf_hub_download,
+)
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from headstart.model.checkpoint.custom_generate.write import FILES as CODE_FILES
+from headstart.model.checkpoint.download import (
+    ADAPTER,
+    CONFIG,
+    HEADS,
+    OURS,
+    WEIGHTS,
+    check_repo,
+    head_section,
+    told,
+)
+from headstart.model.checkpoint.head import (
+    build_head,
+    has_edited_card,
+    is_fused,
+    is_head,
+    read_head_file,
+)
+from headstart.model.checkpoint.metadata import HeadMeta
+from headstart.model.checkpoint.model_card import CARD, HUB_ID, LICENCE, is_edited, model_card
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
+INDEX = ".safetensors.index.json"
+PATH = re.compile(r"[/\\~.]|[A-Za-z]:[/\\]")  # how the path of a file begins
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push did. url: of the repository. notes: what was left as it is, and why."""
+
+    url: str
+    commit: str
+    notes: list[str] = field(default_factory=list)
+
+
+def publish(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    base_model: str | None = None,
+    replace: bool = False,
+) -> PushResult:
+    """Upload a fused folder or a head's folder as `owner/name`, in one commit.
+
+    private: of a repository that is made now. revision: a branch, made where there is none.
+    base_model: the target's Hub id, where the head was trained on a folder. replace: also where the
+    repository holds another model, or has a card that was edited there. ValueError, before anything
+    is sent, for what cannot be published; ValueError too when the connection is lost.
+    """
+    check_repo(repo)
+    if base_model is not None:
+        check_repo(base_model)
+    mine = _Folder(Path(folder))
+    api = HfApi()
+    with told(repo):
+        api.whoami()
+        there = _Repository.look(api, repo, revision)
+        if there is not None:
+            there.check(mine, private, replace)
+        target, licence = _base_model(api, mine, base_model)
+        meta = _public(mine.meta, target)
+        notes: list[str] = []
+        card = _card(mine, meta, repo, licence, None if replace else there, notes)
+        changes = mine.additions(meta, card)
+        if there is not None:
+            changes += there.deletions({one.path_in_repo for one in changes}, replace)
+        if there is None:
+            api.create_repo(repo, private=private or None)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        done = _commit(api, repo, changes, revision, message or mine.title, there)
+    return PushResult(f"{api.endpoint}/{repo}", done, notes)
+
+
+def _commit(
+    api: HfApi,
+    repo: str,
+    changes: list[CommitOperationAdd | CommitOperationDelete],
+    revision: str | None,
+    message: str,
+    there: _Repository | None,
+) -> str:
+    """Send everything; the hash of the commit."""
+    try:
+        info = api.create_commit(
+            repo,
+            changes,
+            commit_message=message,
+            revision=revision,
+            parent_commit=None if there is None else there.info.sha,
+        )
+    except (RuntimeError, ConnectionError) as error:  # how an upload of a large file fails
+        raise ValueError(
+            f"The upload to {repo} was cut off: {error.__cause__ or error} The Hub keeps what it "
+            "has; nobody sees it before all is there. Run the same command again to go on."
+        ) from error
+    return str(info.oid)
+
+
+class _Folder:
+    """What is to be published. ValueError where it is not fit for that."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.fused = is_fused(folder)
+        if not self.fused and not is_head(folder):
+            raise ValueError(
+                f"{folder} is neither a fused checkpoint nor the folder of a head, so there is "
+                "nothing to publish. Name what `headstart fuse` wrote, or a run's best/ folder."
+            )
+        self.inner = folder / HEADS if self.fused else folder
+        self.file = read_head_file(folder)
+        self.meta = self.file.meta
+        self.head = build_head(self.file, self.inner)
+        try:
+            with safe_open(self.inner / WEIGHTS, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{self.inner / WEIGHTS} cannot be read ({error}). It is missing or was cut short. "
+                "Copy it again."
+            ) from error
+        if self.fused and not any(_is_weights(file.name) for file in folder.iterdir()):
+            raise ValueError(
+                f"{folder} has lost its target's weights: there is only the head in {HEADS}. Fuse "
+                f"it again, or publish {self.inner} as a head alone."
+            )
+
+    @property
+    def title(self) -> str:
+        what = "a fused checkpoint" if self.fused else "a draft head"
+        return f"Upload {what} of kind {self.head.kind}, headstart {self.file.version}"
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """By name in the repository. Hidden files and folders stay here: caches of downloads,
+        unfinished parts."""
+        found = {}
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder)
+            if path.is_file() and not any(part.startswith(".") for part in name.parts):
+                found[name.as_posix()] = path
+        return found
+
+    def additions(
+        self, meta: HeadMeta, card: str | None
+    ) -> list[CommitOperationAdd | CommitOperationDelete]:
+        """card: None leaves the one on the Hub as it is."""
+        place = f"{HEADS}/{CONFIG}" if self.fused else CONFIG
+        config = json.loads(self.files[place].read_text(encoding="utf-8"))
+        config[OURS]["meta"] = meta.model_dump(mode="json")
+        texts = {place: json.dumps(config, indent=2) + "\n"}
+        if card is not None:
+            texts[CARD] = card
+        contents: dict[str, Path | bytes] = {
+            name: path for name, path in self.files.items() if name != CARD
+        }
+        contents |= {name: text.encode() for name, text in texts.items()}
+        return [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+            for name, content in sorted(contents.items())
+        ]
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """A repository as it is on the Hub before the push."""
+
+    info: ModelInfo
+    repo: str
+
+    @classmethod
+    def look(cls, api: HfApi, repo: str, revision: str | None) -> _Repository | None:
+        """None where there is none yet. A branch that is to be made begins as the main one."""
+        try:
+            try:
+                info = api.model_info(repo, revision=revision)
+            except RevisionNotFoundError:
+                info = api.model_info(repo)
+        except RepositoryNotFoundError:
+            return None
+        return cls(info, repo)
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [file.rfilename for file in self.info.siblings or []]
+
+    def read(self, name: str) -> bytes:
+        return Path(hf_hub_download(self.repo, name, revision=self.info.sha)).read_bytes()
+
+    def check(self, mine: _Folder, private: bool, replace: bool) -> None:
+        """ValueError where something would be lost, or be seen that should not."""
+        if private and not self.info.private:
+            raise ValueError(
+                f"{self.repo} exists and is public, and a private upload was asked for. Make it "
+                "private in its settings on the Hub, or choose another name."
+            )
+        loss = self._loss(mine)
+        if loss is not None and not replace:
+            raise ValueError(
+                f"{self.repo} on the Hub holds {loss}, which would be replaced. Choose another "
+                "name, or add --replace (what is there stays in the repository's history)."
+            )
+
+    def _loss(self, mine: _Folder) -> str | None:
+        """What of another sort is there and would go."""
+        fused = f"{HEADS}/{CONFIG}" in self.names
+        place = f"{HEADS}/{CONFIG}" if fused else CONFIG
+        section = head_section(self.read(place)) if place in self.names else None
+        if section is None:
+            there = [name for name in self.names if name == CONFIG or _is_weights(name)]
+            return f"another model ({', '.join(there[:3])})" if there else None
+        if section.get("target_hash") != mine.file.target_hash:
+            return "a head for another target"
+        if fused and not mine.fused:
+            return "a fused checkpoint, while this is a head alone"
+        return None
+
+    def deletions(self, sent: set[str], replace: bool) -> list[CommitOperationDelete]:
+        """Weights, heads and their code that are no longer part of it: a left-over file would be
+        loaded in the place of the new ones. Other files stay."""
+        old = (WEIGHT_FILES if replace else (".safetensors",)) + (INDEX,)
+        return [
+            CommitOperationDelete(path_in_repo=name)
+            for name in self.names
+            if name not in sent
+            and (
+                name.startswith((f"{HEADS}/", f"{ADAPTER}/"))
+                or name in CODE_FILES
+                or _at_root(name, old)
+            )
+        ]
+
+
+def _is_weights(name: str) -> bool:
+    return _at_root(name, WEIGHT_FILES)
+
+
+def _at_root(name: str, endings: tuple[str, ...]) -> bool:
+    return "/" not in name and name.endswith(endings)
+
+
+def _base_model(api: HfApi, mine: _Folder, given: str | None) -> tuple[str | None, dict[str, str]]:
+    """The target's Hub id where it has one, and its licence as the Hub says it."""
+    name = given or mine.meta.target
+    info = None
+    if HUB_ID.fullmatch(name):
+        try:
+            info = api.model_info(name)
+        except HfHubHTTPError:  # it is no Hub id, or not ours to see
+            info = None
+    if info is None and given is None:
+        if not mine.fused:
+            raise ValueError(
+                f"The head was trained on {mine.meta.target}, which is no repository on the Hub, "
+                "so nobody could use it. Name its target there with --base-model owner/name."
+            )
+        return None, {}
+    data = info.card_data.to_dict() if info is not None and info.card_data is not None else {}
+    return name, {key: data[key] for key in LICENCE if isinstance(data.get(key), str)}
+
+
+def _card(
+    mine: _Folder,
+    meta: HeadMeta,
+    repo: str,
+    licence: dict[str, str],
+    there: _Repository | None,
+    notes: list[str],
+) -> str | None:
+    """What README.md is to be; None for what it is on the Hub. A hand's work is kept."""
+    if has_edited_card(mine.folder):
+        notes.append(f"{mine.folder / CARD} was edited by hand and is published as it is.")
+        return (mine.folder / CARD).read_text(encoding="utf-8")
+    if there is not None and CARD in there.names and is_edited(there.read(CARD).decode()):
+        notes.append(
+            f"The card of {repo} was edited on the Hub and is kept as it is there. --replace "
+            "writes a new one."
+        )
+        return None
+    return model_card(
+        mine.head,
+        meta,
+        mine.folder,
+        place=repo,
+        alone=not mine.fused,
+        licence=licence,
+    )
+
+
+def _public(meta: HeadMeta, target: str | None) -> HeadMeta:
+    """What may be read by everybody: names of files, not where they lie on this machine."""
+    return meta.model_copy(
+        update={
+            "target": target or re.split(r"[/\\]", meta.target.rstrip("/\\"))[-1],
+            "grafts": tuple(
+                one.model_copy(update={"source": _name(one.source)}) for one in meta.grafts
+            ),
+            "data": meta.data and ", ".join(map(_name, meta.data.split(", "))),
+            "start": meta.start and _name(meta.start),
+        }
+    )
+
+
+def _name(text: str) -> str:
+    path = text.replace("\\", "/")
+    is_path = PATH.match(text) or (" " not in text and path.count("/") > 1)
+    return path.rstrip("/").rsplit("/", 1)[-1] if is_path else text

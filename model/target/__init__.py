@@ -1,0 +1,1 @@
+"""The frozen target model: forward passes over tokens and trees."""

@@ -1,0 +1,137 @@
+"""A frozen target whose layers lie in parts on several processes, for one that fits no accelerator.
+
+Sharded (torch's `fully_shard`): a layer is put together just before it is run and taken apart right
+behind it. Only the first process reads files; the others get their parts from it.
+Tensor-parallel (transformers' plan for the family): a layer stays in parts, and all processes work
+out their parts of its products, so they read the same rows. Each reads its part of the files.
+Embedding and LM head, which heads use directly, stay whole either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+Made = TypeVar("Made")
+PATIENCE = timedelta(hours=6)  # reading a large model, decoding many prompts
+LEFT_WHOLE = "replicated_with_grad_allreduce"  # transformers' name of a rule that cuts nothing
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some of its weights lie in parts on several processes."""
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+def is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether each process computes a part of every layer, so that all have to read the same."""
+    return int(getattr(model, "_tp_size", None) or 1) > 1
+
+
+def tensor_plan(skeleton: PreTrainedModel, name: str) -> DistributedConfig:
+    """How transformers cuts the layers of this model up. ValueError where it cannot.
+
+    skeleton: on the meta device.
+    """
+    count = dist.get_world_size()
+    ends = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    full_tensor = [place for place, module in skeleton.named_modules() if module in ends]
+    plan = {place: style for place, style in skeleton.tp_plan.items() if place not in full_tensor}
+    kind = skeleton.config.model_type
+    instead = "Set parallel.target=sharded, which works for every family."
+    if not plan:
+        raise ValueError(
+            f"{name} ({kind}): transformers has no tensor-parallel plan for this family. {instead}"
+        )
+    config = skeleton.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    by_heads = any(style == "colwise" and "att" in place for place, style in plan.items())
+    if by_heads and (heads % count or groups % count):
+        raise ValueError(
+            f"{name} has {heads} attention heads and {groups} of keys and values, which {count} "
+            f"processes cannot share evenly. Start a number of them that divides both. {instead}"
+        )
+    # Named with a rule that leaves them whole: rules that are not named may come from the family.
+    return DistributedConfig(tp_size=count, tp_plan=plan | dict.fromkeys(full_tensor, LEFT_WHOLE))
+
+
+def full_tensor(value: Tensor) -> Tensor:
+    """Put together from all processes, which call this together, where it lies in parts on them."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@cache
+def long_timeout_group() -> dist.ProcessGroup:
+    """All processes, for exchanges in which the others wait for work that the first does alone. A
+    process that dies ends the wait: gloo notices that its connection is closed."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def local_tensor(value: Tensor) -> Tensor:
+    """What of it lies in this process."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def broadcast_from_rank0(make: Callable[[], Made]) -> Made:
+    """What the first process makes, in every process. Its ValueError is raised in all."""
+    sent: list[object] = [None, None]
+    device = torch.device("cpu")
+    if dist.get_rank() == 0:
+        try:
+            sent[0] = make()
+        except ValueError as error:
+            sent[1] = str(error)
+    dist.broadcast_object_list(sent, src=0, group=long_timeout_group(), device=device)
+    if sent[1] is not None:
+        raise ValueError(sent[1])
+    made: Made = sent[0]  # type: ignore[assignment]
+    return made
+
+
+def shard(
+    skeleton: nn.Module,
+    decoder: nn.Module,
+    layers: list[nn.Module],
+    weights: dict[str, Tensor] | None,
+    device: torch.device,
+) -> None:
+    """Cut a model on the meta device up and fill it, in place.
+
+    weights: its parameters and buffers by name, in the first process. One tensor at a time is whole
+    on the device.
+    """
+    skeleton.requires_grad_(False)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    inside = {weight for layer in layers for weight in layer.parameters()}
+    others = {weight for weight in decoder.parameters() if weight not in inside}
+    fully_shard(decoder, mesh=mesh, ignored_params=others)  # so that layers are fetched ahead
+    skeleton.to_empty(device=device)
+    skeleton.tie_weights()  # type: ignore[operator]
+    for name, tensor in [*skeleton.named_parameters(), *skeleton.named_buffers()]:
+        _fill(tensor, None if weights is None else weights[name], device)
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, given: Tensor | None, device: torch.device) -> None:
+    value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    if given is not None:
+        value.copy_(given)
+    if isinstance(tensor, DTensor):
+        part = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+        tensor.to_local().copy_(part.to_local())
+    else:
+        dist.broadcast(value, src=0)
+        tensor.copy_(value)

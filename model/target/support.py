@@ -1,0 +1,101 @@
+"""What differs between families of language models, and which ones cannot be read.
+
+Windows, recurrent layers and the last step to the logits follow from the configuration, not from
+the family's name, and a probe at load compares the result with the model itself. Sparse attention
+alone goes by name: in 16 bits a probe cannot tell what is chosen.
+
+Legend: B batch rows, N new rows (tree nodes or text positions), S cache columns, D hidden size.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .sparse_attention import FAMILIES, SPARSE, indexers
+
+if TYPE_CHECKING:
+    pass
+from .masks import CHUNKED, FULL, LINEAR, MIXER, SLIDING, WINDOW_MASKS, AttentionWindows
+
+
+def recurrent_mixers(
+    layers: nn.ModuleList, config: PretrainedConfig, name: str
+) -> dict[int, nn.Module]:
+    """What is recurrent in the decoder layers that are, by their place. ValueError for those whose
+    states are not known to be held as `states.py` holds them."""
+    kinds = config.to_dict().get("layer_types") or ()
+    known = enumerate(zip(kinds, layers, strict=False))  # some name the kinds of more layers
+    recurrent = {place: layer for place, (kind, layer) in known if kind == LINEAR}
+    if any(not hasattr(layer, MIXER) for layer in recurrent.values()):
+        raise ValueError(_recurrent(name, config))
+    return {place: getattr(layer, MIXER) for place, layer in recurrent.items()}
+
+
+def refuse(model: PreTrainedModel, name: str) -> None:
+    """ValueError for what is known not to work; `probe` finds the rest."""
+    config = model.config.get_text_config(decoder=True)
+    refuse_config(config, name)
+    if AttentionWindows.of(config).sparse and not indexers(model):
+        raise ValueError(_unknown_choice(name, config))
+    if model._is_stateful and LINEAR not in (config.to_dict().get("layer_types") or ()):
+        raise ValueError(_recurrent(name, config))
+    attention = config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(
+            f"{name} was built with {attention} attention, which takes no tree mask. "
+            'Build it with attn_implementation="sdpa" or "eager".'
+        )
+
+
+def refuse_config(config: PretrainedConfig, name: str) -> None:
+    """What a configuration already tells, before any weight is read."""
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is an encoder-decoder model ({config.model_type}). Tree decoding needs a "
+            "decoder-only causal language model. Use another target."
+        )
+    if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo
+        raise ValueError(
+            f"{name} ({config.model_type}) cuts its local windows by place in the cache, where the "
+            "branches of a tree lie side by side. Use another target."
+        )
+    kinds = set(config.to_dict().get("layer_types") or ())
+    if kinds & set(SPARSE) and config.model_type not in FAMILIES:
+        raise ValueError(_unknown_choice(name, config))
+    odd = kinds - {FULL, SLIDING, CHUNKED}
+    if odd and kinds != {FULL, LINEAR} and not kinds <= set(SPARSE):
+        raise ValueError(_recurrent(name, config, f", with layers of {', '.join(sorted(odd))}"))
+
+
+def refuse_unused_window(decoder: nn.Module, config: PretrainedConfig, name: str) -> None:
+    """ValueError where the configuration names a window that the model's code does not apply.
+
+    The window can be longer than any text that is cheap to try, so the code is looked at: it must
+    use transformers' masks with windows.
+    """
+    modules = [sys.modules.get(one.__module__) for one in type(decoder).__mro__]
+    windowed = any(hasattr(module, mask) for module in modules for mask in WINDOW_MASKS)
+    if AttentionWindows.of(config).kinds != (FULL,) and not windowed:
+        raise ValueError(
+            f"{name} ({config.model_type}) has an attention window in its configuration, but its "
+            "code does not apply it in a known way. Use another target."
+        )
+
+
+def _recurrent(name: str, config: PretrainedConfig, layers: str = "") -> str:
+    return (
+        f"{name} ({config.model_type}{layers}) does not use softmax attention in every layer, and "
+        "what it uses there is not known here (known: gated delta nets, as in Qwen3-Next; sparse "
+        "attention in all layers, as in GLM-5). Use a target with softmax attention throughout."
+    )
+
+
+def _unknown_choice(name: str, config: PretrainedConfig) -> str:
+    return (
+        f"{name} ({config.model_type}) has sparse attention whose indexer is not known here "
+        "(known: that of DeepSeek-V3.2 and GLM-5). Use another target."
+    )

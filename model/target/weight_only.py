@@ -1,0 +1,92 @@
+"""A frozen target whose layers are held in 8 or 4 bits while heads are trained on it, by torchao.
+
+Each product puts its weight back into the target's own type, so the memory of one weight comes and
+goes. Embedding, norms and LM head, which heads use directly, stay as they are. Other than in
+quantized.py activations are not rounded, and it runs wherever torch does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["int8", "float8", "nf4"]
+BITS: dict[Kind, float] = {"int8": 8, "float8": 8, "nf4": 4.2}  # of a number, with its scales
+BLOCK, SCALES = 64, 256  # nf4: weights that share a scale, and scales that are quantised together
+MOSTLY = 0.9  # of a layer's weights: where fewer can be quantised, little memory is saved
+
+
+def check_weight_only(kind: str | None) -> None:
+    """ValueError for a kind that does not exist, and where torchao is not installed."""
+    if kind is None:
+        return
+    if kind not in get_args(Kind):
+        raise ValueError(f"Unknown quantisation {kind!r}. There are: {', '.join(get_args(Kind))}.")
+    if importlib.util.find_spec("torchao") is None:
+        raise ValueError(
+            f"target.quantize is {kind}, but torchao is not installed. Run `pip install "
+            "'headstart[cluster]'`, or leave target.quantize out."
+        )
+
+
+@torch.no_grad()
+def quantize_layers(layers: nn.ModuleList, kind: str, device: torch.device, name: str) -> None:
+    """Quantise the matrices of a model's layers in place, on `device`, one at a time.
+
+    ValueError, before anything is changed, where that would save little or a matrix has odd sizes.
+    """
+    matrices = [module for module in layers.modules() if isinstance(module, nn.Linear)]
+    here = sum(one.weight.numel() for one in matrices)
+    whole = sum(one.numel() for one in layers.parameters())
+    if here < MOSTLY * whole:
+        raise ValueError(
+            f"Only {here / whole:.0%} of the weights in the layers of {name} are in linear layers, "
+            "which target.quantize is for (experts often are not). Leave target.quantize out, or "
+            "spread the target with parallel.target."
+        )
+    odd = [one for one in matrices if kind == "nf4" and one.weight.numel() % BLOCK]
+    if odd:
+        raise ValueError(
+            f"{name} has a matrix of {list(odd[0].weight.shape)} numbers, which blocks of {BLOCK} "
+            "do not divide. Set target.quantize to float8 or int8."
+        )
+    for module in matrices:
+        _quantize(module.to(device), kind)
+
+
+def _quantize(module: nn.Linear, kind: str) -> None:
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        quantize_,
+        to_nf4,
+    )
+
+    if kind == "nf4":
+        scales = math.gcd(module.weight.numel() // BLOCK, SCALES)
+        weight = to_nf4(module.weight.detach(), BLOCK, scales)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+    else:
+        config = {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}[kind]
+        quantize_(module, config(set_inductor_config=False))
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """A weight in the target's own type, whatever it is held in."""
+    for back in ("get_original_weight", "dequantize"):
+        if type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, back):
+            value: Tensor = getattr(weight, back)()
+            return value
+    return weight
+
+
+def held_bytes(weight: Tensor) -> int:
+    """Memory of a weight, with the scales of a quantised one."""
+    if type(weight) in (Tensor, nn.Parameter):
+        return weight.numel() * weight.element_size()
+    names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    return sum(held_bytes(getattr(weight, name)) for name in names)

@@ -1,0 +1,1 @@
+"""Draft trees: their nodes, their shapes and how they grow."""

@@ -1,0 +1,51 @@
+"""`headstart export`: the head of a fused checkpoint in a form that a production engine reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from headstart.scripts.console import show
+
+OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"]  # of llama.cpp's converter
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(help="Fused checkpoint: folder or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[
+        Literal["vllm", "sglang", "llama.cpp"], typer.Option(help="The engine that will draft.")
+    ],
+    format_: Annotated[
+        Literal["native", "speculators"],
+        typer.Option("--format", help="native: for both engines. speculators: vLLM's own."),
+    ] = "native",
+    verifier: Annotated[
+        str | None,
+        typer.Option(help="What the engine serves, if not FOLDER: a copy of the target."),
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option(help="llama.cpp's source code, which has the converter.")
+    ] = None,
+    outtype: Annotated[
+        OutType, typer.Option(help="Precision of the GGUF files; auto: as stored.")
+    ] = "auto",
+) -> None:
+    """Write the head alone, and print the line that starts the engine with it."""
+    if to != "llama.cpp":
+        from headstart.model.export.vllm_sglang import export as write
+
+        if llama_cpp is not None or outtype != "auto":
+            raise ValueError("--llama-cpp and --outtype belong to --to llama.cpp.")
+        show(write(folder, out, to, format_, verifier))
+        return
+    from headstart.model.export.llama_cpp import export_gguf
+
+    if llama_cpp is None or format_ != "native":
+        raise ValueError(
+            "--to llama.cpp takes --llama-cpp FOLDER, a folder with llama.cpp's source code, and "
+            "no --format: llama.cpp reads GGUF files, which its own converter writes."
+        )
+    show(export_gguf(folder, out, llama_cpp, outtype, verifier))

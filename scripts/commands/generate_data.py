@@ -1,0 +1,139 @@
+"""`headstart data`: the target answers prompts, and its answers become training data."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headstart.model.target.load import load_target
+from headstart.scripts.console import check_top_p, progress, show
+
+if TYPE_CHECKING:
+    from headstart.inference.rollout import AnswerSettings, Prompt
+    from headstart.model.target.target import Target
+
+
+def data(
+    prompts: Annotated[
+        list[str], typer.Argument(help="JSONL files, local data sets or Hub data set names.")
+    ],
+    target: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write; finished answers are kept.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(callback=check_top_p)] = None,
+    seed: int = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
+    skip_broken: Annotated[bool, typer.Option(help="Leave broken lines out.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+) -> None:
+    """Let the target answer prompts with the sampling it will be served with."""
+    from headstart.inference.rollout import AnswerSettings
+    from headstart.scripts.options.prompts import read_prompts
+
+    settings = AnswerSettings(max_new_tokens, temperature, top_k, top_p, seed)
+    wanted, broken = read_prompts(
+        prompts,
+        split=split,
+        skip_broken=skip_broken,
+        remedy="Mend or remove the line, or leave such lines out with --skip-broken.",
+    )
+    for note in broken:
+        show(f"left out: {note}")
+    count = write_answers(
+        load_target(target, dtype=dtype), wanted[:limit], settings, out, batch_size=batch_size
+    )
+    show(f"{count} answers in {out}")
+
+
+def write_answers(
+    target: Target,
+    prompts: Sequence[Prompt],
+    settings: AnswerSettings,
+    out: Path,
+    *,
+    batch_size: int,
+    seconds: float | None = None,
+) -> int:
+    """Answer what is not yet answered in `out`; the number of records there afterwards.
+
+    Settings are kept beside the file, and a file made with other settings is refused. seconds: no
+    batch is begun after that time, the first one excepted.
+    """
+    from headstart.inference.rollout import answer
+    from headstart.model.target.weights_hash import target_hash
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"target": target_hash(target), "dtype": str(target.dtype), **asdict(settings)}
+    _same_settings(out, facts)
+    done = _finished(out)
+    left = [one for one in prompts if f"{one.id}/{len(one.turns) - 1}" not in done]
+    turns = sum(len(one.turns) for one in left)
+    tokens = written = 0
+    began = time.monotonic()
+    with out.open("a", encoding="utf-8") as file, progress("answering", turns) as update:
+        batches = answer(
+            target,
+            left,
+            settings,
+            batch_size=batch_size,
+            skipped=lambda name, why: show(f"skipped {name}: {why}"),
+        )
+        for records in batches:
+            for record in records:
+                written += 1
+                tokens += record["spans"][-1][1] - record["spans"][-1][0]
+                if record["id"] not in done:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    done.add(record["id"])
+            file.flush()
+            update(written, f"{tokens:,} tokens")
+            if seconds is not None and time.monotonic() - began > seconds:
+                break
+    return len(done)
+
+
+def _same_settings(out: Path, settings: dict[str, Any]) -> None:
+    beside = out.with_name(f"{out.name}.settings.json")
+    text = json.dumps(settings, indent=2) + "\n"
+    if not out.exists():
+        beside.write_text(text, encoding="utf-8")
+        return
+    before = beside.read_text(encoding="utf-8") if beside.exists() else "unknown settings\n"
+    if before != text:
+        raise ValueError(
+            f"{out} was made with other settings, and the two must not be mixed. There: {before}"
+            f"Now: {text}Choose another --out, or remove the file."
+        )
+
+
+def _finished(out: Path) -> set[str]:
+    """Ids of complete records; a last line that was cut off by an interruption is removed."""
+    if not out.exists():
+        return set()
+    text = out.read_bytes()
+    complete = text[: text.rfind(b"\n") + 1]
+    if len(complete) < len(text):
+        beside = out.with_name(f"{out.name}.part")
+        beside.write_bytes(complete)
+        os.replace(beside, out)
+    ids = set()
+    for number, line in enumerate(complete.splitlines(), start=1):
+        try:
+            ids.add(json.loads(line)["id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{out}:{number} is no answer ({type(error).__name__}: {error}), so what is "
+                "answered already is not known. Mend or remove the line, or choose another --out."
+            ) from error
+    return ids

@@ -1,0 +1,163 @@
+"""`headstart plan`: what a training run will take, before it is started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from headstart.model.target.load import target_from_config
+from headstart.scripts.console import console, say, show
+
+if TYPE_CHECKING:
+    from headstart.model.heads.common.base import DraftHead
+    from headstart.model.target.target import Target
+    from headstart.training.config.schema import Recipe
+
+UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
+DOES_NOT_FIT = 1  # exit status
+# What to try, in order, where memory is short: it costs little first.
+REMEDIES: tuple[dict[str, Any], ...] = (
+    {"loss.recompute": True},
+    {"parallel.engine": "zero2", "loss.recompute": True},
+    {"parallel.engine": "fsdp2", "loss.recompute": True},
+    {"parallel.engine": "fsdp2", "loss.recompute": True, "target.quantize": "float8"},
+    {"parallel.engine": "fsdp2", "loss.recompute": True, "parallel.target": "sharded"},
+)
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: key.sub=value.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1)] = 1,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: a100, h100, h200, b200, l40s.")] = "h100",
+    tokens: Annotated[
+        str | None, typer.Option(help="Of one epoch, e.g. 300M; counted in data.path if left out.")
+    ] = None,
+    reached: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Part of the GPU's peak that is reached.")
+    ] = 0.3,
+    price: Annotated[float | None, typer.Option(min=0, help="Of a GPU for an hour.")] = None,
+) -> None:
+    """Estimate memory per GPU, time and cost; only configurations are read."""
+    from headstart.training import cost_estimate as estimate
+    from headstart.training.config.schema import load_recipe
+
+    from .train import find_recipe
+
+    if gpu not in estimate.GPUS:
+        raise ValueError(f"There is no GPU {gpu!r} here. There are: {', '.join(estimate.GPUS)}.")
+    resolved = _resolved(load_recipe(find_recipe(recipe), overrides or []))
+    target, head = shapes(resolved)
+    kind = estimate.GPUS[gpu]
+    parts = estimate.memory(resolved, target, head, gpus)
+    needed = estimate.total_gb(parts)
+    _show(parts, needed, f"{gpus} x {gpu}, {kind.memory_gb:.0f} GB each")
+    count = _tokens(tokens, resolved)
+    flops = estimate.flops_per_token(resolved, target, head)
+    speed = gpus * reached * kind.tflops * 1e12 / flops
+    hours = count * resolved.train.epochs / speed / 3600
+    say(
+        f"{flops / 1e9:.2f} GFLOP per token: {speed:,.0f} tokens/s at {reached:.0%} of the peak, "
+        f"{hours:.2f} hours for {count * resolved.train.epochs:,.0f} tokens"
+        + ("" if price is None else f", {hours * gpus * price:.2f} to pay")
+    )
+    fits = needed <= kind.memory_gb
+    if not fits:
+        show(_advice(resolved, target, head, gpus, kind.memory_gb))
+    figures: dict[str, Any] = {"fits": fits, "gb": round(needed, 2), "hours": hours}
+    figures |= {"tokens_per_second": speed, "flops_per_token": flops}
+    figures |= {"bytes": {name: int(value) for name, value in parts.items()}}
+    print(json.dumps(figures))
+    if not fits:
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def shapes(recipe: Recipe) -> tuple[Target, DraftHead]:
+    """Target and head of a recipe, without weights."""
+    import torch
+
+    from .train import head_of
+
+    if recipe.target.name is None:
+        raise ValueError("A random target needs no plan: name a model in target.name.")
+    target = target_from_config(recipe.target.name, revision=recipe.target.revision)
+    with torch.device("meta"):
+        return target, head_of(recipe, target)
+
+
+def _resolved(recipe: Recipe) -> Recipe:
+    """As it would run on GPUs."""
+    changes: dict[str, Any] = {}
+    if recipe.parallel.engine == "auto":
+        changes["parallel.engine"] = "ddp"
+    if recipe.train.precision == "auto":
+        changes["train.precision"] = "bfloat16"
+    return _changed(recipe, changes)
+
+
+def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    for key, value in changes.items():
+        section, name = key.split(".")
+        inner = getattr(recipe, section).model_copy(update={name: value})
+        recipe = recipe.model_copy(update={section: inner})
+    return recipe
+
+
+def _advice(recipe: Recipe, target: Target, head: DraftHead, gpus: int, room: float) -> str:
+    from headstart.training import cost_estimate as estimate
+
+    for changes in REMEDIES:
+        needed = estimate.total_gb(estimate.memory(_changed(recipe, changes), target, head, gpus))
+        if needed <= room and (gpus > 1 or set(changes) == {"loss.recompute"}):
+            named = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+            return f"It does not fit. With {named} it takes {needed:.1f} GB."
+    return (
+        "It does not fit, whatever is spread. Take more or larger GPUs, or lower "
+        f"data.batch_tokens (now {recipe.data.batch_tokens}) and data.max_length (now "
+        f"{recipe.data.max_length})."
+    )
+
+
+def _show(parts: dict[str, float], needed: float, title: str) -> None:
+    table = Table("memory per GPU", "GB", title=title)
+    for name, value in parts.items():
+        table.add_row(name, f"{value / 1e9:.2f}")
+    table.add_row("with CUDA and the allocator's slack", f"{needed:.2f}", style="bold")
+    console.print(table)
+
+
+def _tokens(given: str | None, recipe: Recipe) -> float:
+    """Tokens of one epoch."""
+    if given is not None:
+        unit = UNITS.get(given[-1:].lower())
+        try:
+            return float(given[:-1]) * unit if unit else float(given)
+        except ValueError as error:
+            raise ValueError(f"--tokens is {given!r}. Write a number, e.g. 300M.") from error
+    paths = [Path(path) for path in recipe.data.paths]
+    if not paths or not all(path.is_file() for path in paths):
+        raise ValueError(
+            "The data is not here to be counted. Say how many tokens an epoch has, e.g. "
+            "--tokens 300M."
+        )
+    return float(sum(_lengths(paths, recipe.data.max_length)))
+
+
+def _lengths(paths: list[Path], longest: int) -> Iterator[int]:
+    for path in paths:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                found = json.loads(line).get("tokens") if line.strip() else []
+                if found is None:
+                    raise ValueError(
+                        f"{path}, line {number} holds messages, which are not counted here. Say "
+                        "how many tokens an epoch has, e.g. --tokens 300M."
+                    )
+                yield min(len(found), longest)

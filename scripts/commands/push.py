@@ -1,0 +1,43 @@
+"""`headstart push`: a fused checkpoint or a head on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headstart.scripts.console import show
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Fused checkpoint, or the folder of a head.")],
+    repo: Annotated[str, typer.Argument(help="Its name on the Hub: owner/name.")],
+    private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to commit to, made where there is none.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="Hub id of the target, where the head was trained on a folder."),
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option(help="Also where the repository holds another model or an edited card.")
+    ] = False,
+) -> None:
+    """Publish in one commit, with a card of what was measured; a stopped upload goes on."""
+    from headstart.model.hub.upload import publish
+
+    done = publish(
+        folder,
+        repo,
+        private=private,
+        revision=revision,
+        message=message,
+        base_model=base_model,
+        replace=replace,
+    )
+    for note in done.notes:
+        show(note)
+    show(f"{done.url} (commit {done.commit[:7]})")

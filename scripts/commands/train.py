@@ -1,0 +1,259 @@
+"""`headstart train`: train a draft head as a recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headstart.model.target.load import load_sharded_target, load_target, wrap_target
+from headstart.scripts.console import coloured, console, legend, progress, say, show
+
+if TYPE_CHECKING:
+    from headstart.inference.rollout import Prompt
+    from headstart.model.heads.common.base import DraftHead
+    from headstart.model.target.target import Target
+    from headstart.training.config.schema import EvalConfig, Recipe
+    from headstart.training.evaluation.evaluate import Evaluate
+    from headstart.training.evaluation.samples import Sample
+    from headstart.training.reporting.metrics_log import Progress
+
+QUESTION, ANSWER = 100, 500  # characters of a sample that are shown
+
+CHANGES = (
+    "The joint section lets the target learn along: it CHANGES, and `headstart fuse` writes a "
+    "model of its own. Held-out conversations (data.holdout) choose the best head."
+)
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change: key.sub=value.")
+    ] = None,
+    explain: Annotated[bool, typer.Option(help="Print the resolved recipe and stop.")] = False,
+) -> None:
+    """Train a head; Ctrl-C saves, and train.resume=true goes on."""
+    from headstart.training.config import schema as recipes
+
+    resolved = recipes.load_recipe(find_recipe(recipe), overrides or [])
+    if explain:
+        show(recipes.explain(resolved))
+        return
+    run_recipe(resolved)
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file: as given, or one that is shipped."""
+    folder = Path(str(resources.files("headstart.configs")))
+    for path in (Path(name), folder / name, folder / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    shipped = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise ValueError(f"There is no recipe {name!r}. Give a YAML file, or one of: {shipped}.")
+
+
+def run_recipe(recipe: Recipe, target: Target | None = None) -> Path:
+    """Train as the recipe says, showing progress; the folder of the best head."""
+    from headstart.training.preflight import check_early
+    from headstart.training.trainer import train as run
+
+    check_early(recipe)
+    target = target or open_target(recipe)
+    head = fresh_head(recipe, target)
+    evaluate = None
+    if recipe.joint is None:
+        evaluate = evaluator(recipe.eval, target)
+    else:
+        show(CHANGES)
+    with _bar() as log:
+        result = run(recipe, target=target, head=head, evaluate=evaluate, log=log)
+    length = "" if result.score is None else f", accepted length {result.score:.2f}"
+    show(f"best head: {result.best} (step {result.best_step}{length})")
+    return result.best
+
+
+def fresh_head(recipe: Recipe, target: Target) -> DraftHead:
+    """The head to start from."""
+    import torch
+
+    from headstart.model.checkpoint.head import start_from
+
+    torch.manual_seed(recipe.train.seed)  # decides the weights that do not come from the target
+    head = head_of(recipe, target)
+    head.init_from_target()
+    if recipe.train.start_from is not None:
+        start_from(head, recipe.train.start_from)
+    return head
+
+
+def head_of(recipe: Recipe, target: Target) -> DraftHead:
+    """A head of the recipe's kind and settings."""
+    from headstart.model.checkpoint.head import read_head_file
+    from headstart.model.heads.common.base import head_class, make_head
+    from headstart.training.config.errors import merged
+
+    kind, start = recipe.head.kind, recipe.train.start_from
+    settings = head_class(kind)[0].defaults(target)
+    if start is not None:
+        settings = read_head_file(start).head
+        if settings["kind"] != kind:
+            raise ValueError(
+                f"train.start_from ({start}) is a head of kind {settings['kind']}, but head.kind "
+                f"is {kind}. Name another folder, or set head.kind={settings['kind']}."
+            )
+    return make_head(target, kind, merged(settings, recipe.head.settings))
+
+
+def open_target(recipe: Recipe) -> Target:
+    from headstart.model.target.synthetic import random_model
+    from headstart.training.distributed.process_group import WorkerGroup, local_device
+
+    config = recipe.target
+    spread = recipe.parallel.target != "replicated"
+    if config.random is not None:
+        if spread:
+            raise ValueError("A random target is not spread: leave parallel.target out.")
+        return wrap_target(random_model(config.random, recipe.train.seed))
+    assert config.name is not None
+    device = local_device()
+    if spread:
+        WorkerGroup(device)  # so that the processes know one another
+        return load_sharded_target(
+            config.name,
+            dtype=config.dtype,
+            device=device,
+            revision=config.revision,
+            tensor_parallel=recipe.parallel.target == "tensor_parallel",
+        )
+    return load_target(
+        config.name,
+        dtype=config.dtype,
+        device=device,
+        revision=config.revision,
+        weight_only=config.quantize,
+    )
+
+
+def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
+    """Real decoding of prompts, or None without prompts or a chat template to write them in.
+
+    ValueError where prompts or contexts leave no room for an answer.
+    """
+    if config.prompts is None:
+        return None
+    if target.is_sharded:
+        show("The target is in parts: held-out conversations (data.holdout) choose the best head.")
+        return None
+    if not target.has_tokenizer or target.tokenizer.chat_template is None:
+        show(
+            f"{target.name} has no chat template: the best head is chosen by the held-out loss "
+            "(data.holdout), not by decoding prompts."
+        )
+        return None
+    from headstart.inference.benchmark.runner import acceptance_length
+    from headstart.inference.tree_policy.defaults import usual
+    from headstart.model.tree.shape import TreeShape
+    from headstart.scripts.options.prompts import decodable, first_turns
+    from headstart.training.evaluation.samples import Sample
+
+    from .generate import pieces
+
+    _check_contexts(config, target)
+    prompts = decodable(config.prompts, config.count, target)
+    ids = first_turns(target, prompts)
+    longer = {context: _filled(prompts, context, config, target) for context in config.contexts}
+    options: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens,
+        "shape": usual(target, TreeShape.dynamic(config.nodes, config.depth, config.width)),
+        "temperature": config.temperature,
+    }
+
+    def evaluate(head: DraftHead) -> dict[str, Any]:
+        stats, answers = acceptance_length(target, head, ids, **options)
+        found: dict[str, Any] = {"acceptance_length": stats.acceptance_length}
+        found |= {f"accepted_{d}": rate for d, rate in enumerate(stats.acceptance, start=1)}
+        for context, filled in longer.items():
+            stats, _ = acceptance_length(target, head, filled, **options)
+            found[f"accepted_length_{context}"] = stats.acceptance_length
+        found["samples"] = [
+            Sample(prompt.turns[0], tuple(pieces(target, steps)))
+            for prompt, steps in list(zip(prompts, answers, strict=True))[: config.samples]
+        ]
+        return found
+
+    return evaluate
+
+
+def _check_contexts(config: EvalConfig, target: Target) -> None:
+    longest, limit = max(config.contexts, default=0), target.context_limit
+    if limit is not None and longest and longest + config.max_new_tokens > limit:
+        raise ValueError(
+            f"eval.contexts asks for prompts of {longest} tokens and eval.max_new_tokens for "
+            f"{config.max_new_tokens} behind them, but {target.name} reads {limit} in all. Lower "
+            "one of them."
+        )
+
+
+def _filled(
+    prompts: list[Prompt], context: int, config: EvalConfig, target: Target
+) -> list[tuple[int, ...]]:
+    """The prompts with so much other text in front that each has about `context` tokens."""
+    from headstart.scripts.options.suites import Suite, make_cases
+
+    suite = Suite("eval.prompts", prompts)
+    cases, left_out = make_cases(suite, target, context=context, room=config.max_new_tokens)
+    if left_out:
+        show(f"eval.contexts: {left_out} prompts of about {context} tokens leave no room, left out")
+    return [case.tokens for case in cases]
+
+
+def _by_context(at: Progress) -> str:
+    """The accepted lengths behind longer prompts, if there are such."""
+    name = "accepted_length_"
+    found = [
+        f"{value:.3f} at {key.removeprefix(name)} tokens"
+        for key, value in at.metrics.items()
+        if key.startswith(name)
+    ]
+    return f" ({', '.join(found)})" if found else ""
+
+
+def show_sample(sample: Sample) -> None:
+    """The beginning of an answer, in colours that tell how many tokens each step gave."""
+    show(f"> {shorten(sample.prompt, QUESTION, placeholder=' ...')}")
+    room, text = ANSWER, legend().append("\n")
+    for piece, tokens in sample.answer:
+        text.append(coloured(piece[:room], tokens))
+        room -= len(piece)
+        if room <= 0:
+            text.append(" ...")
+            break
+    console.print(text)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[Progress], None]]:
+    best = "-"
+    with progress("training", None) as update:
+
+        def log(at: Progress) -> None:
+            nonlocal best
+            if at.kind == "note":
+                show(at.message)
+                return
+            if at.kind == "eval" and "acceptance_length" in at.metrics:
+                best = f"{at.metrics['accepted_length']:.3f}"
+                say(f"step {at.step}: accepted length {best} on held-out prompts{_by_context(at)}")
+            for sample in at.samples:
+                show_sample(sample)
+            loss = at.metrics.get("loss")
+            note = f"accepted length {best}"
+            update(at.step, note if loss is None else f"loss {loss:.3f}  {note}", at.total)
+
+        yield log

@@ -1,0 +1,90 @@
+"""What only a GPU can show: that rounds are captured, and say what plain decoding says."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from decoder_reads import reads
+from decoding import LENGTHS, NEW_TOKENS, SAMPLERS, SHAPES, answers, batch
+from families import FAMILIES
+from graph_decoding import USED, Prophet, random_head, replayed
+from step_costs import USUAL
+
+from headstart.inference.engine.cuda_graph import Replay
+from headstart.inference.engine.loop import plain
+from headstart.inference.engine.sampler import Sampler
+from headstart.inference.engine.sequence import StopCriteria
+from headstart.inference.engine.step_graphs import Graphs
+from headstart.inference.tree_policy.defaults import fitting
+from headstart.model.backends.cuda_ops import Accelerated
+from headstart.model.heads.common.base import kinds
+from headstart.model.target.load import wrap_target
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def test_a_function_that_waits_is_called_and_a_warning_says_so() -> None:
+    total = torch.zeros(4, device="cuda")
+    pool = torch.cuda.graph_pool_handle()
+    replay = Replay(lambda: total.add_(1).sum().item(), total.device, pool, [total])
+    with pytest.warns(UserWarning, match="waits for the device"):
+        replay()
+    replay()
+    assert replay.graph is None and total.tolist() == [2.0] * 4
+
+
+def test_what_an_earlier_graph_leaves_is_not_collected_in_a_capture() -> None:
+    total = torch.zeros(4, device="cuda")
+    pool = torch.cuda.graph_pool_handle()
+    collects: list[bool] = []
+
+    def add() -> None:
+        collects.append(gc.isenabled())
+        total.add_(1)
+
+    replay = Replay(add, total.device, pool, [total])
+    replay()
+    replay()
+    assert replay.graph is not None and total.tolist() == [2.0] * 4
+    assert collects == [True, True, False] and gc.isenabled()
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("rows", LENGTHS)
+@pytest.mark.parametrize("family", USED)
+def test_a_whole_decode_on_cuda(family: str, rows: int, sampled: bool) -> None:
+    target, prompts = wrap_target(FAMILIES[family]().to("cuda")), batch(family, rows)
+    sampler, stop = "top-p" if sampled else "", StopCriteria(NEW_TOKENS)
+    drawn_by = SAMPLERS[sampler]() if sampler else Sampler()
+    truth = answers(plain(target, *prompts, sampler=drawn_by, stop=stop), rows)
+    heads = [Prophet(target, LENGTHS[rows], truth)]
+    heads += [random_head(target, kind) for kind in kinds()]
+    for head in (None, *heads):
+        kept = Graphs()
+        for shape in (SHAPES["chain"], SHAPES["dynamic"]):
+            shape = shape if head is None else fitting(shape, head)
+            for costs in (None, USUAL, None):  # the last one on graphs of the first
+                told, _ = replayed(target, head, prompts, shape, stop, sampler, costs, kept)
+                assert told == truth, head
+        for plan in kept.kept.values():
+            verifies = [*plan.verifies.values()]
+            # In float32 the experts of mixtral may ask the host how many tokens each of them got.
+            assert family == "mixtral" or all(one.graph is not None for one in verifies)
+            assert head is None or all(one.graph is not None for one in plan.drafts.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_half_precision_is_read_as_well_as_by_the_modules(family: str) -> None:
+    model = FAMILIES[family]()
+    exact = reads(wrap_target(copy.deepcopy(model).to("cuda")), 3)
+    target = wrap_target(model.to("cuda", torch.bfloat16))
+    assert isinstance(target._lean, Accelerated)
+    errors, shorter = [], target._lean
+    for way in (shorter, None):
+        target._lean = way
+        pairs = zip(reads(target, 3), exact, strict=True)
+        errors.append(max(float((a - b).norm() / b.norm()) for a, b in pairs))
+    assert errors[0] < 1.5 * errors[1] < 0.1

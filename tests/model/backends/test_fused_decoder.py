@@ -1,0 +1,159 @@
+"""The shorter ways through models built like Llama, against their own modules."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from bit_equality import check_bits
+from decoder_reads import LIKE_LLAMA, OTHERS, a_tree, reads
+from families import FAMILIES
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from headstart.model.backends.cpu_ops import Native
+from headstart.model.backends.fused_decoder import Lean
+from headstart.model.backends.kernels.cpu import build as kernels
+from headstart.model.backends.linear import MOST_ROWS
+from headstart.model.backends.select import shorter_way
+from headstart.model.target.load import wrap_target
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", LIKE_LLAMA)
+def test_they_read_as_the_modules_do(family: str, batch: int) -> None:
+    target = wrap_target(FAMILIES[family]())
+    native = target._lean
+    assert isinstance(native, Native)
+    ways = []
+    for way in (native, native._lean, None):
+        target._lean = way
+        ways.append(reads(target, batch))
+    *shorter, modules = ways
+    for seen in shorter:
+        assert len(seen) == len(modules) == 6
+        for ours, theirs in zip(seen, modules, strict=True):
+            close = {"rtol": 1e-3, "atol": 1e-4 * float(theirs.abs().max())}
+            torch.testing.assert_close(ours, theirs, **close)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", LIKE_LLAMA)
+def test_bfloat16_is_nearer_to_float32_than_the_modules_are(family: str, batch: int) -> None:
+    model = FAMILIES[family]().bfloat16()
+    exact = reads(wrap_target(copy.deepcopy(model).float()), batch)
+    target = wrap_target(model)
+    native = target._lean
+    assert isinstance(native, Native)
+    errors = []
+    for way in (native, native._lean, None):
+        target._lean = way
+        seen = reads(target, batch)
+        assert all(part.dtype == torch.bfloat16 for part in seen)
+        pairs = zip(seen, exact, strict=True)
+        errors.append(max(float((a - b).norm() / b.norm()) for a, b in pairs))
+    assert errors[0] < 1.1 * errors[2] and errors[1] < 1.5 * errors[2] and errors[2] < 0.05
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_what_computes_otherwise_keeps_its_modules(family: str) -> None:
+    assert wrap_target(FAMILIES[family]())._lean is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_difference_far_out_is_seen(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some families scale their queries from some position on."""
+    model = FAMILIES["llama"]().eval().to(dtype)
+    layer = model.model.layers[1].self_attn
+    whole = type(layer).forward
+
+    def scaled(self, hidden_states, position_embeddings, **rest):  # type: ignore[no-untyped-def]
+        far = rest["position_ids"].max() > 100
+        return whole(self, hidden_states * (1.02 if far else 1.0), position_embeddings, **rest)
+
+    monkeypatch.setattr(type(layer), "forward", scaled)
+    assert shorter_way(model.model, model.model.layers, model.config) is None
+    monkeypatch.undo()
+    assert shorter_way(model.model, model.model.layers, model.config) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_changed_weights_are_seen(dtype: torch.dtype) -> None:
+    target = wrap_target(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=96,
+                hidden_size=128,
+                intermediate_size=256,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                tie_word_embeddings=True,
+            )
+        ).to(dtype)
+    )
+    assert target._lean is not None
+    before = reads(target, 1)
+    with torch.no_grad():
+        target.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        target.model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+        target.model.model.layers[0].input_layernorm.weight.mul_(3)
+    after = reads(target, 1)
+    assert not torch.allclose(before[1], after[1])
+    target._lean = None
+    close = (1e-3, 1e-4) if dtype == torch.float32 else (0.05, 0.05)
+    torch.testing.assert_close(after, reads(target, 1), rtol=close[0], atol=close[1])
+
+
+def test_long_texts_take_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = wrap_target(FAMILIES["llama"]())
+    assert target._lean is not None
+    read, rows = target._lean.read, []
+    monkeypatch.setattr(
+        target._lean,
+        "read",
+        lambda ids_BN, *rest: rows.append(ids_BN.numel()) or read(ids_BN, *rest),
+    )
+    for shape in ((8, MOST_ROWS // 8), (1, MOST_ROWS + 1), (16, MOST_ROWS // 8), (1, 1)):
+        target.forward(torch.ones(shape, dtype=torch.int64), target.new_cache(shape[0]))
+    assert rows == [MOST_ROWS, 1]
+    cache = target.new_cache(16)
+    target.forward(torch.ones(16, 1, dtype=torch.int64), cache)
+    cache.commit(None, torch.ones(16, dtype=torch.int64))
+    # Behind a text all reads go one way, so that rounding does not depend on the tree.
+    target.forward(a_tree(torch.ones(16, dtype=torch.int64)), cache)
+    target.forward(torch.ones(16, MOST_ROWS, dtype=torch.int64), cache)
+    assert rows[2:] == [16, 112, 16 * MOST_ROWS]
+    with torch.autocast("cpu", torch.bfloat16):  # the functions in C would not notice
+        target.forward(torch.ones(1, 1, dtype=torch.int64), target.new_cache(1))
+    assert len(rows) == 5
+
+
+def test_an_activation_unknown_to_the_kernels_keeps_pytorchs_operations() -> None:
+    model = FAMILIES["llama"]()
+    model.config.hidden_act = "gelu"
+    target = wrap_target(type(model)(model.config))
+    assert type(target._lean) is Lean
+
+
+@pytest.mark.parametrize("more", [0, 1 + kernels.LONG])
+@pytest.mark.parametrize("family", LIKE_LLAMA)
+def test_bfloat16_trees_give_the_bits_of_single_tokens(family: str, more: int) -> None:
+    check_bits(wrap_target(FAMILIES[family]().bfloat16()), 11, more)
+
+
+def test_layers_that_cannot_be_widened_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["llama"]().eval().bfloat16()
+    calls, whole = [], torch.Tensor.float
+
+    def narrow(weight: Tensor) -> Tensor:
+        calls.append(weight)
+        if len(calls) % 4 == 3:
+            raise torch.OutOfMemoryError("for a test")
+        return whole(weight)
+
+    monkeypatch.setattr(torch.Tensor, "float", narrow)
+    assert shorter_way(model.model, model.model.layers, model.config) is None
+    monkeypatch.undo()
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}

@@ -1,0 +1,1 @@
+"""Acceptance length, calibration and samples during training."""

@@ -1,0 +1,1 @@
+"""The training loss and where its labels come from."""
