@@ -67,7 +67,7 @@ def memory(recipe: Recipe, target: Target, head: DraftHead, processes: int) -> d
 
     target, head: without weights (on the meta device). `parallel.engine` has to be resolved.
     """
-    width = _bytes(recipe, target)
+    width = _bytes(recipe)
     tokens = max(recipe.data.batch_tokens / processes, recipe.data.max_length)
     # Where all processes compute every layer together, each reads the whole batch.
     together = recipe.parallel.target == "tensor_parallel"
@@ -117,8 +117,7 @@ def _joint(recipe: Recipe, target: Target, width: int) -> tuple[float, float, fl
     lengths_1 = torch.full((1,), SAMPLE, device="meta")
     weights = [one.untyped_storage()._cdata for one in target.model.parameters()]
     with _saved(weights) as kept:
-        # With a mask of ours: transformers looks at the values of positions otherwise.
-        seen = target.forward_train(ids_1T, lengths_1, torch.zeros_like(ids_1T))
+        seen = target.forward_train(ids_1T, lengths_1)
     per_token = sum(kept.values()) / SAMPLE
     del seen  # the graph, and with it what is kept, lived until here
     wrapped.unload()
@@ -239,7 +238,7 @@ def _dtype(width: int) -> torch.dtype:
     return torch.float32 if width == FULL else torch.bfloat16
 
 
-def _bytes(recipe: Recipe, target: Target) -> int:
+def _bytes(recipe: Recipe) -> int:
     """Of a number of the target."""
     known = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
     return known[recipe.target.dtype]

@@ -13,9 +13,9 @@ import torch
 from headstart.model.checkpoint.head import is_head, read_head_file
 from headstart.model.heads.common.base import UNSET, DraftHead
 from headstart.model.target.lora import check_peft
-from headstart.model.target.probe import probe_packed
 from headstart.model.target.target import Target
 from headstart.model.target.weight_only import check_weight_only
+from headstart.training.config.errors import without_removed
 from headstart.training.config.schema import Recipe, TrainConfig
 from headstart.training.data.batching import Batches, Corpus, frequent_tokens
 from headstart.training.data.conversations import Conversations
@@ -25,13 +25,12 @@ from headstart.training.reporting.metrics_log import FIGURES
 from headstart.training.reporting.trackers import check_trackers
 
 from .checkpoint import FOLDER, STATE, load_facts
-from .compiled import check_compiler
 
 # These may differ when a run goes on: they change what is reported and kept, not what is learned,
 # or are what a run that failed has to change. None moves the position in the data.
 FREE_ON_RESUME = (
     *("train.output", "train.resume", "train.log_every", "train.save_every", "train.keep"),
-    *("train.lr", "train.clip", "train.precision", "train.compile"),
+    *("train.lr", "train.clip", "train.precision"),
     *("loss.chunk_rows", "loss.recompute", "data.features"),
 )
 FREE_SECTIONS = ("eval.", "parallel.", "train.wandb", "train.tensorboard")
@@ -51,10 +50,6 @@ def check_fit(recipe: Recipe, target: Target, head: DraftHead, decodes: bool) ->
             "A target that is trained along does not decode until its adapters are in its weights, "
             "so heads cannot be evaluated by decoding: leave `evaluate` out."
         )
-    if recipe.train.compile:
-        check_compiler(recipe.parallel.engine, target.device)
-    if recipe.data.pack and recipe.data.features is None:
-        probe_packed(target)
     steps = recipe.loss.steps
     if head.max_depth is not None and head.max_depth != steps:
         raise ValueError(
@@ -126,7 +121,8 @@ def check_folder(recipe: Recipe, folder: Path, facts: Mapping[str, Any] | None) 
             f"train.resume is set, but {folder / FOLDER} holds no run to go on from. Leave "
             "train.resume out to start one, or correct train.output."
         )
-    changed = changed_on_resume(facts["recipe"], recipe)
+    before = without_removed(facts["recipe"], f"The run in {folder}")
+    changed = changed_on_resume(before, recipe)
     if changed:
         raise ValueError(
             "\n  ".join([f"The run in {folder} was made with other settings:", *changed])

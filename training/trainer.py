@@ -237,7 +237,7 @@ class _Run:
         """Of our rows of a batch, where the target is. stored: what it saw of them, if at hand."""
         seen = self.teacher.read(whole, ours) if stored is None else stored
         self.clock.mark("target")
-        hidden = self.engine.forward(seen, ours.tokens_BT, ours.starts_BT, last=last)
+        hidden = self.engine.forward(seen, ours.tokens_BT, last=last)
         with self.engine.unrolled.autocast():
             result = loss_sum(config, self.head, seen, hidden, ours)
         self.clock.mark("head")

@@ -27,11 +27,6 @@ class Accepted:
     counts_B: Tensor
     tokens_BP: Tensor
 
-    @property
-    def next_B(self) -> Tensor:
-        """The token after the accepted path: the root of the next tree."""
-        return self.tokens_BP.gather(1, self.counts_B[:, None] - 1)[:, 0]
-
     def first(self, places: int) -> Accepted:
         """The same with the padding cut or filled up to `places`, no fewer than any row's count."""
         if places == self.path_BP.shape[1]:

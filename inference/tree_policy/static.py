@@ -14,7 +14,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from math import prod
 
 from headstart.model.tree.shape import TreeShape
 
@@ -43,23 +42,6 @@ def best_static(rank_acceptance: RankAcceptance, nodes: int, depth: int | None =
             "Run `headstart calibrate` on its checkpoint, or name a tree."
         )
     return TreeShape.static(paths)
-
-
-def expected_length(rank_acceptance: RankAcceptance, shape: TreeShape) -> float:
-    """Expected tokens per round of a static tree or a chain, the target's own one included.
-
-    Depths and ranks that were not measured count as never accepted. ValueError for a dynamic tree.
-    """
-    if shape.width == 1:
-        paths = [(0,) * depth for depth in range(1, shape.depth + 1)]
-    elif shape.ranks is not None:
-        paths = list(shape.ranks)
-    else:
-        raise ValueError(
-            "A dynamic tree has no fixed paths, so its length cannot be foretold. Give a static "
-            "tree or a chain."
-        )
-    return 1 + sum(_value(rank_acceptance, path) for path in paths)
 
 
 def best_for(rank_acceptance: RankAcceptance, cost: Cost, nodes: int = MOST_NODES) -> TreeShape:
@@ -97,10 +79,3 @@ def _best_paths(rank_acceptance: RankAcceptance) -> Iterator[tuple[Path, float]]
         value, _, path = heapq.heappop(waiting)
         yield path, -value
         add_children(path, -value)
-
-
-def _value(rank_acceptance: RankAcceptance, path: Path) -> float:
-    measured = len(path) <= len(rank_acceptance) and all(
-        rank < len(rank_acceptance[depth]) for depth, rank in enumerate(path)
-    )
-    return prod(rank_acceptance[depth][rank] for depth, rank in enumerate(path)) if measured else 0

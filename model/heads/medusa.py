@@ -72,9 +72,7 @@ class Head(DraftHead):
     def init_from_target(self) -> None:
         """Nothing to do: zero blocks already make every head the target's LM head."""
 
-    def unroll(
-        self, seen: TargetOutput, tokens_BT: Tensor, steps: int, starts_BT: Tensor | None = None
-    ) -> list[Tensor]:
+    def unroll(self, seen: TargetOutput, tokens_BT: Tensor, steps: int) -> list[Tensor]:
         if steps > len(self.heads):
             raise ValueError(
                 f"Medusa has {len(self.heads)} heads and cannot be trained for {steps} steps. "

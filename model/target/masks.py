@@ -72,17 +72,15 @@ class AttentionWindows:
         new_places_BN = depths_BN + cache.lengths_B[:, None]
         return self._of_kinds(seen_BNS, new_places_BN, cache.positions(depths_BN), dtype)
 
-    def mask_texts(self, starts_BT: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-        """As `mask`, for rows of several texts that see themselves only (`Target.read`)."""
-        places_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
-        seen_BTT = (places_T <= places_T[:, None]) & (places_T >= starts_BT[:, :, None])
-        positions_BT = places_T - starts_BT
-        return self._of_kinds(seen_BTT, positions_BT, positions_BT, dtype)
-
     def ranked(self, ids_BT: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor] | None:
-        """The mask of whole texts where ours says more than the model's own: which of the columns
-        scored 0 are chosen. None elsewhere."""
-        return self.mask_texts(torch.zeros_like(ids_BT), dtype) if self.sparse else None
+        """The mask of whole texts where the model's own does not do: ours also says which of the
+        columns scored 0 are chosen, and asks for no values, of which the meta device has none.
+        None elsewhere."""
+        if not self.sparse and not ids_BT.is_meta:
+            return None
+        places_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        seen_BTT = pending_visibility(places_BT, None)
+        return self._of_kinds(seen_BTT, places_BT, places_BT, dtype)
 
     def _of_kinds(
         self, seen_BNS: Tensor, query_BN: Tensor, key_BS: Tensor, dtype: torch.dtype

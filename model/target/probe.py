@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,30 +81,6 @@ def _read_chains(target: Target, text_1T: Tensor) -> Tensor:
         seen.append(target.forward(tree, cache, logits=False).lm_head_input_BTD[:, :accepted])
         cache.commit(None, torch.tensor([accepted], device=target.device))
     return torch.cat(seen, 1)[:, 1:]
-
-
-@torch.no_grad()
-def probe_packed(target: Target) -> None:
-    """ValueError if several texts in one row are not read as each of them alone."""
-    lengths = (3, 5, 2)
-    ids = [5, 3, 7, 2, 6, 4, 1, 2, 3, 6]
-    texts = [i % target.vocab_size for i in ids]
-    row_1T = torch.tensor([texts], device=target.device)
-    bounds = [sum(lengths[:place]) for place in range(len(lengths) + 1)]
-    starts = [start for start, size in zip(bounds, lengths, strict=False) for _ in range(size)]
-    starts_1T = torch.tensor([starts], device=target.device)
-    whole_1 = torch.tensor([len(ids)], device=target.device)
-    with small_topk_for_probe(target.layers, target.dtype):
-        together = target.forward_train(row_1T, whole_1, starts_1T).lm_head_input_BTD
-        apart = [
-            target.forward(row_1T[:, start:end], logits=False).lm_head_input_BTD
-            for start, end in pairwise(bounds)
-        ]
-    if not _close(together, torch.cat(apart, 1)):
-        raise ValueError(
-            f"{target.name} ({target.config.model_type}) does not read several texts in one row as "
-            "each of them alone: its code ignores the mask or the positions. Leave data.pack out."
-        )
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:

@@ -207,21 +207,13 @@ class Target:
         self,
         ids_BT: Tensor,
         lengths_B: Tensor,
-        starts_BT: Tensor | None = None,
         layers: tuple[int, ...] = (),
     ) -> TargetOutput:
         """What training reads: `read` of texts, without a cache and logits, with a graph where
         gradients are on and something of the target learns (model/joint.py).
-
-        starts_BT: rows hold several texts, each of which sees itself only; where that of each
-        position begins. Only where `probe_packed` holds.
         """
         ids_BT = _blank(ids_BT, lengths_B)
-        steps_BT, mask = _steps(ids_BT), None
-        if starts_BT is not None:
-            steps_BT = steps_BT - starts_BT
-            mask = self._windows.mask_texts(starts_BT, self.dtype)
-        lm_head_input_BTD, hidden = self._read(ids_BT, steps_BT, mask, None, layers)
+        lm_head_input_BTD, hidden = self._read(ids_BT, _steps(ids_BT), None, None, layers)
         return TargetOutput(None, lm_head_input_BTD, hidden)
 
     def _suits(self, ids_BT: Tensor, cache: KVCache) -> bool:

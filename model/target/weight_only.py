@@ -82,11 +82,3 @@ def dequantized(weight: Tensor) -> Tensor:
             value: Tensor = getattr(weight, back)()
             return value
     return weight
-
-
-def held_bytes(weight: Tensor) -> int:
-    """Memory of a weight, with the scales of a quantised one."""
-    if type(weight) in (Tensor, nn.Parameter):
-        return weight.numel() * weight.element_size()
-    names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
-    return sum(held_bytes(getattr(weight, name)) for name in names)

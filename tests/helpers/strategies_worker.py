@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from headstart.model.heads.common.base import DraftHead
-from headstart.training import compiled
 from headstart.training import trainer as loop
 from headstart.training.config.schema import Recipe, make_recipe
 from headstart.training.distributed import process_group as parallel
@@ -32,12 +31,12 @@ SLOW = 0.2  # seconds more that a slow process takes for each batch
 
 
 def recipe_for(folder: Path, data: Path, settings: dict) -> Recipe:
-    """settings: engine, loss, recompute, pack, backend, and of train all in `free`."""
+    """settings: engine, loss, recompute, and of train all in `free`."""
     train = {"steps": STEPS, "accumulate": 3, "log_every": 1, "lr": 1e-3, "save_every": 0}
-    free = ("optimizer", "resume", "precision", "compile")
+    free = ("optimizer", "resume", "precision")
     train |= {key: settings[key] for key in free if key in settings}
     values = tiny_recipe(folder, data, **train).model_dump(exclude_none=True)
-    values["data"] |= {"holdout": 5, "batch_tokens": 64, "pack": settings.get("pack", False)}
+    values["data"] |= {"holdout": 5, "batch_tokens": 64}
     loss = {"kind": settings.get("loss", "lk"), "recompute": settings.get("recompute", False)}
     values |= {"loss": loss | {"steps": 2}, "eval": {"every": 2}}
     return make_recipe(values | {"parallel": {"engine": settings.get("engine", "ddp")}})
@@ -103,7 +102,6 @@ def main(folder: Path, data: Path, settings: dict) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     loop.make_engine, parallel.allreduce_hook = keep, counted
-    compiled.BACKEND = settings.get("backend", compiled.BACKEND)
     try:
         loop.train(
             recipe_for(folder, data, settings),

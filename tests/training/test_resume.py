@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -221,19 +222,20 @@ def test_precision_fits_the_machine_and_stays(target, tmp_path, monkeypatch):
     assert saved["recipe"]["train"]["precision"] == "bfloat16"
 
 
-def test_a_run_from_before_a_setting_existed_goes_on(target, tmp_path):
+def test_a_run_of_other_settings_goes_on(target, tmp_path):
+    """One from before a setting existed, or from when there were more that were off."""
     recipe = recipe_for(tmp_path, train={"steps": 2})
     train(recipe, target=target, head=tiny_head(target))
     path = tmp_path / "run" / "state" / "state.json"
     saved = json.loads(path.read_text())
-    del (
-        saved["recipe"]["data"]["pack"],
-        saved["recipe"]["joint"],
-        saved["recipe"]["train"]["compile"],
-    )
+    del saved["recipe"]["joint"], saved["recipe"]["train"]["keep"]
+    saved["recipe"]["data"]["pack"] = saved["recipe"]["train"]["compile"] = False
     path.write_text(json.dumps(saved))
-    more = {"train": {"steps": 2, "resume": True}}
-    train(recipe_for(tmp_path, **more), target=target, head=tiny_head(target))
-    more["data"] = {"pack": True}
-    with pytest.raises(ValueError, match=r"data.pack: was False, is True"):
-        train(recipe_for(tmp_path, **more), target=target, head=tiny_head(target))
+    again = recipe_for(tmp_path, train={"steps": 2, "resume": True})
+    train(again, target=target, head=tiny_head(target))
+    for section, name in (("data", "pack"), ("train", "compile")):
+        changed = copy.deepcopy(saved)
+        changed["recipe"][section][name] = True
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=rf"with {section}.{name}=True, a setting.*removed"):
+            train(again, target=target, head=tiny_head(target))

@@ -1,4 +1,4 @@
-"""Keys of a recipe that do not exist, and settings of a head kind that are wrong."""
+"""Keys of a recipe that do not exist (any more), and settings of a head kind that are wrong."""
 
 from __future__ import annotations
 
@@ -10,17 +10,50 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from headstart.model.heads.common.base import head_class
 
+# Settings that there were once: by which value they were off, and why they went.
+REMOVED: dict[str, tuple[Any, str]] = {
+    "data.pack": (
+        False,
+        "several conversations in one row were slower than rows of their own, on CPUs and GPUs",
+    ),
+    "train.compile": (False, "torch.compile made the head's layers hardly faster"),
+}
+
 
 def unknown_keys(model: type[BaseModel], values: Any, path: str) -> Iterator[str]:
     """By their full name, with the nearest one that exists."""
     if not isinstance(values, Mapping) or model.model_config.get("extra") == "allow":
         return
     for key, value in values.items():
+        if f"{path}{key}" in REMOVED:
+            yield f"{path}{key} (removed: {REMOVED[f'{path}{key}'][1]}; leave it out)"
+            continue
         if key not in model.model_fields:
             yield _nearest(path, str(key), list(model.model_fields))
             continue
         for inner in _section_types(model.model_fields[key].annotation):
             yield from unknown_keys(inner, value, f"{path}{key}.")
+
+
+def without_removed(saved: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A recipe that was saved when there were more settings, without those that were off.
+
+    ValueError names one that was on.
+    """
+    values = {
+        name: dict(section) if isinstance(section, Mapping) else section
+        for name, section in saved.items()
+    }
+    for key, (off, why) in REMOVED.items():
+        section, name = key.split(".")
+        value = (values.get(section) or {}).pop(name, off)
+        if value != off:
+            raise ValueError(
+                f"{source} was made with {key}={value}, a setting that was removed: {why}. Start "
+                "anew in another train.output, or go on with the version of Headstart that began "
+                "it."
+            )
+    return values
 
 
 def unknown_open_keys(head: Any, target: Any) -> list[str]:

@@ -66,8 +66,7 @@ class DataConfig(Section):
     or random_rows: so many made-up sequences, for a random target. batch_tokens: rows times the
     longest row, so the memory of a batch. max_length: longer conversations are cut. holdout:
     conversations kept out of training to measure the loss on. skip_broken: leave broken lines out
-    instead of stopping. pack: rows hold several conversations, each of which sees itself only, in
-    place of padding. features: a folder that `headstart features` wrote with this recipe: what
+    instead of stopping. features: a folder that `headstart features` wrote with this recipe: what
     the target sees is then taken from there instead of being worked out again.
     """
 
@@ -78,7 +77,6 @@ class DataConfig(Section):
     batch_tokens: int = Field(default=4096, ge=3)
     holdout: int = Field(default=0, ge=0)
     skip_broken: bool = False
-    pack: bool = False
     features: str | None = None
 
     @model_validator(mode="after")
@@ -140,8 +138,7 @@ class TrainConfig(Section):
     and the rest with AdamW; betas[1] is then its momentum too. lr falls as a cosine to lr_floor *
     lr after a linear warm-up over the part `warmup` of the run. precision: of the head's matrix
     products; its weights are always float32; auto is bfloat16 where the hardware has it, else
-    float32. compile: the head's layers by torch.compile, which fuses what stands between matrix
-    products. save_every: steps between checkpoints to resume from (0: only before evaluations and
+    float32. save_every: steps between checkpoints to resume from (0: only before evaluations and
     at the end). keep: how many of them stay (the older ones as state_stepN, which take the place of
     the folder state to go back to). resume: go on with the run in output; auto starts one where
     there is none yet, for jobs that a cluster stops and starts again.
@@ -161,7 +158,6 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: bool = False
     seed: int = 0
     log_every: int = Field(default=10, ge=1)
     save_every: int = Field(default=500, ge=0)

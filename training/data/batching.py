@@ -4,21 +4,18 @@ The order follows from (seed, epoch) alone and the position in the data is one i
 go on where it stopped. Several processes share every batch by rows, so they see together what one
 process would see.
 
-Legend: B batch rows, T positions, M conversations of a row, V vocabulary.
+Legend: B batch rows, T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 POOL_BATCHES = 64  # rows of similar length are looked for among this many batches
-Rows: TypeAlias = "list[list[int]]"  # the conversations of each row of a batch
 MIN_TOKENS = 3  # step 0 learns x[t + 2]: shorter rows teach nothing
 
 
@@ -26,16 +23,14 @@ MIN_TOKENS = 3  # step 0 learns x[t + 2]: shorter rows teach nothing
 class Batch:
     """tokens_BT, padded on the right behind lengths_B; loss_mask_BT: x[t] is to be predicted.
 
-    rows_BM: which conversations a row holds, on the CPU, filled up with -1 (held-out ones are
-    counted behind the others). starts_BT: where in its row the conversation of each position
-    begins, if rows hold several; padding is one of its own.
+    rows_B: which conversation each row is, on the CPU (held-out ones are counted behind the
+    others).
     """
 
     tokens_BT: Tensor
     lengths_B: Tensor
     loss_mask_BT: Tensor
-    rows_BM: Tensor | None = None
-    starts_BT: Tensor | None = None
+    rows_B: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda values: values.to(device, non_blocking=True))
@@ -46,8 +41,7 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tokens_BT, lengths_B = change(self.tokens_BT), change(self.lengths_B)
-        starts_BT = None if self.starts_BT is None else change(self.starts_BT)
-        return Batch(tokens_BT, lengths_B, change(self.loss_mask_BT), self.rows_BM, starts_BT)
+        return Batch(tokens_BT, lengths_B, change(self.loss_mask_BT), self.rows_B)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -59,12 +53,11 @@ class Batch:
         exchange between the processes all the same.
         """
         rows, columns = self.share(index, count)
-        rows_BM = None if self.rows_BM is None else self.rows_BM[rows]
-        starts_BT = None if self.starts_BT is None else self.starts_BT[rows, columns]
+        rows_B = None if self.rows_B is None else self.rows_B[rows]
         lengths_B, mask_BT = self.lengths_B[rows], self.loss_mask_BT[rows, columns]
         if index >= len(self.lengths_B):
             lengths_B, mask_BT = lengths_B.clamp(max=MIN_TOKENS), torch.zeros_like(mask_BT)
-        return Batch(self.tokens_BT[rows, columns], lengths_B, mask_BT, rows_BM, starts_BT)
+        return Batch(self.tokens_BT[rows, columns], lengths_B, mask_BT, rows_B)
 
     def share(self, index: int, count: int) -> tuple[slice, slice]:
         """Which rows and columns the `part` of a process is."""
@@ -113,29 +106,16 @@ class Corpus:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """Some conversations as one batch, each in a row of its own, on the CPU."""
-        columns = padded_length(int(self.lengths[list(rows)].max()), self.longest)
-        return replace(self.packed([[row] for row in rows], columns), starts_BT=None)
-
-    def packed(self, rows: Sequence[Sequence[int]], columns: int) -> Batch:
-        """As `batch`, with rows of several conversations, one behind the other."""
-        shape = (len(rows), columns)
+        lengths_B = self.lengths[list(rows)]
+        shape = (len(rows), padded_length(int(lengths_B.max()), self.longest))
         tokens_BT = torch.zeros(shape, dtype=torch.int64)
         mask_BT = torch.zeros(shape, dtype=torch.bool)
-        starts_BT = torch.zeros(shape, dtype=torch.int64)
-        rows_BM = torch.full((len(rows), max(map(len, rows))), -1)
-        lengths_B = torch.zeros(len(rows), dtype=torch.int64)
-        for place, together in enumerate(rows):
-            at = 0
-            for number, row in enumerate(together):
-                start, length = int(self.starts[row]), int(self.lengths[row])
-                tokens_BT[place, at : at + length] = self.tokens[start : start + length]
-                mask_BT[place, at : at + length] = self.trained[start : start + length]
-                starts_BT[place, at:] = at
-                rows_BM[place, number] = self.first + row
-                at += length
-            starts_BT[place, at:] = at
-            lengths_B[place] = at
-        return Batch(tokens_BT, lengths_B, mask_BT, rows_BM, starts_BT)
+        for place, row in enumerate(rows):
+            start, length = int(self.starts[row]), int(self.lengths[row])
+            tokens_BT[place, :length] = self.tokens[start : start + length]
+            mask_BT[place, :length] = self.trained[start : start + length]
+        rows_B = torch.tensor([self.first + row for row in rows])
+        return Batch(tokens_BT, lengths_B, mask_BT, rows_B)
 
     def token_counts(self, vocab_size: int) -> Tensor:
         """How often each token is to be predicted (V)."""
@@ -155,16 +135,15 @@ def frequent_tokens(counts_V: Tensor, size: int) -> Tensor:
 class Batches:
     """Conversations grouped by length under a token budget, in an order that (seed, epoch) decides.
 
-    A batch never holds more than `batch_tokens` tokens, padding included. pack: instead of being
-    grouped, they share rows as long as the longest one.
+    A batch never holds more than `batch_tokens` tokens, padding included.
     """
 
-    def __init__(self, lengths: Tensor, batch_tokens: int, seed: int, *, pack: bool = False):
+    def __init__(self, lengths: Tensor, batch_tokens: int, seed: int):
         self.longest = int(lengths.max())
         assert self.longest <= batch_tokens
         self.lengths = lengths
-        self.batch_tokens, self.seed, self.pack = batch_tokens, seed, pack
-        self._plans: dict[int, list[Rows]] = {}
+        self.batch_tokens, self.seed = batch_tokens, seed
+        self._plans: dict[int, list[list[int]]] = {}
         self._sizes: list[int] = []  # batches per epoch
 
     def count(self, epochs: int) -> int:
@@ -175,65 +154,36 @@ class Batches:
 
     def at(self, position: int) -> list[int]:
         """The conversations of a batch. Positions run on through the epochs."""
-        return [one for row in self._rows(position) for one in row]
-
-    def batch(self, corpus: Corpus, position: int) -> Batch:
-        """Made of the corpus whose lengths these are, on the CPU."""
-        if not self.pack:
-            return corpus.batch(self.at(position))
-        return corpus.packed(self._rows(position), self.longest)
-
-    def _rows(self, position: int) -> Rows:
         epoch = 0
         while position >= self.count(epoch + 1):
             epoch += 1
         return self._plan(epoch)[position - self.count(epoch)]
 
-    def _plan(self, epoch: int) -> list[Rows]:
+    def _plan(self, epoch: int) -> list[list[int]]:
         plan = self._plans.get(epoch)
         if plan is None:
             plan = self._planned(epoch)
             self._plans = {epoch: plan}  # one epoch at a time is in memory
         return plan
 
-    def _planned(self, epoch: int) -> list[Rows]:
+    def _planned(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.lengths), generator=generator)
         mean = float(self.lengths.float().mean())
         pool_rows = max(1, int(POOL_BATCHES * self.batch_tokens / mean))
-        batches: list[Rows] = []
+        batches: list[list[int]] = []
         for pool in order.split(pool_rows):
             by_length = pool[self.lengths[pool].sort(stable=True).indices].tolist()
-            batches += self._packed(by_length, generator) if self.pack else self._grouped(by_length)
-        return _shuffled(batches, generator)
+            batches += self._grouped(by_length)
+        order = torch.randperm(len(batches), generator=generator)
+        return [batches[place] for place in order.tolist()]
 
-    def _grouped(self, by_length: list[int]) -> list[Rows]:
-        """One conversation a row, as many rows per batch as fit."""
-        batches: list[Rows] = [[]]
+    def _grouped(self, by_length: list[int]) -> list[list[int]]:
+        """As many conversations per batch as fit."""
+        batches: list[list[int]] = [[]]
         for row in by_length:
             columns = padded_length(int(self.lengths[row]), self.longest)
             if (len(batches[-1]) + 1) * columns > self.batch_tokens:
                 batches.append([])
-            batches[-1].append([row])
+            batches[-1].append(row)
         return [batch for batch in batches if batch]
-
-    def _packed(self, by_length: list[int], generator: torch.Generator) -> list[Rows]:
-        """Longest first, each into the fullest row that has room for it (best fit decreasing)."""
-        rows: Rows = []
-        room: list[tuple[int, int]] = []  # of each row, least first
-        for one in reversed(by_length):
-            length = int(self.lengths[one])
-            place = bisect_left(room, (length, 0))
-            if place < len(room):
-                left, row = room.pop(place)
-            else:
-                left, row = self.longest, len(rows)
-                rows.append([])
-            rows[row].append(one)
-            insort(room, (left - length, row))
-        rows, size = _shuffled(rows, generator), self.batch_tokens // self.longest
-        return [rows[at : at + size] for at in range(0, len(rows), size)]
-
-
-def _shuffled(values: list[Any], generator: torch.Generator) -> list[Any]:
-    return [values[place] for place in torch.randperm(len(values), generator=generator).tolist()]

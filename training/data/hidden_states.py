@@ -164,20 +164,14 @@ class Features:
 
     def load(self, batch: Batch, dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
         """L x B x T x D in main memory. pinned: where a GPU fetches it on its own."""
-        assert batch.rows_BM is not None
-        rows, length = batch.rows_BM.tolist(), batch.tokens_BT.shape[1]
+        assert batch.rows_B is not None
+        rows, length = batch.rows_B.tolist(), batch.tokens_BT.shape[1]
         taps = len(self.index.layers) + 1
         shape = (taps, len(rows), length, self.index.hidden_size)
         seen_LBTD = torch.zeros(shape, dtype=dtype, pin_memory=pinned)
-        for place, together in enumerate(rows):
-            at, end = 0, int(batch.lengths_B[place])
-            for row in together:
-                if row < 0 or at == end:
-                    break
-                values_LTD = self._row(row)[:, : end - at]
-                until = at + values_LTD.shape[1]
-                seen_LBTD[:, place, at:until] = values_LTD.to(dtype)
-                at = until
+        for place, row in enumerate(rows):
+            end = int(batch.lengths_B[place])
+            seen_LBTD[:, place, :end] = self._row(row)[:, :end].to(dtype)
         return seen_LBTD
 
     def seen(self, seen_LBTD: Tensor, device: torch.device) -> TargetOutput:
@@ -256,8 +250,8 @@ def _shard(
             )
             taps = [*(seen.hidden_states[layer] for layer in index.layers), seen.lm_head_input_BTD]
             values_LBTD = torch.stack(taps).cpu()
-            assert batch.rows_BM is not None
-            for place, row in enumerate(batch.rows_BM[:, 0].tolist()):
+            assert batch.rows_B is not None
+            for place, row in enumerate(batch.rows_B.tolist()):
                 values_LTD = values_LBTD[:, place, : int(batch.lengths_B[place])].contiguous()
                 stored = _stored(str(row), values_LTD, index.kind)
                 tensors |= stored

@@ -41,7 +41,7 @@ class Prefetcher:
     ):
         """dtype: of stored values on the device."""
         data, self.accumulate = recipe.data, recipe.train.accumulate
-        self.batches = Batches(corpus.lengths, data.batch_tokens, recipe.train.seed, pack=data.pack)
+        self.batches = Batches(corpus.lengths, data.batch_tokens, recipe.train.seed)
         self.corpus, self.features, self.team = corpus, features, team
         self.dtype, self.device = dtype, team.device
         self.pins = self.device.type == "cuda"
@@ -82,7 +82,7 @@ class Prefetcher:
         return self.features.load(self._part(self._whole(position)), self.dtype, pinned=self.pins)
 
     def _whole(self, position: int) -> Batch:
-        return self.batches.batch(self.corpus, position)
+        return self.corpus.batch(self.batches.at(position))
 
     def _part(self, batch: Batch) -> Batch:
         return batch.part(self.team.index, self.team.count)

@@ -45,10 +45,8 @@ class Zero(Engine):
         )
         self._make_room()
 
-    def forward(
-        self, seen: TargetOutput, tokens_BT: Tensor, starts_BT: Tensor | None = None, *, last: bool
-    ) -> list[Tensor]:
-        hidden: list[Tensor] = self.engine(seen, tokens_BT, starts_BT)
+    def forward(self, seen: TargetOutput, tokens_BT: Tensor, *, last: bool) -> list[Tensor]:
+        hidden: list[Tensor] = self.engine(seen, tokens_BT)
         return hidden
 
     def backward(self, total: Tensor, *, last: bool) -> None:

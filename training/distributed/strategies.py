@@ -26,7 +26,6 @@ from torch.optim import Optimizer
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.output import TargetOutput
 from headstart.model.target.sharding import full_tensor, local_tensor
-from headstart.training.compiled import compile_blocks
 from headstart.training.config.schema import Recipe
 from headstart.training.optim.optimizers import make_optimizers, set_learning_rate
 from headstart.training.reporting.step_timer import StepTimer
@@ -46,15 +45,11 @@ class Unrolled(nn.Module):
         self.adapters = nn.ParameterList(adapters)
         head.recompute = recipe.loss.recompute
         self.halved = recipe.train.precision == "bfloat16"
-        if recipe.train.compile:
-            compile_blocks(head)
 
-    def forward(
-        self, seen: TargetOutput, tokens_BT: Tensor, starts_BT: Tensor | None = None
-    ) -> list[Tensor]:
+    def forward(self, seen: TargetOutput, tokens_BT: Tensor) -> list[Tensor]:
         # Within the module: DeepSpeed switches off what was set around it.
         with self.autocast():
-            return self.head.unroll(seen, tokens_BT, self.steps, starts_BT)
+            return self.head.unroll(seen, tokens_BT, self.steps)
 
     def autocast(self) -> torch.autocast:
         device = self.head.target.device.type
@@ -76,9 +71,7 @@ class Engine(ABC):
         self.unrolled = Unrolled(head, recipe, adapters.values())
 
     @abstractmethod
-    def forward(
-        self, seen: TargetOutput, tokens_BT: Tensor, starts_BT: Tensor | None = None, *, last: bool
-    ) -> list[Tensor]:
+    def forward(self, seen: TargetOutput, tokens_BT: Tensor, *, last: bool) -> list[Tensor]:
         """`DraftHead.unroll`, by the spread-out head. last: as for the `backward` that follows."""
 
     @abstractmethod
@@ -135,11 +128,9 @@ class Replicated(Engine):
         self.clock.mark("backward")
         self.waiting = True
 
-    def forward(
-        self, seen: TargetOutput, tokens_BT: Tensor, starts_BT: Tensor | None = None, *, last: bool
-    ) -> list[Tensor]:
+    def forward(self, seen: TargetOutput, tokens_BT: Tensor, *, last: bool) -> list[Tensor]:
         with self._exchanging(last):  # DDP decides here what its backward pass will do
-            hidden: list[Tensor] = self.module(seen, tokens_BT, starts_BT)
+            hidden: list[Tensor] = self.module(seen, tokens_BT)
         return hidden
 
     def backward(self, total: Tensor, *, last: bool) -> None:

@@ -58,9 +58,7 @@ class Joint(Teacher):
             return self._read(ours)
 
     def _read(self, batch: Batch) -> TargetOutput:
-        return self.target.forward_train(
-            batch.tokens_BT, batch.lengths_B, batch.starts_BT, self.head.taps
-        )
+        return self.target.forward_train(batch.tokens_BT, batch.lengths_B, self.head.taps)
 
     def held(self, loss: Loss, seen: TargetOutput, batch: Batch) -> Loss:
         with self.model.disable_adapter(), torch.no_grad():

@@ -10,7 +10,7 @@ token is accepted with probability alpha = sum(min(p, q)) = 1 - TV(p, q) (arXiv 
 
 The LM head is frozen, so only the hidden rows need a gradient, and that of these losses is known in
 closed form. `loss_sum` computes loss and gradient chunk by chunk, keeping the logits of one chunk
-only; `loss_sum_eager` is plain autograd over everything, and a test holds that both agree.
+only; the tests hold it to plain autograd over everything.
 
 Indexing: anchor t, step k, teacher row r = t + 1 + k, label x[r + 1]. One teacher row serves all
 steps, so the chunks run over teacher rows.
@@ -62,13 +62,7 @@ def valid_steps(batch: Batch, steps: int) -> Tensor:
     mask_BT = mask_BT & (places_T < batch.lengths_B[:, None])
     padded_BT = torch.nn.functional.pad(mask_BT, (0, steps + 1))
     length = mask_BT.shape[1]
-    valid_KBT = torch.stack([padded_BT[:, 2 + step :][:, :length] for step in range(steps)])
-    if batch.starts_BT is None:
-        return valid_KBT
-    # The label is of the anchor's own conversation: that began no later than the anchor.
-    starts_BT = torch.nn.functional.pad(batch.starts_BT, (0, steps + 1))
-    own = [starts_BT[:, 2 + step :][:, :length] <= places_T for step in range(steps)]
-    return valid_KBT & torch.stack(own)
+    return torch.stack([padded_BT[:, 2 + step :][:, :length] for step in range(steps)])
 
 
 def answer_rows(batch: Batch) -> Tensor:
@@ -352,31 +346,3 @@ def _blocks(values_RV: Tensor) -> Iterator[slice]:
     size = rows if values_RV.is_cuda else max(1, BLOCK_BYTES // (4 * width))
     for at in range(0, rows, size):
         yield slice(at, at + size)
-
-
-def loss_sum_eager(
-    config: LossConfig, head: DraftHead, seen: TargetOutput, hidden: Sequence[Tensor], batch: Batch
-) -> Tensor:
-    """The total of `loss_sum` in plain autograd, all logits at once. The reference for tests."""
-    valid_KBT = valid_steps(batch, len(hidden))
-    weights_KBT = step_weights(config, valid_KBT)
-    with torch.no_grad():
-        target_BTV = head.target.unembed(seen.lm_head_input_BTD)
-        wide = torch.promote_types(torch.float32, target_BTV.dtype)
-        ids = slice(None) if head.draft_ids is None else head.draft_ids
-        p_BTW = target_BTV.softmax(-1, dtype=wide)[..., ids]
-        r_BTW = target_BTV[..., ids].softmax(-1, dtype=wide)
-    losses, alphas = [], []
-    for step, hidden_BTD in enumerate(hidden):
-        teacher_BTW = p_BTW.roll(-1 - step, dims=1)  # what rolls around is invalid
-        restricted_BTW = r_BTW.roll(-1 - step, dims=1)
-        logq_BTW = head.logits(hidden_BTD).log_softmax(-1, dtype=wide)
-        kl_BT = torch.nn.functional.kl_div(logq_BTW, restricted_BTW, reduction="none").sum(-1)
-        alpha_BT = torch.minimum(teacher_BTW, logq_BTW.exp()).sum(-1)
-        kl_weight, tv_weight = _mix(config, alpha_BT.detach())
-        losses.append(kl_weight * kl_BT + tv_weight * (1 - alpha_BT))
-        alphas.append(alpha_BT)
-    if config.kind == "e2e_tv":
-        chains_KBT = torch.stack(alphas).mul(weights_KBT).cumprod(0)
-        return (weights_KBT - chains_KBT).sum()
-    return (torch.stack(losses) * weights_KBT).sum()

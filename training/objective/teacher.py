@@ -48,9 +48,7 @@ class Teacher:
         together = self.target.is_tensor_parallel
         batch = whole.to(self.target.device) if together else ours
         with torch.no_grad():
-            seen = self.target.forward_train(
-                batch.tokens_BT, batch.lengths_B, batch.starts_BT, self.head.taps
-            )
+            seen = self.target.forward_train(batch.tokens_BT, batch.lengths_B, self.head.taps)
         return seen.slice(*whole.share(self.team.index, self.team.count)) if together else seen
 
     def held(self, loss: Loss, seen: TargetOutput, batch: Batch) -> Loss:

@@ -7,9 +7,6 @@ import time
 
 import torch
 
-# Figures that say something of the machine, not of what is learned.
-MEASURED = ("tokens_per_second", "tflops", "mfu", "memory_gb", "share_")
-
 
 class StepTimer:
     """Splits a step into parts: what passed since the last mark belongs to the part named.
@@ -34,7 +31,7 @@ class StepTimer:
             self.marks.append((part, time.perf_counter()))
 
     def figures(self, speed: float) -> dict[str, float]:
-        """speed: tokens per second. The names are those of MEASURED."""
+        """speed: tokens per second."""
         return {"tokens_per_second": speed} | self._memory() | self._shares()
 
     def _shares(self) -> dict[str, float]:

@@ -68,13 +68,9 @@ class AutoregressiveHead(DraftHead):
     def next_feature(self, output_BTD: Tensor) -> Tensor:
         """The feature of the next step."""
 
-    def unroll(
-        self, seen: TargetOutput, tokens_BT: Tensor, steps: int, starts_BT: Tensor | None = None
-    ) -> list[Tensor]:
+    def unroll(self, seen: TargetOutput, tokens_BT: Tensor, steps: int) -> list[Tensor]:
         positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        if starts_BT is not None:
-            positions_BT = positions_BT - starts_BT
-        attend = _Unrolled(self.attention_layout, self.window, starts_BT)
+        attend = _Unrolled(self.attention_layout, self.window)
         feature_BTD = self.feature(seen)
         hidden: list[Tensor] = []
         for step in range(steps):
@@ -143,13 +139,10 @@ class AutoregressiveHead(DraftHead):
 
 
 class _Unrolled:
-    """Training attention: causal in step 0, then causal over step 0 plus the own chain.
+    """Training attention: causal in step 0, then causal over step 0 plus the own chain."""
 
-    starts_BT: where the text of each position begins, before which it sees nothing.
-    """
-
-    def __init__(self, layout: AttentionLayout, window: int | None, starts_BT: Tensor | None):
-        self.layout, self.window, self.starts_BT = layout, window, starts_BT
+    def __init__(self, layout: AttentionLayout, window: int | None):
+        self.layout, self.window = layout, window
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -157,20 +150,19 @@ class _Unrolled:
         """Of one step: the same again when the step is worked out again."""
         return partial(self._attend, step)
 
-    @torch.compiler.disable  # compiled layers leave it out: it keeps what later steps see
     def _attend(self, step: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if step and self.layout == "kvshare":
-            return _causal(queries, self.keys[0], self.values[0], self.window, self.starts_BT)
+            return _causal(queries, self.keys[0], self.values[0], self.window)
         if len(self.keys) == step:
             self.keys.append(keys)
             self.values.append(values)
         if step == 0:
-            return _causal(queries, keys, values, self.window, self.starts_BT)
+            return _causal(queries, keys, values, self.window)
         # What is worked out later must not see the steps that came after it.
         chain = ((*self.keys[:step], keys), (*self.values[:step], values))
         positions = queries.shape[2]
         if positions <= QUERY_CHUNK:
-            return _attend_chain(queries, 0, *chain, self.window, self.starts_BT)
+            return _attend_chain(queries, 0, *chain, self.window)
         # Recomputed in the backward pass, so that no T x T matrix outlives its chunk.
         parts = [
             checkpoint(
@@ -179,7 +171,6 @@ class _Unrolled:
                 at,
                 *chain,
                 self.window,
-                self.starts_BT,
                 use_reentrant=False,
             )
             for at in range(0, positions, QUERY_CHUNK)
@@ -187,36 +178,28 @@ class _Unrolled:
         return torch.cat(parts, 2)
 
 
-def _causal(
-    queries: Tensor, keys: Tensor, values: Tensor, window: int | None, starts_BT: Tensor | None
-) -> Tensor:
+def _causal(queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
     """Every position sees itself and what came before, of that at most the last `window`."""
     positions = queries.shape[2]
-    if starts_BT is None and (window is None or positions <= window):
+    if window is None or positions <= window:
         return grouped_attention(queries, keys, values, None, causal=True)
     parts = []
     for at in range(0, positions, QUERY_CHUNK):
         until = min(at + QUERY_CHUNK, positions)
-        hidden, first = _hidden(at, until, window, starts_BT, queries.device)
+        hidden, first = _hidden(at, until, window, queries.device)
         seen = keys[:, :, first:until], values[:, :, first:until]
-        parts.append(grouped_attention(queries[:, :, at:until], *seen, ~hidden[:, None]))
+        parts.append(grouped_attention(queries[:, :, at:until], *seen, ~hidden[None, None]))
     return torch.cat(parts, 2)
 
 
-def _hidden(
-    at: int, until: int, window: int | None, starts_BT: Tensor | None, device: torch.device
-) -> tuple[Tensor, int]:
-    """Which of the positions from `first` on the rows [at, until) do not see; and `first`.
-
-    B x rows x positions, or with 1 for B.
-    """
+def _hidden(at: int, until: int, window: int | None, device: torch.device) -> tuple[Tensor, int]:
+    """Which of the positions from `first` on the rows [at, until) do not see (rows x positions);
+    and `first`."""
     first = 0 if window is None else max(0, at - window + 1)
     rows = torch.arange(at, until, device=device)[:, None]
     places = torch.arange(first, until, device=device)
     hidden = places > rows if window is None else (places > rows) | (places <= rows - window)
-    if starts_BT is None:
-        return hidden[None], first
-    return hidden | (places < starts_BT[:, at:until, None]), first
+    return hidden, first
 
 
 def _first(anchors_BN: Tensor, window: int | None) -> Tensor | None:
@@ -230,13 +213,12 @@ def _attend_chain(
     keys: tuple[Tensor, ...],
     values: tuple[Tensor, ...],
     window: int | None,
-    starts_BT: Tensor | None,
 ) -> Tensor:
     """Queries from position `at` on: step-0 keys up to themselves, later keys of their own."""
     batch, heads, rows, channels = queries.shape
     groups = keys[0].shape[1]
     until = at + rows
-    hidden, first = _hidden(at, until, window, starts_BT, queries.device)
+    hidden, first = _hidden(at, until, window, queries.device)
     queries = queries.reshape(batch, groups, heads // groups, rows, channels)
     queries = queries * channels**-0.5
     first_keys = keys[0][:, :, None, first:until]
@@ -244,7 +226,7 @@ def _attend_chain(
     own_keys = [later[:, :, None, at:until] for later in keys[1:]]
     own_values = [later[:, :, None, at:until] for later in values[1:]]
     scores = queries @ first_keys.transpose(-1, -2)
-    scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+    scores = scores.masked_fill(hidden, float("-inf"))
     chain = torch.stack([(queries * later).sum(-1) for later in own_keys], -1)
     weights = torch.cat([scores, chain.to(scores.dtype)], -1).softmax(-1).to(first_values.dtype)
     attended = weights[..., : until - first] @ first_values

@@ -181,15 +181,12 @@ class DraftHead(nn.Module, ABC):
         """Start from the bound target's own weights where that helps."""
 
     @abstractmethod
-    def unroll(
-        self, seen: TargetOutput, tokens_BT: Tensor, steps: int, starts_BT: Tensor | None = None
-    ) -> list[Tensor]:
+    def unroll(self, seen: TargetOutput, tokens_BT: Tensor, steps: int) -> list[Tensor]:
         """The training computation: for each step k, B x T x D hidden states for `logits`.
 
         Row t of step k sees the target's features up to row t and the tokens x[t+1] to x[t+1+k];
         its teacher is the target's distribution at row t+1+k and its label x[t+2+k]. Rows that run
-        past the end hold anything: the loss leaves them out. starts_BT: where the text of each
-        position begins, if rows hold several; a position then sees its own text only.
+        past the end hold anything: the loss leaves them out.
         """
 
     @abstractmethod

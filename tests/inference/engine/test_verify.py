@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from headstart.inference.engine import verify
-from headstart.inference.engine.verify import accept, accept_on_device, accept_on_host
+from headstart.inference.engine.verify import Accepted, accept, accept_on_device, accept_on_host
 from headstart.model.tree.tree import NO_PARENT, Tree
 
 VOCAB = 6
@@ -64,20 +64,26 @@ def walk(candidates: Tree, row: int, draws: list[int]) -> tuple[list[int], list[
         path.append(met[0])
 
 
+def next_tokens(accepted: Accepted) -> list[int]:
+    """The token after the accepted path of every row."""
+    rows = zip(accepted.tokens_BP.tolist(), accepted.counts_B.tolist(), strict=True)
+    return [tokens[count - 1] for tokens, count in rows]
+
+
 def test_a_path_to_a_leaf_and_its_bonus_token() -> None:
     candidates = tree([[9, 1, 2, 3]], [[-1, 0, 0, 2]])
     accepted = accept(candidates, torch.tensor([[2, 5, 3, 4]]))
     assert accepted.path_BP.tolist() == [[0, 2, 3, 0]]
     assert accepted.counts_B.tolist() == [3]
     assert accepted.tokens_BP[0, :3].tolist() == [2, 3, 4]
-    assert accepted.next_B.tolist() == [4]
+    assert next_tokens(accepted) == [4]
     assert accepted.first(3).path_BP.tolist() == [[0, 2, 3]]
 
 
 def test_nothing_accepted_still_emits_the_targets_token() -> None:
     accepted = accept(tree([[9, 1, 2]], [[-1, 0, 1]]), torch.tensor([[5, 2, 2]]))
     assert accepted.counts_B.tolist() == [1]
-    assert accepted.next_B.tolist() == [5]
+    assert next_tokens(accepted) == [5]
 
 
 def test_a_right_node_under_a_wrong_parent_is_not_accepted() -> None:
@@ -89,21 +95,21 @@ def test_nodes_without_a_draw_are_never_accepted() -> None:
     accepted = accept(tree([[9, 1, 2]], [[-1, 0, 1]]), torch.tensor([[1, -1, -1]]))
     assert accepted.counts_B.tolist() == [2] and accepted.path_BP[0, :2].tolist() == [0, 1]
     accepted = accept(tree([[9, 1, 2]], [[-1, 0, 1]]), torch.tensor([[2, -1, 0]]))
-    assert accepted.counts_B.tolist() == [1] and accepted.next_B.tolist() == [2]
+    assert accepted.counts_B.tolist() == [1] and next_tokens(accepted) == [2]
 
 
 def test_padding_is_never_accepted() -> None:
     # Token 0 at the root would match the padding's token 0.
     accepted = accept(tree([[9, 0, 0]], [[-1, -1, -1]]), torch.tensor([[0, 0, 0]]))
     assert accepted.counts_B.tolist() == [1]
-    assert accepted.next_B.tolist() == [0]
+    assert next_tokens(accepted) == [0]
 
 
 def test_plain_decoding_is_a_tree_of_one_node() -> None:
     accepted = accept(Tree.root(torch.tensor([3, 4])), torch.tensor([[1], [2]]))
     assert accepted.path_BP.tolist() == [[0], [0]]
     assert accepted.counts_B.tolist() == [1, 1]
-    assert accepted.next_B.tolist() == [1, 2]
+    assert next_tokens(accepted) == [1, 2]
 
 
 def test_equals_the_walk() -> None:

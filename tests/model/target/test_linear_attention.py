@@ -23,7 +23,6 @@ from headstart.inference.engine.sampler import Sampler
 from headstart.inference.engine.stats import Stats
 from headstart.model.heads.common.base import kinds, make_head
 from headstart.model.target.load import wrap_target
-from headstart.model.target.probe import probe_packed
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
 from headstart.model.tree.tree import Tree
@@ -210,8 +209,6 @@ def test_what_has_branches_is_refused() -> None:
         target.new_cache(2)
     with pytest.raises(ValueError, match="Leave out quantize"):
         wrap_target(target.model, quantize="int8")
-    with pytest.raises(ValueError, match=r"Leave data.pack out"):
-        probe_packed(target)
     assert target._lean is None
 
 

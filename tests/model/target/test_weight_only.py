@@ -17,7 +17,6 @@ from headstart.model.checkpoint.head import load_fused, read_head_file
 from headstart.model.heads.common.base import make_head
 from headstart.model.target.load import load_target
 from headstart.model.target.target import Target
-from headstart.model.target.weight_only import held_bytes
 from headstart.model.target.weights_hash import target_hash
 from headstart.scripts.commands.train import run_recipe
 from headstart.training.config.schema import Recipe, load_recipe
@@ -42,6 +41,14 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Root mean square, relative."""
     ours, theirs = ours.detach().float(), theirs.detach().float()
     return float((ours - theirs).norm() / theirs.norm())
+
+
+def held_bytes(weight: torch.Tensor) -> int:
+    """Memory of a weight, with the scales of a quantised one."""
+    if type(weight) in (torch.Tensor, torch.nn.Parameter):
+        return weight.numel() * weight.element_size()
+    names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+    return sum(held_bytes(getattr(weight, name)) for name in names)
 
 
 def recipe(folder: Path, target: Path, *settings: str) -> Recipe:

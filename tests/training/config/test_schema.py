@@ -131,6 +131,13 @@ def test_unknown_keys_are_refused_with_the_nearest_name(override, named):
         load_recipe(SMALL, [override])
 
 
+@pytest.mark.parametrize("setting", ["data.pack", "train.compile"])
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_removed_settings_are_refused_with_the_reason(setting, value):
+    with pytest.raises(ValueError, match=rf"{setting} \(removed: .*(slower|faster).*leave it out"):
+        load_recipe(SMALL, [f"{setting}={value}"])
+
+
 @pytest.mark.parametrize(
     "override",
     [

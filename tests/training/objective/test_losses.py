@@ -22,8 +22,8 @@ from headstart.training.data.batching import Batch
 from headstart.training.objective.losses import (
     chain_gradient,
     loss_sum,
-    loss_sum_eager,
     loss_weight,
+    step_weights,
     valid_steps,
 )
 
@@ -65,6 +65,35 @@ def gradients(
     (2.5 * value).backward()
     assert all(values.grad is not None for values in hidden)
     return value.detach(), [values.grad for values in hidden if values.grad is not None]
+
+
+def loss_sum_eager(
+    config: LossConfig, head: DraftHead, seen: TargetOutput, hidden: list[Tensor], batch: Batch
+) -> Tensor:
+    """The total of `loss_sum` in plain autograd, all logits at once."""
+    weights_KBT = step_weights(config, valid_steps(batch, len(hidden)))
+    with torch.no_grad():
+        target_BTV = head.target.unembed(seen.lm_head_input_BTD)
+        wide = torch.promote_types(torch.float32, target_BTV.dtype)
+        ids = slice(None) if head.draft_ids is None else head.draft_ids
+        p_BTW = target_BTV.softmax(-1, dtype=wide)[..., ids]
+        r_BTW = target_BTV[..., ids].softmax(-1, dtype=wide)
+    losses, alphas = [], []
+    for step, hidden_BTD in enumerate(hidden):
+        teacher_BTW = p_BTW.roll(-1 - step, dims=1)  # what rolls around is invalid
+        restricted_BTW = r_BTW.roll(-1 - step, dims=1)
+        logq_BTW = head.logits(hidden_BTD).log_softmax(-1, dtype=wide)
+        kl_BT = torch.nn.functional.kl_div(logq_BTW, restricted_BTW, reduction="none").sum(-1)
+        alpha_BT = torch.minimum(teacher_BTW, logq_BTW.exp()).sum(-1)
+        constant_BT = alpha_BT.detach()
+        mixed = {"kl": torch.ones_like(constant_BT), "lk": torch.exp(-config.eta * constant_BT)}
+        kl_weight = mixed.get(config.kind, torch.zeros_like(constant_BT))
+        losses.append(kl_weight * kl_BT + (1 - kl_weight) * (1 - alpha_BT))
+        alphas.append(alpha_BT)
+    if config.kind == "e2e_tv":
+        chains_KBT = torch.stack(alphas).mul(weights_KBT).cumprod(0)
+        return (weights_KBT - chains_KBT).sum()
+    return (torch.stack(losses) * weights_KBT).sum()
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
