@@ -1,4 +1,10 @@
-"""The text of an answer while its tokens come: no half characters, and no stop strings."""
+"""The text of an answer while its tokens come: no half characters, and no stop strings.
+
+Why not `tokenizers.decoders.DecodeStream` (0.23), which does the first half: it gives nothing of a
+character that is unfinished when the text ends; it raises "Invalid prefix encountered" where a
+tokenizer with byte fallback (Llama 2, Gemma) meets a stray byte behind a character of bytes, as in
+<0xC3> <0xA9> <0xA9> b; and it takes no tokenizers written in Python.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +18,9 @@ CONTEXT = 32  # tokens that are read again before new ones, which may depend on 
 
 class TextStream:
     """Turns tokens into pieces of text, which joined are the text of all tokens.
+
+    (But for stray bytes of a tokenizer with byte fallback, which would change characters before
+    them that were shown: those stay.)
 
     A character can be spread over several tokens, so text is held back while it ends in a broken
     one. So is text that could be the beginning of a stop string. Of several stop strings the one

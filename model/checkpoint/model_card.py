@@ -1,4 +1,4 @@
-"""The model card of a fused checkpoint or of a head alone, written from what their files say.
+"""The model card of a fused checkpoint or of a head alone, from `card.md.jinja`.
 
 A card ends with a seal, the hash of what is before it: one that was edited by hand is known by it,
 and never written over.
@@ -9,18 +9,24 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
 
+from headstart.model.checkpoint.custom_generate.write import FILES
 from headstart.model.heads.common.base import DraftHead
+from headstart.model.target.lora import is_joint
 
-from .metadata import HeadMeta, Lora, Measurement
-from .usage import usage
+from .download import HEADS, WEIGHTS
+from .engine_config import ENGINES, LM_HEAD, launch_line, undraftable
+from .metadata import HeadMeta
 
-CARD = "README.md"
+CARD, TEMPLATE = "README.md", "card.md.jinja"
+FOLDER = "FOLDER"  # how commands name a checkpoint whose place is not known
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TARGET_CARD = "README.target.md"  # the target's own card, kept beside ours
 SEAL = re.compile(
@@ -35,7 +41,7 @@ def model_card(
     meta: HeadMeta,
     folder: Path,
     *,
-    place: str = "FOLDER",
+    place: str = FOLDER,
     alone: bool = False,
     licence: Mapping[str, str] | None = None,
 ) -> str:
@@ -58,18 +64,25 @@ def model_card(
         eval_results=_results(meta) or None,
         **terms,
     )
-    parts = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {'A draft head for ' + name if alone else name + ' with a draft head'}",
-        _what(head, meta, alone),
-        *([_native(meta.replaces)] if meta.replaces else []),
-        *(["## Carried over\n\n" + _grafts(meta)] if meta.grafts else []),
-        usage(head, meta, folder, place, alone),
-        "## Measured\n\n" + (_table(meta) if meta.measured else "Not measured."),
-        *(["## Calibration\n\n" + _calibration(meta)] if meta.calibration_rows else []),
-        "## Training\n\n" + _training(head, meta),
-    ]
-    return _sealed("\n\n".join(parts) + "\n")
+    fused = "fused" if alone else place
+    unsupported = undraftable(head)
+    card = ModelCard.from_template(
+        data,
+        template_str=resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
+        name=name,
+        head=head,
+        meta=meta,
+        millions=sum(parameter.numel() for parameter in head.parameters()) / 1e6,
+        alone=alone,
+        place=place,
+        fused=fused,
+        whole=meta.target if alone and not is_joint(folder) else fused,  # the target's weights
+        custom_generate=(folder / FILES[0]).is_file(),
+        unsupported=unsupported,
+        serving=[] if unsupported else _serving(head, meta, folder, place, alone),
+        recipe=yaml.safe_dump(meta.recipe, sort_keys=False) if meta.recipe else "",
+    )
+    return _sealed(f"{card}\n")
 
 
 def is_edited(text: str) -> bool:
@@ -87,29 +100,6 @@ def _sealed(text: str) -> str:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _what(head: DraftHead, meta: HeadMeta, alone: bool) -> str:
-    millions = sum(parameter.numel() for parameter in head.parameters()) / 1e6
-    size = f"of kind `{head.kind}` ({millions:.1f} M parameters)"
-    if alone:
-        changed = (
-            f" In training the target was {_changed(meta.joint)}: `adapter/` holds the change, "
-            "and fusing makes it."
-            if meta.joint is not None and not meta.grafts
-            else ""
-        )
-        return (
-            f"A draft head {size} for {meta.target}, which guesses several of its tokens ahead. "
-            "Decoding checks the guesses with the target's weights, so the text is what they alone "
-            "would write. The head belongs to just these weights; on others it is refused."
-            f"{changed}"
-        )
-    return (
-        f"The weights of {meta.target}, {_changed(None if meta.grafts else meta.joint)}, and in "
-        f"`draft_heads/` a draft head {size} that guesses several tokens ahead. Decoding checks "
-        "the guesses with these weights, so the text is what they alone would write."
-    )
 
 
 def _results(meta: HeadMeta) -> list[EvalResult]:
@@ -136,128 +126,26 @@ def _results(meta: HeadMeta) -> list[EvalResult]:
     return found
 
 
-def _changed(joint: Lora | None) -> str:
-    if joint is None:
-        return "unchanged"
-    text = f"CHANGED along with the head (LoRA of rank {joint.rank}"
-    if joint.divergence is not None:
-        text += (
-            f"; on held-out answers the Kullback-Leibler divergence from the original is "
-            f"{joint.divergence:.4f} nats per token"
-        )
-    return f"{text})"
+def _serving(head: DraftHead, meta: HeadMeta, folder: Path, place: str, alone: bool) -> list[str]:
+    """Shell commands that make vLLM and SGLang serve the target with the head."""
+    target, draft, before = "fused", f"fused/{HEADS}", []
+    if alone and _holds_lm_head(head, folder) and not is_joint(folder):
+        target, draft = meta.target, place
+    elif alone:
+        before = [f"headstart fuse {meta.target} {place} fused"]
+    elif place == FOLDER:
+        target, draft = place, f"{place}/{HEADS}"
+    else:  # they find a draft model by a folder or a whole repository, not inside one
+        before = [f"hf download {place} --local-dir fused"]
+    return [*before, *(launch_line(engine, target, draft, meta.steps) for engine in ENGINES)]
 
 
-def _native(replaces: str) -> str:
-    return (
-        f"The multi-token prediction layer that came with them (`{replaces}`) IS this head too, so "
-        "engines that draft with that layer draft with this one. All other tensors are as they "
-        "were, byte for byte."
-    )
-
-
-def _grafts(meta: HeadMeta) -> str:
-    """What the head was trained on, and what each change of the target cost."""
-    along = f", {_changed(meta.joint)}," if meta.joint is not None else ""
-    targets = [*(one.source for one in meta.grafts[1:]), meta.target]
-    rows = [
-        f"| {one.source} | {target} | {'' if one.before is None else f'{one.before:.2f}'} "
-        f"| {one.after:.2f} |"
-        for one, target in zip(meta.grafts, targets, strict=True)
-    ]
-    return "\n".join(
-        [
-            f"The head was TRAINED ON ANOTHER TARGET, {meta.trained_on}{along} and carried over to "
-            "this one as it was. The text is this target's own all the same; what suffers is how "
-            "much of it is guessed. Training the head on for this target (`train.start_from`) "
-            "wins that back.",
-            "",
-            "| from | to | accepted length before | after |",
-            "|---|---|--:|--:|",
-            *rows,
-        ]
-    )
-
-
-def _table(meta: HeadMeta) -> str:
-    rows = [
-        "| prompts | tokens | identical | accepted length | acceptance by depth | speedup "
-        "| conditions |",
-        "|---|--:|--:|--:|---|--:|---|",
-        *map(_row, meta.measured),
-        "",
-        "Identical: answers that equal those of plain decoding. Accepted length: tokens per "
-        "forward pass of the target. Speedup: total tokens over total time, relative to plain "
-        "decoding in the same engine.",
-    ]
-    answers = sum(one.answers for one in meta.measured)
-    if answers:
-        same = sum(one.identical for one in meta.measured)
-        rows += ["", f"{same:,} of {answers:,} answers equal plain decoding's, token for token."]
-    return "\n".join(rows)
-
-
-def _row(measured: Measurement) -> str:
-    depths = " ".join(f"{share:.2f}" for share in measured.acceptance)
-    speedup = "" if measured.speedup is None else f"{measured.speedup:.2f}"
-    cells = [
-        measured.prompts,
-        f"{measured.tokens:,}",
-        f"{measured.identical}/{measured.answers}" if measured.answers else "",
-        f"{measured.acceptance_length:.2f}",
-        depths,
-        speedup,
-        measured.conditions,
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _calibration(meta: HeadMeta) -> str:
-    columns = (
-        meta.calibration_rows,
-        meta.temperatures,
-        meta.calibration_errors,
-        meta.rank_acceptance,
-    )
-    rows = [
-        f"| {depth} | {positions:,} | {temperature:.2f} | {before:.3f} | {after:.3f} "
-        f"| {' '.join(f'{share:.3f}' for share in ranks)} |"
-        for depth, (positions, temperature, (before, after), ranks) in enumerate(
-            zip(*columns, strict=True), start=1
-        )
-    ]
-    text = [
-        "| depth | positions | temperature | error before | error after | acceptance by rank |",
-        "|--:|--:|--:|--:|--:|---|",
-        *rows,
-        "",
-        "On held-out answers. Error: mean distance between the probability of a guess and how "
-        "often it comes. Acceptance by rank: how often the likeliest guess comes, the second "
-        "likeliest, and so on.",
-    ]
-    if meta.path_errors is not None:
-        before, after = meta.path_errors
-        text[-1] += f" Over whole paths of drafted trees: {before:.3f} before, {after:.3f} after."
-    return "\n".join(text)
-
-
-def _training(head: DraftHead, meta: HeadMeta) -> str:
-    facts = {
-        "kind": head.kind,
-        "trained on": meta.trained_on if meta.grafts else None,
-        "layers read (0-based outputs)": ", ".join(map(str, head.taps)) or "the last hidden state",
-        "draft vocabulary": head.config.draft_vocab or head.config.vocab_size,
-        "steps ahead in training": meta.steps,
-        "answer tokens": None if meta.tokens is None else f"{meta.tokens:,}",
-        "data": meta.data,
-        "data sha256": meta.data_hash,
-        "began as": meta.start,
-        "target's layers in training, weight-only": meta.weight_only,
-    }
-    text = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
-    if meta.recipe:
-        text += f"\n\nRecipe:\n\n```yaml\n{yaml.safe_dump(meta.recipe, sort_keys=False)}```"
-    return text
+def _holds_lm_head(head: DraftHead, folder: Path) -> bool:
+    """Whether a head's file has the LM head rows that engines want of a draft vocabulary."""
+    if head.config.draft_vocab is None:
+        return True
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return LM_HEAD in file.keys()
 
 
 def licence_of(card: Path) -> dict[str, str]:

@@ -17,24 +17,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from headstart.model.heads.common.autoregressive import AttentionLayout, AutoregressiveHead
-from headstart.model.heads.common.base import HeadConfig
+from headstart.model.heads.common.autoregressive import AutoregressiveHead, RecurrentConfig
 from headstart.model.heads.common.borrow import copy_final_norm, layer_sizes
 from headstart.model.heads.common.layers import MLP, Attend, Attention, LayerConfig, RMSNorm
 from headstart.model.target.output import TargetOutput
 from headstart.model.target.target import Target
 
 
-class Config(HeadConfig):
-    """taps: the target's layers (0-based outputs) that are fused. window: how many pairs attention
-    sees (`model/recurrent.py`); all of them if none."""
-
-    layer: LayerConfig
-    taps: tuple[int, ...]
-    fc_norm: bool = False
-    norm_output: bool = False
-    attention_layout: AttentionLayout = "append"
-    window: int | None = Field(default=None, ge=1)
+class Config(RecurrentConfig):
+    taps: tuple[int, ...] = Field(
+        description="Decoder layers of the target (0-based) whose outputs are fused."
+    )
+    fc_norm: bool = Field(default=False, description="Norm each tap before they are fused.")
+    norm_output: bool = Field(
+        default=False, description="Feed the normed output back in later draft steps."
+    )
 
 
 class DecoderLayer(nn.Module):

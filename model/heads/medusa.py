@@ -28,10 +28,8 @@ from headstart.model.tree.tree import Tree
 
 
 class Config(HeadConfig):
-    """num_heads: how many tokens ahead. num_layers: residual blocks per head."""
-
-    num_heads: int = Field(4, ge=1)
-    num_layers: int = Field(1, ge=1)
+    num_heads: int = Field(default=4, ge=1, description="Heads: draft tokens ahead.")
+    num_layers: int = Field(default=1, ge=1, description="Residual blocks per head.")
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from headstart.model.heads.common.autoregressive import AttentionLayout, AutoregressiveHead
-from headstart.model.heads.common.base import HeadConfig
+from headstart.model.heads.common.autoregressive import AutoregressiveHead, RecurrentConfig
 from headstart.model.heads.common.borrow import copy_final_norm, copy_last_layer, layer_sizes
 from headstart.model.heads.common.layers import (
     MLP,
@@ -35,19 +34,20 @@ from headstart.model.target.output import TargetOutput
 from headstart.model.target.target import Target
 
 
-class Config(HeadConfig):
-    """attention_layout: `kvshare` suits our trees, `append` is what stock engines serve. window:
-    how many pairs attention sees (`model/recurrent.py`); all of them if none. feature_layer: the
-    target's decoder layer (0-based) whose output h[t] is, instead of what the LM head reads.
-    family: where the decoder layer is one of the target's own family (model/family_layer.py).
-    zero_centred: the weights of the head's own norms are added to 1."""
-
-    layer: LayerConfig
-    family: FamilyConfig | None = None
-    feature_layer: int | None = None
-    zero_centred: bool = False
-    attention_layout: AttentionLayout = "append"
-    window: int | None = Field(default=None, ge=1)
+class Config(RecurrentConfig):
+    family: FamilyConfig | None = Field(
+        default=None,
+        description="The target family's own decoder layer in place of `layer`, as in heads that "
+        "came with their target.",
+    )
+    feature_layer: int | None = Field(
+        default=None,
+        description="Decoder layer of the target (0-based) whose output the head reads (default: "
+        "what the LM head reads).",
+    )
+    zero_centred: bool = Field(
+        default=False, description="Add 1 to the weights of the head's own norms."
+    )
 
 
 class DecoderLayer(nn.Module):

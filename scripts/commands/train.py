@@ -36,14 +36,18 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change: key.sub=value.")
     ] = None,
-    explain: Annotated[bool, typer.Option(help="Print the resolved recipe and stop.")] = False,
+    explain: Annotated[
+        bool,
+        typer.Option(help="Print the resolved recipe with the meaning of every setting, and stop."),
+    ] = False,
 ) -> None:
     """Train a head; Ctrl-C saves, and train.resume=true goes on."""
-    from headstart.training.config import schema as recipes
+    from headstart.training.config import explain as explaining
+    from headstart.training.config.schema import load_recipe
 
-    resolved = recipes.load_recipe(find_recipe(recipe), overrides or [])
+    resolved = load_recipe(find_recipe(recipe), overrides or [])
     if explain:
-        show(recipes.explain(resolved))
+        show(explaining.explain(resolved))
         return
     run_recipe(resolved)
 

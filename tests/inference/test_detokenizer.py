@@ -6,7 +6,8 @@ import random
 
 import pytest
 from chat_model import tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headstart.inference.detokenizer import CONTEXT, TextStream
 from headstart.model.target.load import wrap_target
@@ -54,6 +55,37 @@ def test_text_that_is_broken_comes_out_as_it_is(target: Target) -> None:
     for seed in range(5):
         tokens = [chance.randrange(256) for _ in range(300)]
         assert "".join(told(TextStream(target), tokens, seed)) == target.text(tokens)
+
+
+def byte_fallback() -> Tokenizer:
+    """A tokenizer of letters and bytes, as those of Llama 2 and Gemma are."""
+    pieces = ["\u2581", "a", "b", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    fused = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence([*fused, decoders.Strip(" ", 1, 0)])
+    made.add_special_tokens(["</s>"])
+    return made
+
+
+def test_bytes_of_a_tokenizer_that_falls_back_to_them() -> None:
+    made = PreTrainedTokenizerFast(tokenizer_object=byte_fallback(), eos_token="</s>")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=len(made), num_attention_heads=2, **sizes)
+    target = wrap_target(LlamaForCausalLM(config), made)
+    characters = [[4 + byte for byte in one.encode()] for one in "\u20ac\xe9"]
+    chance = random.Random(2)
+    for seed in range(50):
+        tokens: list[int] = []
+        for _ in range(60):
+            tokens += chance.choice([[0], [1], [2], [3], *characters])
+        tokens += [1, 4 + 0xC3] * (seed % 2)  # an unfinished character at the end
+        assert "".join(told(TextStream(target), tokens, seed)) == target.text(tokens)
+    stray = [4 + 0xC3, 4 + 0xA9, 4 + 0xA9, 2]  # which makes the whole run of bytes invalid
+    assert target.text(stray) == "\ufffd\ufffd\ufffdb"
+    stream = TextStream(target)
+    pieces = [*(stream.add([token]) for token in stray), stream.end()]
+    assert pieces[:2] == ["", "\xe9"] and pieces[2:] == ["", "\ufffd\ufffdb", ""]
 
 
 def test_stop_strings_do_not_depend_on_the_steps(target: Target) -> None:

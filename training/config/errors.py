@@ -1,14 +1,15 @@
-"""Keys of a recipe that do not exist (any more), and settings of a head kind that are wrong."""
+"""What is wrong in a recipe, by the full name of each key and with the nearest one that exists."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from headstart.model.heads.common.base import head_class
+TAG = "kind"  # tells the sections of a union apart
 
 # Settings that there were once: by which value they were off, and why they went.
 REMOVED: dict[str, tuple[Any, str]] = {
@@ -20,19 +21,26 @@ REMOVED: dict[str, tuple[Any, str]] = {
 }
 
 
-def unknown_keys(model: type[BaseModel], values: Any, path: str) -> Iterator[str]:
-    """By their full name, with the nearest one that exists."""
-    if not isinstance(values, Mapping) or model.model_config.get("extra") == "allow":
-        return
-    for key, value in values.items():
-        if f"{path}{key}" in REMOVED:
-            yield f"{path}{key} (removed: {REMOVED[f'{path}{key}'][1]}; leave it out)"
+def readable(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    """Put pydantic's errors in a model into one line per key. source: where the values come from.
+
+    Unknown keys are told alone, since a wrong or missing value may be one of them.
+    """
+    unknown: list[str] = []
+    wrong: dict[str, list[str]] = {}
+    for item in error.errors():
+        names, known, choices = _find(model, item["loc"])
+        if item["type"] == "extra_forbidden":
+            unknown.append(_unknown(".".join(names), known))
             continue
-        if key not in model.model_fields:
-            yield _nearest(path, str(key), list(model.model_fields))
-            continue
-        for inner in _section_types(model.model_fields[key].annotation):
-            yield from unknown_keys(inner, value, f"{path}{key}.")
+        if item["type"].startswith("union_tag_"):
+            names.append(TAG)
+        place = ".".join(names) or "the recipe"
+        wrong.setdefault(place, []).append(_message(item, choices))
+    if unknown:
+        return "\n  ".join([f"Unknown keys in {source}:", *unknown])
+    lines = [f"{place}: {', or '.join(messages)}" for place, messages in wrong.items()]
+    return "\n  ".join([f"Wrong values in {source}:", *lines])
 
 
 def without_removed(saved: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -56,54 +64,67 @@ def without_removed(saved: Mapping[str, Any], source: str) -> dict[str, Any]:
     return values
 
 
-def unknown_open_keys(head: Any, target: Any) -> list[str]:
-    """Those of a head kind's own settings, and of a random target's model type."""
-    found: list[str] = []
-    if isinstance(head, Mapping) and isinstance(head.get("kind"), str):
-        found += unknown_keys(head_class(head["kind"])[1], head, "head.")
-    sizes = target.get("random") if isinstance(target, Mapping) else None
-    if isinstance(sizes, Mapping):
-        found += _unknown_sizes(sizes)
-    return found
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The sections in an annotation such as `Section`, `Section | None` or `One | Other`."""
+    options = (annotation, *get_args(annotation))
+    return [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
-def _unknown_sizes(sizes: Mapping[str, Any]) -> Iterator[str]:
+def _find(
+    model: type[BaseModel], loc: Iterable[int | str]
+) -> tuple[list[str], list[str], list[str]]:
+    """Follow pydantic's path to a value: its names, those beside the last, and the tags below it.
+
+    Pydantic's path also names the alternative of a union it took, which no recipe holds.
+    """
+    names: list[str] = []
+    known: list[str] = []
+    sections = [model]
+    for step in loc:
+        if len(sections) > 1:
+            sections = [section for section in sections if step in _tags(section)]
+        elif sections:
+            fields = sections[0].model_fields
+            names, known = [*names, str(step)], list(fields)
+            sections = sections_of(fields[str(step)].annotation) if step in fields else []
+        elif isinstance(step, int):
+            names.append(str(step))
+    return names, known, [tag for section in sections for tag in _tags(section)]
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    if key in REMOVED:
+        return f"{key} (removed: {REMOVED[key][1]}; leave it out)"
+    return _nearest(key, known)
+
+
+def _tags(section: type[BaseModel]) -> tuple[str, ...]:
+    field = section.model_fields.get(TAG)
+    return () if field is None else get_args(field.annotation)
+
+
+def _message(item: ErrorDetails, choices: list[str]) -> str:
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    if item["type"] == "union_tag_invalid":
+        return f"unknown {_nearest(item['ctx']['tag'], choices)}"
+    if item["type"] == "union_tag_not_found":
+        return f"Field required: one of {', '.join(choices)}"
+    return item["msg"]
+
+
+def check_random_sizes(sizes: Mapping[str, Any]) -> None:
+    """ValueError for settings that a random target's model type does not have."""
     from transformers import CONFIG_MAPPING  # slow to import, and only needed here
 
     if sizes.get("model_type") not in CONFIG_MAPPING:
         return  # refused with a better message where the model is made
     config = CONFIG_MAPPING[sizes["model_type"]]()
-    for key in sizes:
-        if not hasattr(config, str(key)):
-            yield _nearest("target.random.", str(key), sorted(config.to_dict()))
-
-
-def wrong_head_values(head: Any) -> list[str]:
-    """What a kind's own settings do not allow. Those not given come from the target."""
-    if not isinstance(head, Mapping) or not isinstance(head.get("kind"), str):
-        return []
-    wrong = list(_wrong_values(head_class(head["kind"])[1], head, "head."))
-    size = head.get("draft_vocab")
-    if isinstance(size, int) and size < 1:
-        wrong.append(f"head.draft_vocab: {size} tokens are none to propose; null is all of them")
-    return wrong
-
-
-def _wrong_values(model: type[BaseModel], values: Mapping[str, Any], path: str) -> Iterator[str]:
-    for key, value in values.items():
-        field = model.model_fields[key]
-        inner = _section_types(field.annotation)
-        if inner and isinstance(value, Mapping):
-            yield from _wrong_values(inner[0], value, f"{path}{key}.")
-            continue
-        kind: Any = field.annotation
-        for rule in field.metadata:
-            kind = Annotated[kind, rule]
-        try:
-            TypeAdapter(kind).validate_python(value)
-        except ValidationError as error:
-            for item in error.errors():
-                yield f"{path}{dotted((key, *item['loc']))}: {item['msg']}"
+    unknown = [str(key) for key in sizes if not hasattr(config, str(key))]
+    if unknown:
+        known = sorted(config.to_dict())
+        found = [_nearest(f"target.random.{key}", known) for key in unknown]
+        raise ValueError(f"{sizes['model_type']} has no {'; '.join(found)}")
 
 
 def merged(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,17 +137,10 @@ def merged(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
     return whole
 
 
-def _section_types(annotation: Any) -> list[type[BaseModel]]:
-    """The sections in an annotation such as `Section` or `Section | None`."""
-    options = (annotation, *getattr(annotation, "__args__", ()))
-    return [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
-
-
-def _nearest(path: str, key: str, known: list[str]) -> str:
+def _nearest(name: str, known: list[str]) -> str:
+    """A name that does not exist, with the nearest one that does."""
+    *path, key = name.split(".")
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {path}{close[0]}?" if close else f"there are: {', '.join(known)}"
-    return f"{path}{key} ({hint})"
-
-
-def dotted(place: tuple[int | str, ...]) -> str:
-    return ".".join(map(str, place)) or "the recipe"
+    if close:
+        return f"{name} (did you mean {'.'.join([*path, close[0]])}?)"
+    return f"{name} (there are: {', '.join(known)})"

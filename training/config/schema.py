@@ -6,37 +6,50 @@ Unknown keys are refused by their full name, and single values can be set as `se
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticUndefined
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from headstart.model.heads.common.base import head_class
 from headstart.model.target.weight_only import Kind as WeightOnly
 
-from .errors import dotted, unknown_keys, unknown_open_keys, wrong_head_values
+from .errors import check_random_sizes, readable
+from .head_settings import AnyHead, Section
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+Objective = Literal["kl", "tv", "lk", "e2e_tv"]  # training/losses.py says how each is computed
 
 
 class TargetConfig(Section):
-    """The frozen model. name: Hub id, folder or .gguf; or random: settings of a tiny random one.
+    name: str | None = Field(
+        default=None,
+        description="Model on the Hub, folder or .gguf file to load. Give this or `random`.",
+    )
+    random: dict[str, Any] | None = Field(
+        default=None,
+        description="A tiny random model in place of `name`: `model_type` and other settings of "
+        "transformers' configuration of that type.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Type of the target's weights. auto: float32 on a CPU, bfloat16 on a GPU.",
+    )
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit on the Hub (default: the main branch)."
+    )
+    quantize: WeightOnly | None = Field(
+        default=None,
+        description="Hold the target's layers in 8 bits (int8, float8) or 4 (nf4) during training. "
+        "The head learns from the quantised target and can be fused with its original weights.",
+    )
 
-    dtype: of the target's own weights; auto is float32 on a CPU and bfloat16 on a GPU. quantize:
-    hold its layers in 8 bits, or 4 (nf4), while the head is trained (model/weight_only.py); the
-    head learns what that target says, and can be fused with the target's own weights.
-    """
-
-    name: str | None = None
-    random: dict[str, Any] | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    revision: str | None = None
-    quantize: WeightOnly | None = None
+    @field_validator("random")
+    @classmethod
+    def _known_sizes(cls, sizes: dict[str, Any] | None) -> dict[str, Any] | None:
+        if sizes is not None:
+            check_random_sizes(sizes)
+        return sizes
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -47,37 +60,38 @@ class TargetConfig(Section):
         return self
 
 
-class HeadSection(BaseModel):
-    """The kind, and that kind's own settings (see `Config` in headstart/model/heads/<kind>.py)."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    kind: str
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
 class DataConfig(Section):
-    """Conversations to learn from.
-
-    path: a JSONL file, several of them, a folder of data, or a data set on the Hub (its `split`);
-    or random_rows: so many made-up sequences, for a random target. batch_tokens: rows times the
-    longest row, so the memory of a batch. max_length: longer conversations are cut. holdout:
-    conversations kept out of training to measure the loss on. skip_broken: leave broken lines out
-    instead of stopping. features: a folder that `headstart features` wrote with this recipe: what
-    the target sees is then taken from there instead of being worked out again.
-    """
-
-    path: str | tuple[str, ...] | None = None
-    random_rows: int | None = Field(default=None, ge=1)
-    split: str = "train"
-    max_length: int = Field(default=2048, ge=3)
-    batch_tokens: int = Field(default=4096, ge=3)
-    holdout: int = Field(default=0, ge=0)
-    skip_broken: bool = False
-    features: str | None = None
+    path: str | tuple[str, ...] | None = Field(
+        default=None,
+        description="JSONL file of conversations, a list of them, a folder, or a data set on the "
+        "Hub. Give this or `random_rows`.",
+    )
+    random_rows: int | None = Field(
+        default=None, ge=1, description="Number of random sequences, for a random target."
+    )
+    split: str = Field(default="train", description="Split of a data set on the Hub.")
+    max_length: int = Field(
+        default=2048, ge=3, description="Maximum tokens of a conversation; longer ones are cut."
+    )
+    batch_tokens: int = Field(
+        default=4096,
+        ge=3,
+        description="Tokens of a batch, padding included (rows times the longest row), over all "
+        "processes. Decides the memory of a step.",
+    )
+    holdout: int = Field(
+        default=0,
+        ge=0,
+        description="Number of conversations kept out of training, to measure the loss on.",
+    )
+    skip_broken: bool = Field(
+        default=False, description="Leave out lines that are not valid instead of stopping."
+    )
+    features: str | None = Field(
+        default=None,
+        description="Folder that `headstart features` wrote with this recipe. The target's hidden "
+        "states are read from there instead of being recomputed.",
+    )
 
     @model_validator(mode="after")
     def _row_fits(self) -> Self:
@@ -102,125 +116,180 @@ class DataConfig(Section):
 
 
 class LossConfig(Section):
-    """The objective (training/losses.py says what each kind is).
-
-    steps: drafted tokens to train for. step_decay: weight of each step relative to the one before.
-    eta: how fast `lk` moves from KL to TV as acceptance grows. chunk_rows: rows whose logits are in
-    memory at once; null: as many as keep them under 2 GiB. recompute: work the steps out again in
-    the backward pass instead of keeping what is in between. finish: the kind for the last
-    `finish_part` of the run, if it is to change.
-    """
-
-    kind: Literal["kl", "tv", "lk", "e2e_tv"] = "lk"
-    steps: int = Field(default=3, ge=1)
-    step_decay: float = Field(default=1.0, gt=0, le=1)
-    eta: float = Field(default=3.0, ge=0)
-    chunk_rows: int | None = Field(default=None, ge=1)
-    recompute: bool = False
-    finish: Literal["kl", "tv", "lk", "e2e_tv"] | None = None
-    finish_part: float = Field(default=0.25, ge=0, le=1)
+    kind: Objective = Field(
+        default="lk",
+        description="Objective. kl: divergence from the target's distribution; tv: its total "
+        "variation distance, 1 - acceptance rate; lk: from kl to tv as acceptance grows; e2e_tv: "
+        "accepted length of the whole chain of draft tokens.",
+    )
+    steps: int = Field(
+        default=3, ge=1, description="Draft tokens to train for: steps the head is unrolled."
+    )
+    step_decay: float = Field(
+        default=1.0, gt=0, le=1, description="Weight of each step relative to the one before."
+    )
+    eta: float = Field(
+        default=3.0, ge=0, description="How fast `lk` moves from kl to tv as acceptance grows."
+    )
+    chunk_rows: int | None = Field(
+        default=None,
+        ge=1,
+        description="Rows whose logits are in memory at once (default: as fit into 2 GiB).",
+    )
+    recompute: bool = Field(
+        default=False,
+        description="Recompute activations in the backward pass instead of keeping them.",
+    )
+    finish: Objective | None = Field(
+        default=None, description="Objective for the last part of the run (default: no change)."
+    )
+    finish_part: float = Field(
+        default=0.25, ge=0, le=1, description="Share of the run that `finish` holds for."
+    )
 
 
 class WandbConfig(Section):
-    project: str
-    name: str | None = None
-    mode: Literal["online", "offline"] = "online"
+    project: str = Field(description="wandb project.")
+    name: str | None = Field(default=None, description="Name of the run (default: wandb's choice).")
+    mode: Literal["online", "offline"] = Field(
+        default="online", description="offline: write to the run's folder, for `wandb sync`."
+    )
 
 
 class TrainConfig(Section):
-    """How to optimise.
-
-    output: folder of the run. start_from: a head to begin with, as a folder (a fused one too), with
-    the settings that `head` does not change; of another target of the same sizes as well. epochs:
-    passes over the data, unless steps says how many optimizer steps. minutes: plan no more steps
-    than fit into this time at the speed of the first ones (evaluations come on top). accumulate:
-    batches per optimizer step. optimizer: muon trains matrices with Muon, which needs fewer steps,
-    and the rest with AdamW; betas[1] is then its momentum too. lr falls as a cosine to lr_floor *
-    lr after a linear warm-up over the part `warmup` of the run. precision: of the head's matrix
-    products; its weights are always float32; auto is bfloat16 where the hardware has it, else
-    float32. save_every: steps between checkpoints to resume from (0: only before evaluations and
-    at the end). keep: how many of them stay (the older ones as state_stepN, which take the place of
-    the folder state to go back to). resume: go on with the run in output; auto starts one where
-    there is none yet, for jobs that a cluster stops and starts again.
-    """
-
-    output: str
-    start_from: str | None = None
-    epochs: int = Field(default=1, ge=1)
-    steps: int | None = Field(default=None, ge=1)
-    minutes: float | None = Field(default=None, gt=0)
-    accumulate: int = Field(default=1, ge=1)
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(default=6e-4, gt=0)
-    lr_floor: float = Field(default=0.1, ge=0, le=1)
-    warmup: float = Field(default=0.04, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip: float = Field(default=1.0, gt=0)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = 0
-    log_every: int = Field(default=10, ge=1)
-    save_every: int = Field(default=500, ge=0)
-    keep: int = Field(default=1, ge=1)
-    resume: bool | Literal["auto"] = False
-    wandb: WandbConfig | None = None
-    tensorboard: bool = False
+    output: str = Field(description="Folder of the run.")
+    start_from: str | None = Field(
+        default=None,
+        description="Folder of a head (or fused folder) to start from, of this target or another "
+        "of the same sizes. Its settings hold where `head` gives no others.",
+    )
+    epochs: int = Field(default=1, ge=1, description="Passes over the data.")
+    steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps, in place of `epochs`."
+    )
+    minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="Plan no more steps than fit into this time at the speed of the first ones. "
+        "Evaluations come on top.",
+    )
+    accumulate: int = Field(default=1, ge=1, description="Batches per optimizer step.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: Muon for matrices, which needs fewer steps, AdamW for the rest.",
+    )
+    lr: float = Field(
+        default=6e-4, gt=0, description="Peak learning rate. It falls along a cosine."
+    )
+    lr_floor: float = Field(
+        default=0.1, ge=0, le=1, description="Learning rate at the end, as a share of `lr`."
+    )
+    warmup: float = Field(
+        default=0.04, ge=0, le=1, description="Share of the run with a linear warm-up."
+    )
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="AdamW's betas. The second is Muon's momentum too."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    clip: float = Field(default=1.0, gt=0, description="Maximum norm of the gradients.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Precision of the head's matrix products; its weights are float32. auto: "
+        "bfloat16 where the hardware has it, else float32.",
+    )
+    seed: int = Field(default=0, description="Seed of the first weights and the order of the data.")
+    log_every: int = Field(default=10, ge=1, description="Steps between two lines of metrics.")
+    save_every: int = Field(
+        default=500,
+        ge=0,
+        description="Steps between two checkpoints to resume from. 0: only before evaluations and "
+        "at the end.",
+    )
+    keep: int = Field(
+        default=1,
+        ge=1,
+        description="Checkpoints to keep. Older ones are `state_stepN`; rename one to `state` to "
+        "go back to it.",
+    )
+    resume: bool | Literal["auto"] = Field(
+        default=False,
+        description="Resume the run in `output`. auto: start one where there is none yet, for "
+        "jobs that a cluster stops and restarts.",
+    )
+    wandb: WandbConfig | None = Field(
+        default=None, description="Send metrics, samples and the best head to wandb."
+    )
+    tensorboard: bool = Field(
+        default=False, description="Write metrics and samples for TensorBoard."
+    )
 
 
 class ParallelConfig(Section):
-    """How several processes share the work (training/engines.py says what each engine spreads).
-
-    engine: auto is what `accelerate launch` was configured for, else ddp. deepspeed: a JSON file
-    for zero1, zero2 and zero3, with more settings (offloading, bucket sizes). target: for one that
-    fits no accelerator; held-out conversations then choose the best head, since such a target does
-    not decode. sharded: its layers lie in parts on all processes, put together one at a time.
-    tensor_parallel: all processes compute a part of every layer, of the whole batch.
-    """
-
-    engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
-    deepspeed: str | None = None
-    target: Literal["replicated", "sharded", "tensor_parallel"] = "replicated"
+    engine: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = Field(
+        default="auto",
+        description="How processes share the head: ddp replicates it, fsdp2 shards weights, "
+        "gradients and optimizer state, zero1 to zero3 shard by DeepSpeed. auto: as `accelerate "
+        "launch` was configured, else ddp.",
+    )
+    deepspeed: str | None = Field(
+        default=None,
+        description="JSON file with more settings for zero1 to zero3 (offloading, bucket sizes).",
+    )
+    target: Literal["replicated", "sharded", "tensor_parallel"] = Field(
+        default="replicated",
+        description="For a target that fits no accelerator. sharded: its layers are gathered one "
+        "at a time; tensor_parallel: all processes compute a part of every layer, of the whole "
+        "batch. Both choose the best head by held-out conversations, not by decoding.",
+    )
 
 
 class JointConfig(Section):
-    """Training the target along with the head (training/joint.py). This CHANGES the target: what it
-    says is held near the original, and the fused checkpoint holds a model of its own.
-
-    rank, alpha: of the adapters; alpha / rank scales them. modules: names of linear layers that get
-    one; all-linear: all but the LM head. keep: weight of the divergence from the original, beside
-    the head's loss. lr: the adapters' learning rate as a part of train.lr. start: the part of the
-    run in which the head learns alone.
-    """
-
-    rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
-    modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    keep: float = Field(default=1.0, ge=0)
-    lr: float = Field(default=0.1, gt=0)
-    start: float = Field(default=0.25, ge=0, lt=1)
+    rank: int = Field(default=16, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(default=32.0, gt=0, description="alpha / rank scales the adapters.")
+    modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear",
+        description="Names of linear layers that get an adapter. all-linear: all but the LM head.",
+    )
+    keep: float = Field(
+        default=1.0,
+        ge=0,
+        description="Weight of the divergence from the original target, beside the head's loss.",
+    )
+    lr: float = Field(
+        default=0.1, gt=0, description="Learning rate of the adapters, as a share of `train.lr`."
+    )
+    start: float = Field(
+        default=0.25, ge=0, lt=1, description="Share of the run in which the head trains alone."
+    )
 
 
 class EvalConfig(Section):
-    """Real decoding during training, by which the best head is chosen.
-
-    every: optimizer steps between two evaluations (0: only at the end; below 1: as a part of the
-    run, so 0.25 evaluates four times). prompts: a prompt JSONL, or the name of a shipped one; null,
-    or a target without chat template: the held-out loss decides. count: prompts used. nodes, depth,
-    width: the tree. samples: answers that are shown and kept in samples.jsonl. contexts: lengths in
-    tokens that the prompts are also filled up to, to see how the accepted length changes; they do
-    not choose the best head, and each takes longer than the evaluation itself.
-    """
-
-    every: float = Field(default=0, ge=0)
-    prompts: str | None = "dev"
-    count: int = Field(default=32, ge=1)
-    max_new_tokens: int = Field(default=128, ge=1)
-    temperature: float = Field(default=0.0, ge=0)
-    nodes: int = Field(default=8, ge=2)
-    depth: int = Field(default=4, ge=1)
-    width: int = Field(default=4, ge=1)
-    samples: int = Field(default=1, ge=0)
-    contexts: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    every: float = Field(
+        default=0,
+        ge=0,
+        description="Optimizer steps between two evaluations. Below 1: a share of the run (0.25: "
+        "four evaluations); 0: only at the end.",
+    )
+    prompts: str | None = Field(
+        default="dev",
+        description="Prompt JSONL, or the name of a shipped one. null, or a target without chat "
+        "template: the held-out loss chooses the best head.",
+    )
+    count: int = Field(default=32, ge=1, description="Number of prompts.")
+    max_new_tokens: int = Field(default=128, ge=1, description="Maximum tokens per response.")
+    temperature: float = Field(default=0.0, ge=0, description="Sampling temperature. 0: greedy.")
+    nodes: int = Field(default=8, ge=2, description="Maximum nodes of the tree, root included.")
+    depth: int = Field(default=4, ge=1, description="Maximum depth of the tree.")
+    width: int = Field(default=4, ge=1, description="Maximum children of a node.")
+    samples: int = Field(
+        default=1, ge=0, description="Responses to show, and to keep in samples.jsonl."
+    )
+    contexts: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(),
+        description="Lengths in tokens that the prompts are also filled up to, to see how the "
+        "acceptance length changes. They do not choose the best head, and each takes longer than "
+        "the evaluation itself.",
+    )
 
     @model_validator(mode="after")
     def _prompts_to_fill(self) -> Self:
@@ -241,14 +310,23 @@ UNDECISIVE = {
 
 
 class Recipe(Section):
-    target: TargetConfig
-    head: HeadSection
-    data: DataConfig
-    loss: LossConfig = LossConfig()
-    train: TrainConfig
-    parallel: ParallelConfig = ParallelConfig()
-    joint: JointConfig | None = None
-    eval: EvalConfig = EvalConfig()
+    target: TargetConfig = Field(description="The frozen model that the head drafts for.")
+    head: AnyHead = Field(description="The draft head: its kind, and that kind's settings.")
+    data: DataConfig = Field(description="Conversations to learn from.")
+    loss: LossConfig = Field(default=LossConfig(), description="The objective.")
+    train: TrainConfig = Field(description="The run: length, optimizer, checkpoints, tracking.")
+    parallel: ParallelConfig = Field(
+        default=ParallelConfig(), description="How several processes share the work."
+    )
+    joint: JointConfig | None = Field(
+        default=None,
+        description="Train the target jointly with the head, by LoRA adapters. This CHANGES the "
+        "target: the fused checkpoint holds a model of its own.",
+    )
+    eval: EvalConfig = Field(
+        default=EvalConfig(),
+        description="Decoding of held-out prompts during training, which chooses the best head.",
+    )
 
     @model_validator(mode="after")
     def _in_parts_or_quantised(self) -> Self:
@@ -266,9 +344,6 @@ class Recipe(Section):
             mode="json", include=sections, exclude=UNDECISIVE, exclude_none=True
         )
         return found
-
-
-END = "..."  # what YAML writes behind a value that stands alone
 
 
 class _Loader(yaml.SafeLoader):
@@ -305,47 +380,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """A recipe from nested values. ValueError names every wrong key by its full name."""
-    unknown = list(unknown_keys(Recipe, values, ""))
-    unknown += unknown_open_keys(values.get("head"), values.get("target"))
-    if unknown:
-        raise ValueError("\n  ".join([f"Unknown keys in {source}:", *unknown]))
-    wrong: list[str] = []
-    recipe = None
     try:
-        recipe = Recipe.model_validate(values)
+        return Recipe.model_validate(values)
     except ValidationError as error:
-        wrong += [f"{dotted(item['loc'])}: {item['msg']}" for item in error.errors()]
-    wrong += wrong_head_values(values.get("head"))
-    if wrong or recipe is None:
-        raise ValueError("\n  ".join([f"Wrong values in {source}:", *wrong]))
-    return recipe
-
-
-def explain(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; what the recipe itself does not say is marked as default."""
-    lines: list[str] = []
-    for name, section in recipe:
-        if section is None:
-            lines.append(f"{name}: null  # default")
-            continue
-        lines.append(f"{name}:")
-        lines += [f"  {line}" for line in _explain_section(section)]
-    return "\n".join(lines) + "\n"
-
-
-def _explain_section(section: BaseModel) -> Iterator[str]:
-    values = section.model_dump(mode="json")
-    given = set(section.model_fields_set)
-    if isinstance(section, HeadSection):
-        given |= set(section.settings)
-        fields = head_class(section.kind)[1].model_fields
-        for name, field in fields.items():
-            if name not in values and field.default is not PydanticUndefined:
-                values[name] = field.default
-    for name, value in values.items():
-        text = yaml.safe_dump(value, default_flow_style=True, width=1000)
-        line = f"{name}: {text.strip().removesuffix(END).strip()}"
-        yield line if name in given else f"{line}  # default"
+        raise ValueError(readable(error, Recipe, source)) from None
 
 
 def _parse(text: str, source: str) -> Any:

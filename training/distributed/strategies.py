@@ -158,6 +158,9 @@ class Replicated(Engine):
     def whole_head(self) -> DraftHead | None:
         return self.head
 
+    # Not by torch.distributed.checkpoint.state_dict: it steps an optimizer without state to give it
+    # one, so weights that had no gradient yet (adapters before joint.start) would resume with a
+    # step counted and learn otherwise; and it takes moments of another shape without a word.
     def optimizer_state(self) -> dict[str, Tensor]:
         state = {f"{ADAPTER}.{name}": one.detach() for name, one in self.adapters.items()}
         for place, optimizer, weight in places(self.optimizers):

@@ -7,7 +7,8 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from headstart.model.checkpoint.atomic import replace_text
 from headstart.training.config.schema import Recipe, WandbConfig
@@ -26,10 +27,8 @@ class Trackers:
 
     def log(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
         named = {f"{kind}/{name}": value for name, value in figures.items()}
-        if self.wandb is not None:
-            self.wandb.log(named, step=step)
-        if self.tensorboard is not None:
-            self.tensorboard.log(named, step=step)
+        for tracker in self._all():
+            tracker.log(named, step=step)
 
     def show(self, step: int, samples: Sequence[Sample]) -> None:
         """Answers of an evaluation."""
@@ -43,13 +42,15 @@ class Trackers:
     def keep(self, head: Path) -> None:
         """The finished head, as an artifact where there are such."""
         if self.wandb is not None and head.is_dir():
-            self.wandb.log_artifact(str(head), name=f"head-{self.wandb.id}", type="model")
+            run = self.wandb.tracker
+            run.log_artifact(str(head), name=f"head-{run.id}", type="model")
 
     def close(self) -> None:
-        if self.wandb is not None:
-            self.wandb.finish()
-        if self.tensorboard is not None:
-            self.tensorboard.finish()
+        for tracker in self._all():
+            tracker.finish()
+
+    def _all(self) -> list[GeneralTracker]:
+        return [one for one in (self.wandb, self.tensorboard) if one is not None]
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -63,10 +64,9 @@ def check_trackers(recipe: Recipe) -> None:
         )
 
 
-def _check_wandb(config: WandbConfig | None) -> Any:
-    """The library, or None when it is not asked for."""
+def _check_wandb(config: WandbConfig | None) -> None:
     if config is None:
-        return None
+        return
     try:
         import wandb
     except ImportError as error:
@@ -80,12 +80,11 @@ def _check_wandb(config: WandbConfig | None) -> Any:
             "train.wandb is online, but nobody is logged in here. Run `wandb login`, or set "
             "train.wandb.mode=offline."
         )
-    return wandb
 
 
-def _start_wandb(recipe: Recipe, folder: Path) -> Any:
+def _start_wandb(recipe: Recipe, folder: Path) -> WandBTracker | None:
     config = recipe.train.wandb
-    wandb = _check_wandb(config)
+    _check_wandb(config)
     if config is None:
         return None
     file = folder / WANDB_ID
@@ -94,8 +93,8 @@ def _start_wandb(recipe: Recipe, folder: Path) -> Any:
     else:
         name = secrets.token_hex(4)
         replace_text(file, f"{name}\n")
-    return wandb.init(
-        project=config.project,
+    tracker = WandBTracker(
+        config.project,
         name=config.name,
         mode=config.mode,
         id=name,
@@ -103,13 +102,13 @@ def _start_wandb(recipe: Recipe, folder: Path) -> Any:
         dir=folder,
         config=recipe.model_dump(mode="json"),
     )
+    tracker.start()
+    return tracker
 
 
-def _start_tensorboard(recipe: Recipe, folder: Path) -> Any:
+def _start_tensorboard(recipe: Recipe, folder: Path) -> TensorBoardTracker | None:
     if not recipe.train.tensorboard:
         return None
-    from accelerate.tracking import TensorBoardTracker
-
     tracker = TensorBoardTracker(TENSORBOARD, logging_dir=str(folder))
     tracker.start()
     return tracker

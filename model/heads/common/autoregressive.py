@@ -25,6 +25,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -37,11 +38,27 @@ from headstart.model.tree.grow import Children, Frontier, ShouldDeepen, grow
 from headstart.model.tree.shape import TreeShape
 from headstart.model.tree.tree import Tree
 
-from .base import DraftHead
-from .layers import Attend
+from .base import DraftHead, HeadConfig
+from .layers import Attend, LayerConfig
 
 AttentionLayout = Literal["append", "kvshare"]
 QUERY_CHUNK = 512  # rows of the explicit attention of later training steps held at once
+
+
+class RecurrentConfig(HeadConfig):
+    """Settings of the kinds that draft by applying one decoder layer again and again."""
+
+    layer: LayerConfig = Field(description="Sizes of the head's decoder layer.")
+    attention_layout: AttentionLayout = Field(
+        default="append",
+        description="What later draft steps attend to. append: the text and the draft tokens "
+        "before them, as stock engines compute it; kvshare: the text alone, which suits trees.",
+    )
+    window: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of last positions that the head's attention sees (default: all).",
+    )
 
 
 class AutoregressiveHead(DraftHead):

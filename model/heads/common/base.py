@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from headstart.model.backends import cuda_ops as accelerated
@@ -34,18 +34,19 @@ UNSET = -1  # what the offsets of a draft vocabulary hold before it is set
 
 
 class HeadConfig(BaseModel):
-    """Settings that every kind has. Sizes are taken from the target unless given.
-
-    draft_vocab: how many tokens the head can propose (the most frequent ones of the target's own
-    answers), or None for the whole vocabulary. The draft vocabulary limits guesses, never output.
-    """
+    """Settings that every kind has. Sizes are taken from the target unless given."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: str
-    hidden_size: int
-    vocab_size: int
-    draft_vocab: int | None = None
+    kind: str = Field(description="Kind of head: the name of its file in model/heads/.")
+    hidden_size: int = Field(description="Hidden size of the target.")
+    vocab_size: int = Field(description="Vocabulary size of the target.")
+    draft_vocab: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of tokens the head can propose: the most frequent ones of the target's "
+        "own responses (default: the whole vocabulary). Limits draft tokens, never output.",
+    )
 
 
 class DraftHead(nn.Module, ABC):

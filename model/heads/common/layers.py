@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 # (queries B H T C, keys B G T C, values B G T C) -> attended values B H T C. What a query may see
@@ -22,15 +22,15 @@ class LayerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    attention_bias: bool = False
-    qk_norm: bool = False
+    hidden_size: int = Field(description="Width of the hidden states.")
+    intermediate_size: int = Field(description="Width of the MLP.")
+    num_attention_heads: int = Field(description="Attention heads.")
+    num_key_value_heads: int = Field(description="Heads of keys and values.")
+    head_dim: int = Field(description="Size of an attention head.")
+    rms_norm_eps: float = Field(default=1e-5, description="Epsilon of the norms.")
+    rope_theta: float = Field(default=10000.0, description="Base of the rotary positions.")
+    attention_bias: bool = Field(default=False, description="Biases of queries, keys and values.")
+    qk_norm: bool = Field(default=False, description="Norm queries and keys per attention head.")
 
 
 class RMSNorm(nn.Module):

@@ -14,7 +14,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
@@ -38,12 +38,12 @@ KINDS = {"layer_types": "full_attention", "mlp_layer_types": "sparse", "indexer_
 
 
 class FamilyConfig(BaseModel):
-    """model_type: transformers' name of the family. settings: its configuration of one layer."""
+    """A family of targets, and its configuration of one layer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    model_type: str
-    settings: dict[str, Any]
+    model_type: str = Field(description="transformers' name of the family.")
+    settings: dict[str, Any] = Field(description="The family's configuration of one layer.")
 
     @staticmethod
     def of(config: PretrainedConfig) -> FamilyConfig:

@@ -43,6 +43,20 @@ def test_a_card_knows_whether_it_was_edited() -> None:
     assert not is_edited("---\nlicense: mit\n---\n")  # as the Hub makes it for a new repository
 
 
+def test_the_card_has_a_line_for_all_that_is_known(tmp_path: Path) -> None:
+    known = dict(steps=3, data="a.jsonl", data_hash="ff", start="best", weight_only="int8")
+    figures = (FIGURE, FIGURE.model_copy(update={"acceptance": (0.5, 0.25), "speedup": 1.5}))
+    meta = META.model_copy(update=known | {"measured": figures})
+    card = model_card(tiny_head(tiny_target(), "mtp"), meta, tmp_path)
+    assert "| talk | 9 |  | 2.25 | |  | here |" in card
+    assert "| talk | 9 |  | 2.25 | 0.50 0.25 | 1.50 | here |" in card
+    training = card.split("## Training\n\n")[1].splitlines()[:8]
+    assert [line.split(": ")[-1] for line in training] == [
+        *("mtp", "the last hidden state", "48", "3", "a.jsonl", "ff", "best", "int8"),
+    ]
+    assert "\n\n\n" not in card and not re.search(r"{[{%#]|[}%#]}|Undefined", card)
+
+
 def test_figures_go_into_a_card_that_nobody_edited(fused: Path) -> None:
     head = tiny_head(tiny_target())
     assert record(fused, head, FIGURE)

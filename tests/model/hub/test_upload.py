@@ -189,7 +189,7 @@ def test_the_card_says_what_was_measured(
     figures = {one["type"]: one["value"] for one in results[0]["metrics"]}
     assert figures == {"acceptance_length": 2.25, "speedup": 1.5, "identical_to_plain": 1.0}
     for said in (
-        "8 of 8 answers equal plain decoding's",
+        "8 of 8 responses equal those of autoregressive decoding",
         f'SpeculativeModel.from_pretrained("{name}")',
         f'model="{name}"',
         f"hf download {name} --local-dir fused",

@@ -350,7 +350,7 @@ def test_a_head_whose_target_is_not_made_yet_is_refused(fused, source, tmp_path)
 def test_the_card_does_not_say_that_the_new_target_was_adapted(fused, source):
     head = load_head(fused, load_target(source))
     joint = META.model_copy(update={"joint": Lora(rank=4, alpha=8, keep=1, divergence=0.01)})
-    assert "someone/tiny, CHANGED along" in model_card(head, joint, fused)
+    assert "someone/tiny, CHANGED jointly" in model_card(head, joint, fused)
     card = model_card(head, joint.grafted("me/new", 2.5, 2.0, OLD), fused)
     assert "The weights of me/new, unchanged, and" in card
-    assert "someone/tiny, CHANGED along with the head (LoRA of rank 4" in card
+    assert "someone/tiny, CHANGED jointly with the head (LoRA of rank 4" in card

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pydantic import BaseModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headstart.model.heads.common.base import head_class
 from headstart.model.heads.common.borrow import layer_sizes
 from headstart.model.target.modules import decoder_layers
-from headstart.training.config.schema import explain, load_recipe, make_recipe
+from headstart.training.config.errors import sections_of
+from headstart.training.config.explain import explain
+from headstart.training.config.schema import Recipe, load_recipe, make_recipe
 
 RECIPES = sorted(Path(str(resources.files("headstart.configs"))).glob("*.yaml"))
 SMALL = next(path for path in RECIPES if path.stem == "smollm2-135m_mtp")
@@ -143,12 +146,56 @@ def test_removed_settings_are_refused_with_the_reason(setting, value):
     [
         *("train.lr=fast", "train.lr=-1", "loss.kind=ce", "train.lr", "target.dtype=float64"),
         *("head.draft_vocab=0", "head.draft_vocab=-5", "head.draft_vocab=many"),
-        *("head.layer.head_dim=wide", "head.attention_layout=none"),
+        *("head.layer.head_dim=wide", "head.attention_layout=none", "head.layer=3"),
+        *("head.kind=medusae", "head.window=0", "data.path=3", "train.resume=maybe"),
+        *("train.betas=[0.9,much]", "joint.modules=all"),
     ],
 )
 def test_wrong_values_name_the_key(override):
     with pytest.raises(ValueError, match=override.split("=")[0].replace(".", r"\.")):
         load_recipe(SMALL, [override])
+
+
+def test_a_kind_of_head_is_found_by_its_nearest_name():
+    with pytest.raises(ValueError, match=r"head\.kind: unknown medusae \(did you mean medusa\?\)"):
+        load_recipe(SMALL, ["head.kind=medusae"])
+    with pytest.raises(ValueError, match=r"head\.kind: Field required: one of .*medusa"):
+        load_recipe(SMALL, ["head={draft_vocab: 8}"])
+
+
+def test_a_value_of_several_types_is_told_once():
+    with pytest.raises(ValueError) as refused:
+        load_recipe(SMALL, ["data.path=3", "head.layer=wide", "eval.contexts=[0]"])
+    lines = [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:]]
+    assert lines == ["head.layer", "data.path", "eval.contexts.0"]
+
+
+def described(model: type[BaseModel], path: str = "") -> dict[str, str | None]:
+    """Every setting by its full name, with its meaning."""
+    found: dict[str, str | None] = {}
+    for name, field in model.model_fields.items():
+        found[path + name] = field.description
+        for section in sections_of(field.annotation):
+            found |= described(section, f"{path}{name}.")
+    return found
+
+
+def test_every_setting_says_what_it_means():
+    settings = described(Recipe)
+    assert {"head.taps", "head.layer.rope_theta", "head.num_heads"} <= settings.keys()
+    assert {"train.wandb.mode", "joint.rank", "eval.contexts"} <= settings.keys()
+    assert [name for name, text in settings.items() if not text] == []
+    text = " ".join(explain(load_recipe(SMALL)).replace("#", " ").split())
+    for name, meaning in described(type(load_recipe(SMALL).head)).items():
+        assert f"{name.split('.')[-1]}:" in text and meaning is not None
+        assert " ".join(meaning.split()) in text
+
+
+def test_the_explanation_says_what_the_first_head_decides():
+    text = explain(load_recipe(SMALL, ["train.start_from=run/best", "head.layer={head_dim: 8}"]))
+    assert "  # window:  # from train.start_from" in text
+    again = make_recipe(yaml.safe_load(text))
+    assert again.head.settings["layer"] == {"head_dim": 8} and "window" not in again.head.settings
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -183,7 +183,7 @@ def test_fused_it_is_a_model_of_its_own_that_is_kept_exactly(dtype, tmp_path, ca
     torch.testing.assert_close(changed, expected, rtol=0, atol=tolerance)
 
     card = (tmp_path / "fused" / "README.md").read_text()
-    assert "CHANGED along with the head (LoRA of rank 4; on held-out answers" in card
+    assert "CHANGED jointly with the head (LoRA of rank 4; on held-out responses" in card
     assert read_head_file(tmp_path / "fused").meta.joint.divergence > 0
     results = measure(target, {"ours": Contestant(head)}, [rows[0], rows[1]], max_new_tokens=24)
     assert results["ours"].identical == results[PLAIN].prompts == 2
