@@ -144,7 +144,7 @@ class Drafter:
         if tree is None:
             return Tree.root(read.root_B)
         if self.chain and candidates:
-            tree = tree.likeliest_chain()
+            tree = tree.top1_chain()
         nodes = self.shape.nodes
         if self.spending is not None:
             nodes = min(nodes, self.spending.nodes(tree.scores_BN))

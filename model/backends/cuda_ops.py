@@ -20,10 +20,12 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+
+from headstart.model.tree.ops import TORCH_TREE_OPS, TreeOps
 
 if TYPE_CHECKING:
     from headstart.model.cache.kv_cache import KVCache
@@ -36,6 +38,12 @@ MOST_ROWS = 512  # new rows of a text; longer ones are left to the model's own m
 def functions(device: torch.device) -> ModuleType | None:
     """The Triton functions, where they run."""
     return _tried(device) if device.type == "cuda" else None
+
+
+def tree_ops(device: torch.device) -> TreeOps:
+    """The tree functions of a device."""
+    built = functions(device)
+    return TORCH_TREE_OPS if built is None else cast(TreeOps, built)
 
 
 @cache
