@@ -181,7 +181,7 @@ def test_states_are_those_of_the_text_that_was_kept(family: str) -> None:
         target.forward(chain_of([5, 6, 7, 8]), cache)  # never committed
         right = text[place : place + accepted]
         wrong = [(token + 1) % VOCAB for token in text[place + accepted :]]
-        seen = target.forward(chain_of((right + wrong)[: candidates + 1]), cache, layers=(0,))
+        seen = target.forward(chain_of((right + wrong)[: candidates + 1]), cache, taps=(0,))
         assert seen.lm_head_input_BTD.shape[1] == seen.hidden_states[0].shape[1] == candidates + 1
         cache.commit(torch.arange(candidates + 1)[None], torch.tensor([accepted]))
         place += accepted
