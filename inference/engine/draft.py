@@ -70,7 +70,7 @@ class AcceptedStep:
             return pad_sequence(rows, batch_first=True)
 
         hidden = {
-            layer: join(lambda read, layer=layer: read.seen.hidden[layer])  # type: ignore[misc]
+            layer: join(lambda read, layer=layer: read.output.hidden_states[layer])  # type: ignore[misc]
             for layer in reads[0].output.hidden_states
         }
         seen = TargetOutput(None, join(lambda read: read.output.lm_head_input_BTD), hidden)

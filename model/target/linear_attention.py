@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from headstart.model.backends.visibility import additive_mask
 from headstart.model.cache.kv_cache import KVCache
-
-from .masks import additive
 
 if TYPE_CHECKING:
     from headstart.model.tree.tree import Tree
@@ -60,7 +59,7 @@ class RecurrentTargetReader:
         mask: Tensor | None = None  # the model's own
         if cache.width and len(ids_T) > 1:
             columns_S = torch.arange(cache.columns, device=ids_T.device)
-            mask = additive((columns_S <= places_T[:, None])[None], dtype)
+            mask = additive_mask((columns_S <= places_T[:, None])[None], dtype)
         with cache.states.snapshot_at_root(self.mixers):
             last_1TD, hidden = run(ids_T[None], places_T[None], mask)
         return last_1TD[:, again:], {layer: states[:, again:] for layer, states in hidden.items()}

@@ -13,7 +13,7 @@ from .sparse_attention import small_topk_for_probe
 
 if TYPE_CHECKING:
     from .target import Target
-from .masks import AttentionWindows
+from headstart.model.backends.visibility import AttentionWindows
 
 
 def probe(target: Target) -> None:
@@ -25,7 +25,7 @@ def probe(target: Target) -> None:
     text_1T = torch.tensor([[i % target.vocab_size for i in ids]], device=target.device)
     try:
         with torch.no_grad(), small_topk_for_probe(target.layers, target.dtype):
-            mask = AttentionWindows.of(target.config).ranked(text_1T, target.dtype)
+            mask = AttentionWindows.of(target.config).whole_sequence_mask(text_1T, target.dtype)
             whole = target.model(input_ids=text_1T, attention_mask=mask, use_cache=False)
             plain = target.forward(text_1T)
             branch = (_read_chains if target.recurrent else _read_branches)(target, text_1T)

@@ -15,11 +15,26 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .sparse_attention import FAMILIES, SPARSE, indexers
+from .sparse_attention import FAMILIES, indexers
 
 if TYPE_CHECKING:
     pass
-from .masks import CHUNKED, FULL, LINEAR, MIXER, SLIDING, WINDOW_MASKS, AttentionWindows
+from headstart.model.backends.visibility import (
+    CHUNKED,
+    FULL,
+    LINEAR,
+    SLIDING,
+    SPARSE,
+    AttentionWindows,
+)
+
+MIXER = "linear_attn"  # what is recurrent in a recurrent layer
+# What the code of a model with windows builds its masks with.
+WINDOW_MASKS = (
+    "create_sliding_window_causal_mask",
+    "create_chunked_causal_mask",
+    "create_masks_for_generate",
+)
 
 
 def recurrent_mixers(

@@ -20,19 +20,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headstart.model.backends.cpu_ops import Native
-from headstart.model.backends.cuda_ops import MOST_ROWS as MOST_ROWS_ON_A_GPU
 from headstart.model.backends.cuda_ops import Accelerated
 from headstart.model.backends.fused_decoder import Lean
 from headstart.model.backends.int8 import available
-from headstart.model.backends.linear import MOST_ROWS, pack_linears
+from headstart.model.backends.linear import pack_linears
 from headstart.model.backends.select import shorter_way
+from headstart.model.backends.visibility import (
+    FULL,
+    LINEAR,
+    AdditiveMask,
+    AttentionWindows,
+    Visibility,
+)
 from headstart.model.cache.kv_cache import KVCache
 from headstart.model.tree.tree import Tree
 
 from .gqa_attention import shared_keys
 from .linear_attention import RecurrentTargetReader
 from .lm_head import LMHead, LogitsRule
-from .masks import FULL, LINEAR, AttentionWindows, pending_visibility
 from .modules import cache_kwarg, context_limit, decoder_layers, inner_model, output_head
 from .output import TargetOutput
 from .probe import probe
@@ -186,19 +191,22 @@ class Target:
                 self.unembed(lm_head_input_BTD) if logits else None, lm_head_input_BTD, hidden
             )
         steps_BT = _steps(ids_BT) if tree is None else tree.depths_BN
-        lean = self._lean if cache is not None and self._suits(ids_BT, cache) else None
-        mask: Tensor | dict[str, Tensor] | None = None  # None: the model's own causal mask
-        if cache is not None:
-            cache.reserve(ids_BT.shape[1])
-            if isinstance(lean, Accelerated):
-                mask = pending_visibility(steps_BT, tree)
-            elif tree is not None or not _plain(cache, ids_BT, self._windows, lean is not None):
-                mask = self._windows.mask(cache, steps_BT, tree, self.dtype)
-            steps_BT = steps_BT + cache.lengths_B[:, None]
-        if lean is not None and cache is not None:
-            lm_head_input_BTD, hidden = lean.read(ids_BT, steps_BT, cache, mask, layers)
+        if cache is None:
+            lm_head_input_BTD, hidden = self._read(ids_BT, steps_BT, None, None, layers)
         else:
-            lm_head_input_BTD, hidden = self._read(ids_BT, steps_BT, mask, cache, layers)
+            backend = self._lean
+            if backend is not None and not backend.accepts(ids_BT, cache):
+                backend = None
+            cache.reserve(ids_BT.shape[1])
+            visibility = Visibility(steps_BT, tree, cache, self._windows)
+            positions_BT = steps_BT + cache.lengths_B[:, None]
+            if backend is not None:
+                lm_head_input_BTD, hidden = backend.forward(
+                    ids_BT, positions_BT, cache, visibility, layers
+                )
+            else:
+                mask = None if visibility.is_causal else visibility.additive(self.dtype)
+                lm_head_input_BTD, hidden = self._read(ids_BT, positions_BT, mask, cache, layers)
         return TargetOutput(
             self.unembed(lm_head_input_BTD) if logits else None, lm_head_input_BTD, hidden
         )
@@ -216,26 +224,17 @@ class Target:
         lm_head_input_BTD, hidden = self._read(ids_BT, _steps(ids_BT), None, None, layers)
         return TargetOutput(None, lm_head_input_BTD, hidden)
 
-    def _suits(self, ids_BT: Tensor, cache: KVCache) -> bool:
-        """Whether a read takes the shorter way. Behind a text all do, and all of a quantised model:
-        rounding must not depend on how many rows are read together."""
-        behind = cache.preallocated or cache.width > 0
-        if isinstance(self._lean, Accelerated):
-            return behind and ids_BT.shape[1] <= MOST_ROWS_ON_A_GPU
-        known = self.quantized is not None or behind or ids_BT.numel() <= MOST_ROWS
-        return known and not torch.is_autocast_enabled("cpu")
-
     def _read(
         self,
         ids_BT: Tensor,
         positions_BT: Tensor,
-        mask: Tensor | dict[str, Tensor] | None,
+        mask: AdditiveMask | None,
         cache: KVCache | None,
         layers: tuple[int, ...],
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """With the model's own modules."""
         if mask is None:
-            mask = self._windows.ranked(ids_BT, self.dtype)
+            mask = self._windows.whole_sequence_mask(ids_BT, self.dtype)
         by_kind: Any = {FULL: mask, LINEAR: None} if self.recurrent and mask is not None else mask
         with self._tapped(layers) as hidden, shared_keys():
             lm_head_input_BTD: Tensor = self._decoder(
@@ -298,12 +297,3 @@ def _blank(ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
 def _steps(ids_BT: Tensor) -> Tensor:
     """Positions of a text behind what came before it."""
     return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand(ids_BT.shape)
-
-
-def _plain(cache: KVCache, ids_BT: Tensor, windows: AttentionWindows, lean: bool) -> bool:
-    """True where no mask of ours is needed: one token more, or all from the start, for which the
-    model makes its own. With sparse attention ours is always needed."""
-    if lean:
-        return cache.equal_lengths and ids_BT.shape[1] == 1 and windows.kinds == (FULL,)
-    first = ids_BT.shape[1] == 1 or cache.width == 0
-    return cache.equal_lengths and first and not windows.sparse

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from headstart.inference import SpeculativeModel
 from headstart.inference.engine.loop import StopCriteria, decode, plain
 from headstart.inference.engine.sampler import Sampler
+from headstart.model.backends.visibility import tie_break_earliest
 from headstart.model.cache.kv_cache import BLOCK, KVLayer
 from headstart.model.checkpoint.adopt import adopt
 from headstart.model.checkpoint.fuse import fuse
@@ -32,7 +33,6 @@ from headstart.model.target.sparse_attention import (
     UnusedIndexer,
     indexers,
     override_topk,
-    tie_break_earliest,
 )
 from headstart.model.target.support import refuse_config
 from headstart.model.target.target import Target
