@@ -153,16 +153,16 @@ def test_attention_of_a_head_asks_for_no_mask(monkeypatch: pytest.MonkeyPatch) -
 def test_targets_read_as_their_modules_do(family: str, batch: int) -> None:
     target = wrap_target(FAMILIES[family]().to(DEVICE))
     windows = family in ("mistral", "ministral")
-    assert windows or isinstance(target._lean, Accelerated)
+    assert windows or isinstance(target.backend, Accelerated)
     ours = reads(target, batch)
-    target._lean = None
+    target.backend = None
     for one, other in zip(ours, reads(target, batch), strict=True):
         close(one, other)
 
 
 @pytest.mark.parametrize("family", [*OTHERS, "mistral"])
 def test_what_computes_otherwise_keeps_its_modules(family: str) -> None:
-    assert wrap_target(FAMILIES[family]().to(DEVICE))._lean is None
+    assert wrap_target(FAMILIES[family]().to(DEVICE)).backend is None
 
 
 def test_layers_are_joined_and_nothing_is_held_twice() -> None:
@@ -185,7 +185,7 @@ def test_layers_are_joined_and_nothing_is_held_twice() -> None:
 @pytest.mark.parametrize("kind", kinds())
 def test_a_whole_decode(family: str, kind: str, shape: str) -> None:
     target = wrap_target(FAMILIES[family]().to(DEVICE))
-    assert isinstance(target._lean, Accelerated)
+    assert isinstance(target.backend, Accelerated)
     ids_BT, mask_BT = torch.stack(prompts([11, 11])), torch.ones(2, 11, dtype=torch.int64)
     mask_BT[1, :4] = 0
     options = {"sampler": Sampler(), "stop": StopCriteria(9)}
@@ -195,7 +195,7 @@ def test_a_whole_decode(family: str, kind: str, shape: str) -> None:
     head = head.for_decoding(target)
     tree = fitting(SHAPES[shape], head)
     assert answers(decode(target, head, ids_BT, mask_BT, shape=tree, **options), 2) == told
-    target._lean = None  # and what its modules say
+    target.backend = None  # and what its modules say
     assert answers(plain(target, ids_BT, mask_BT, **options), 2) == told
 
 
