@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from headstart.model.backends.attention import grouped_attention
+from headstart.model.backends.torch_ops import grouped_attention
 
 SDPA = "sdpa"
 

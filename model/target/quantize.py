@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from .target import Target
 from headstart.model.backends.int8 import (
     available,
-    exact_attention,
     full_precision,
     quantize_linears,
 )
+from headstart.model.backends.torch_ops import exact_attention
 
 KINDS = ("int8",)
 EXACT = "headstart_exact"  # the attention of quantised models, as transformers calls it

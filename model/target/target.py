@@ -19,12 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headstart.model.backends.cpu_ops import Native
-from headstart.model.backends.cuda_ops import Accelerated
-from headstart.model.backends.fused_decoder import Lean
+from headstart.model.backends.fused_decoder import FusedDecoder
 from headstart.model.backends.int8 import available
 from headstart.model.backends.linear import pack_linears
-from headstart.model.backends.select import shorter_way
+from headstart.model.backends.select import select_backend
 from headstart.model.backends.visibility import (
     FULL,
     LINEAR,
@@ -87,7 +85,7 @@ class Target:
         self.hidden_size, self.vocab_size = head.in_features, head.out_features
         self.num_layers = len(self._layers)
         self.device, self.dtype = head.weight.device, head.weight.dtype
-        self._lean: Accelerated | Native | Lean | None = None
+        self.backend: FusedDecoder | None = None
         self.quantized: str | None = None
         self.weight_only = weight_only
         self.recorded: object = None  # what decoding keeps from one run to the next
@@ -100,8 +98,12 @@ class Target:
             self.quantized = quantize
         if not self.is_sharded and weight_only is None:
             if not self.recurrent and not self._windows.sparse:
-                self._lean = shorter_way(self._decoder, self._layers, self.config)
+                self.backend = select_backend(
+                    self._decoder, self._layers, self.config, self._windows
+                )
             pack_linears(model)  # after the probes, which would pack what they widen
+        # quantising and packing replace the model's linear layers
+        self._lm_head = LMHead(output_head(model, name), LogitsRule.of(self.config))
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -166,7 +168,7 @@ class Target:
         cache: KVCache | None = None,
         *,
         lengths_B: Tensor | None = None,
-        layers: tuple[int, ...] = (),
+        taps: tuple[int, ...] = (),
         logits: bool = True,
     ) -> TargetOutput:
         """One forward pass over text (B x T ids, padded on the right) or a tree.
@@ -176,7 +178,7 @@ class Target:
         With a cache the rows read stay pending until `cache.commit`; without one nothing is kept.
         ValueError for branches where layers are recurrent.
         lengths_B: valid tokens per row of a text; behind them may be anything.
-        layers: decoder layers (0-based) whose output is wanted too.
+        taps: decoder layers (0-based) whose output is wanted too.
         """
         tree = tokens if isinstance(tokens, Tree) and tokens.nodes > 1 else None
         ids_BT = tokens.tokens_BN if isinstance(tokens, Tree) else tokens
@@ -185,16 +187,16 @@ class Target:
         if lengths_B is not None:
             ids_BT = _blank(ids_BT, lengths_B)
         if self.recurrent and cache is not None:
-            run = partial(self._read, cache=cache, layers=layers)
+            run = partial(self._read, cache=cache, taps=taps)
             lm_head_input_BTD, hidden = self._chains.read(ids_BT, tree, cache, self.dtype, run)
             return TargetOutput(
                 self.unembed(lm_head_input_BTD) if logits else None, lm_head_input_BTD, hidden
             )
         steps_BT = _steps(ids_BT) if tree is None else tree.depths_BN
         if cache is None:
-            lm_head_input_BTD, hidden = self._read(ids_BT, steps_BT, None, None, layers)
+            lm_head_input_BTD, hidden = self._read(ids_BT, steps_BT, None, None, taps)
         else:
-            backend = self._lean
+            backend = self.backend
             if backend is not None and not backend.accepts(ids_BT, cache):
                 backend = None
             cache.reserve(ids_BT.shape[1])
@@ -202,11 +204,11 @@ class Target:
             positions_BT = steps_BT + cache.lengths_B[:, None]
             if backend is not None:
                 lm_head_input_BTD, hidden = backend.forward(
-                    ids_BT, positions_BT, cache, visibility, layers
+                    ids_BT, positions_BT, cache, visibility, taps
                 )
             else:
                 mask = None if visibility.is_causal else visibility.additive(self.dtype)
-                lm_head_input_BTD, hidden = self._read(ids_BT, positions_BT, mask, cache, layers)
+                lm_head_input_BTD, hidden = self._read(ids_BT, positions_BT, mask, cache, taps)
         return TargetOutput(
             self.unembed(lm_head_input_BTD) if logits else None, lm_head_input_BTD, hidden
         )
@@ -215,13 +217,13 @@ class Target:
         self,
         ids_BT: Tensor,
         lengths_B: Tensor,
-        layers: tuple[int, ...] = (),
+        taps: tuple[int, ...] = (),
     ) -> TargetOutput:
         """What training reads: `read` of texts, without a cache and logits, with a graph where
         gradients are on and something of the target learns (model/joint.py).
         """
         ids_BT = _blank(ids_BT, lengths_B)
-        lm_head_input_BTD, hidden = self._read(ids_BT, _steps(ids_BT), None, None, layers)
+        lm_head_input_BTD, hidden = self._read(ids_BT, _steps(ids_BT), None, None, taps)
         return TargetOutput(None, lm_head_input_BTD, hidden)
 
     def _read(
@@ -230,13 +232,13 @@ class Target:
         positions_BT: Tensor,
         mask: AdditiveMask | None,
         cache: KVCache | None,
-        layers: tuple[int, ...],
+        taps: tuple[int, ...],
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """With the model's own modules."""
         if mask is None:
             mask = self._windows.whole_sequence_mask(ids_BT, self.dtype)
         by_kind: Any = {FULL: mask, LINEAR: None} if self.recurrent and mask is not None else mask
-        with self._tapped(layers) as hidden, shared_keys():
+        with self._tapped(taps) as hidden, shared_keys():
             lm_head_input_BTD: Tensor = self._decoder(
                 input_ids=ids_BT,
                 attention_mask=by_kind,
@@ -270,7 +272,7 @@ class Target:
         return self._lm_head.draft_logits(token_ids, rounded=self.drafts_in_int8)
 
     @contextmanager
-    def _tapped(self, layers: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
+    def _tapped(self, taps: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
         """Collect the outputs of decoder layers while the model runs."""
         hidden: dict[int, Tensor] = {}
 
@@ -280,7 +282,7 @@ class Target:
 
             return self._layers[layer].register_forward_hook(keep)
 
-        handles = [tap(layer) for layer in layers]
+        handles = [tap(layer) for layer in taps]
         try:
             yield hidden
         finally:

@@ -209,7 +209,7 @@ def test_what_has_branches_is_refused() -> None:
         target.new_cache(2)
     with pytest.raises(ValueError, match="Leave out quantize"):
         wrap_target(target.model, quantize="int8")
-    assert target._lean is None
+    assert target.backend is None
 
 
 def test_defaults_are_chains() -> None:
