@@ -30,7 +30,8 @@ from transformers import (
 from headstart.model.checkpoint.custom_generate import generate as alone
 from headstart.model.checkpoint.custom_generate.drafting import KINDS, HeadState, TargetOutput
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import load_fused, save_head
+from headstart.model.checkpoint.fused import load_fused
+from headstart.model.checkpoint.head import save_head
 from headstart.model.checkpoint.metadata import HeadMeta
 from headstart.model.heads.common.base import DraftHead, make_head
 from headstart.model.target.load import load_target, wrap_target
@@ -222,7 +223,7 @@ def test_it_guesses_what_headstart_guesses(
     tmp_path: Path, kind: str, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In every layout, with windows, draft vocabularies and norms, over several rounds."""
-    monkeypatch.setattr(Target, "rounds_guesses", False)  # integers may guess otherwise
+    monkeypatch.setattr(Target, "drafts_in_int8", False)  # integers may guess otherwise
     folder = written(tiny_target(), tmp_path, lambda one: random_head(one, kind, settings))
     target, theirs = load_fused(folder, dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -296,11 +297,11 @@ def test_what_cannot_be_decoded_is_refused(folders: dict[str, Path], ask: Ask) -
     told = [
         "one prompt at a time, and this is a batch of 2",
         "one prompt at a time, and this is a batch of 2",
-        "greedily or samples, and this asks for beam_search",
-        "num_assistant_tokens is at least 1",
+        "greedily or samples; beam_search is not supported",
+        "num_assistant_tokens must be at least 1",
         "stop_strings needs the tokenizer too",
-        "output_attentions and output_hidden_states are not kept",
-        "Open it from the fused folder",
+        "does not return output_attentions and output_hidden_states",
+        "Open it from the folder or repository of the fused checkpoint",
     ]
     for message, answer in zip(told, ask(cases), strict=True):
         assert message in answer["own"]["refused"]
@@ -356,7 +357,7 @@ def test_padding_and_caches_of_others_are_refused(folders: dict[str, Path]) -> N
         "rope_type": "longrope",
         "original_max_position_embeddings": 8,
     }
-    with pytest.raises(ValueError, match="Past 8 tokens"):
+    with pytest.raises(ValueError, match="Beyond 8 tokens"):
         alone.generate(ids, model=model, max_length=9)
 
 

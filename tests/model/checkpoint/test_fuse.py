@@ -17,18 +17,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from headstart.model.checkpoint.custom_generate.drafting import KINDS
 from headstart.model.checkpoint.custom_generate.write import FILES
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import (
-    load_fused,
-    load_head,
-    read_head_file,
-    save_head,
-    target_hash,
-)
+from headstart.model.checkpoint.fused import load_fused
+from headstart.model.checkpoint.head import load_head, read_head_file, save_head
 from headstart.model.checkpoint.metadata import HeadMeta, Measurement
 from headstart.model.checkpoint.model_card import model_card
 from headstart.model.heads.common.base import DraftHead, kinds, make_head
 from headstart.model.target.load import load_target, wrap_target
 from headstart.model.target.target import Target
+from headstart.model.target.weights_hash import target_hash
 from headstart.scripts.options.default_checkpoint import shipped_head
 
 VOCAB, DRAFT_VOCAB = 97, 31
@@ -42,9 +38,9 @@ META = HeadMeta(
             prompts="held-out chat",
             tokens=2048,
             acceptance_length=2.354,
-            acceptance=(0.71, 0.42),
+            acceptance_rates=(0.71, 0.42),
             speedup=1.62,
-            answers=8,
+            responses=8,
             identical=8,
             conditions="16 nodes, greedy, float32",
         ),
@@ -116,7 +112,7 @@ def test_save_load_save_keeps_every_byte(
     assert {p.dtype for p in again.parameters()} == {drafts_in}
     save_head(again, tmp_path / "two", read_head_file(tmp_path / "one").meta)
     assert files(tmp_path / "one") == files(tmp_path / "two")
-    assert again.layers == head.taps and again.max_depth == head.max_depth
+    assert again.taps == head.taps and again.max_depth == head.max_depth
     assert torch.equal(again.draft_ids, head.draft_ids)
     state = again.state_dict()
     for name, tensor in head.state_dict().items():

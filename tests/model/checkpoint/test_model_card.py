@@ -12,11 +12,12 @@ from tiny_run import tiny_head, tiny_recipe, tiny_target
 
 from headstart.model.checkpoint.download import hub_name
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import read_head_file, record, save_head
+from headstart.model.checkpoint.fused import record
+from headstart.model.checkpoint.head import read_head_file, save_head
 from headstart.model.checkpoint.metadata import HeadMeta, Measurement
-from headstart.model.checkpoint.model_card import is_edited, licence_of, model_card
+from headstart.model.checkpoint.model_card import is_edited, license_of, model_card
 from headstart.model.heads.common.base import make_head
-from headstart.model.hub.upload import _public
+from headstart.model.hub.upload import publishable
 from headstart.model.target.load import load_target
 
 META = HeadMeta(target="someone/tiny")
@@ -45,7 +46,7 @@ def test_a_card_knows_whether_it_was_edited() -> None:
 
 def test_the_card_has_a_line_for_all_that_is_known(tmp_path: Path) -> None:
     known = dict(steps=3, data="a.jsonl", data_hash="ff", start="best", weight_only="int8")
-    figures = (FIGURE, FIGURE.model_copy(update={"acceptance": (0.5, 0.25), "speedup": 1.5}))
+    figures = (FIGURE, FIGURE.model_copy(update={"acceptance_rates": (0.5, 0.25), "speedup": 1.5}))
     meta = META.model_copy(update=known | {"measured": figures})
     card = model_card(tiny_head(tiny_target(), "mtp"), meta, tmp_path)
     assert "| talk | 9 |  | 2.25 | |  | here |" in card
@@ -68,7 +69,7 @@ def test_figures_go_into_a_card_that_nobody_edited(fused: Path) -> None:
     assert not record(fused, head, again)
     assert card.read_text() == mine
     assert [one.prompts for one in read_head_file(fused).meta.measured] == ["talk", "sums"]
-    with pytest.raises(ValueError, match="edited by hand, and fusing anew would lose that"):
+    with pytest.raises(ValueError, match="edited by hand, and fusing again would overwrite it"):
         fuse(fused.parent / "plain", fused.parent / "head", fused)
     assert card.read_text() == mine
     card.unlink()
@@ -112,10 +113,10 @@ def test_the_licence_is_the_targets(tmp_path: Path) -> None:
     text = "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\n---\n# Tiny\n"
     (tmp_path / "README.target.md").write_text(text)
     terms = {"license": "other", "license_name": "tiny", "license_link": "LICENSE"}
-    assert licence_of(tmp_path / "README.target.md") == terms
+    assert license_of(tmp_path / "README.target.md") == terms
     head = tiny_head(tiny_target())
     for folder, licence in ((tmp_path, None), (tmp_path / "none", terms)):
-        card = ModelCard(model_card(head, META, folder, licence=licence)).data.to_dict()
+        card = ModelCard(model_card(head, META, folder, license=licence)).data.to_dict()
         assert {key: card[key] for key in terms} == terms
     noted = META.model_copy(update={"license": "mit"})
     assert ModelCard(model_card(head, noted, tmp_path / "none")).data.license == "mit"
@@ -136,10 +137,10 @@ def test_what_is_published_names_no_place_on_this_machine() -> None:
     meta = HeadMeta(
         target=f"{deep}/tiny", data=f"{deep}/a.jsonl, someone/chats", start="../runs/best"
     )
-    public = _public(meta, None)
+    public = publishable(meta, None)
     assert (public.target, public.data, public.start) == ("tiny", "a.jsonl, someone/chats", "best")
     words = HeadMeta(target="x", data="answers of the target and/or mine, to 9,474 prompts")
-    assert _public(words, "someone/tiny").data == words.data
+    assert publishable(words, "someone/tiny").data == words.data
 
 
 @pytest.mark.parametrize(
