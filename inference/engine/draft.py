@@ -70,7 +70,7 @@ class AcceptedStep:
             return pad_sequence(rows, batch_first=True)
 
         hidden = {
-            layer: join(lambda read, layer=layer: read.seen.hidden[layer])  # type: ignore[misc]
+            layer: join(lambda read, layer=layer: read.output.hidden_states[layer])  # type: ignore[misc]
             for layer in reads[0].output.hidden_states
         }
         seen = TargetOutput(None, join(lambda read: read.output.lm_head_input_BTD), hidden)
@@ -89,7 +89,7 @@ def read_prompts(
     """Read the prompts and draw the first token of each answer, which is the `root_B` of the next
     tree. draw: from a tree and its logits."""
     # Logits of a whole prompt would be large, and only the last ones are needed.
-    seen = target.forward(tokens_BT, cache, lengths_B=lengths_B, layers=layers, logits=False)
+    seen = target.forward(tokens_BT, cache, lengths_B=lengths_B, taps=layers, logits=False)
     last_B1 = lengths_B[:, None] - 1
     logits_B1V = target.unembed(seen.gather(last_B1).lm_head_input_BTD)
     first_B1 = draw(Tree.root(tokens_BT.gather(1, last_B1)[:, 0]), logits_B1V)
@@ -144,7 +144,7 @@ class Drafter:
         if tree is None:
             return Tree.root(read.root_B)
         if self.chain and candidates:
-            tree = tree.likeliest_chain()
+            tree = tree.top1_chain()
         nodes = self.shape.nodes
         if self.spending is not None:
             nodes = min(nodes, self.spending.nodes(tree.scores_BN))

@@ -71,7 +71,7 @@ def timed(target: Target, tokens: int, count: int) -> dict[str, float]:
     from headstart.inference.engine.cuda_graph import Replay
     from headstart.inference.engine.step_graphs import CAPACITY
 
-    tree, shorter = _tree(target, count), target._lean
+    tree, shorter = _tree(target, count), target.backend
     growing, capacity = target.new_cache(1), CAPACITY
     while capacity < tokens + count:
         capacity *= 2
@@ -87,7 +87,7 @@ def timed(target: Target, tokens: int, count: int) -> dict[str, float]:
             replayed = way.endswith("replayed")
             if replayed and target.device.type != "cuda":
                 continue
-            target._lean = shorter if way.startswith("ours") else None
+            target.backend = shorter if way.startswith("ours") else None
             cache = fixed if replayed else growing
 
             def read(cache: Any = cache) -> None:
@@ -98,7 +98,7 @@ def timed(target: Target, tokens: int, count: int) -> dict[str, float]:
             call = Replay(read, target.device, pool) if replayed else read
             took[way] = round(1e3 * _seconds(call, target), 4)
     finally:
-        target._lean = shorter
+        target.backend = shorter
     return took
 
 

@@ -228,7 +228,7 @@ def collect(
 def _read(head: DraftHead, batch: Batch, steps: int, width: int) -> Iterator[Guesses]:
     batch = batch.to(head.target.device)
     tokens_BT = batch.tokens_BT
-    seen = head.target.forward(tokens_BT, lengths_B=batch.lengths_B, layers=head.taps, logits=False)
+    seen = head.target.forward(tokens_BT, lengths_B=batch.lengths_B, taps=head.taps, logits=False)
     hidden = head.unroll(seen, tokens_BT, steps)
     valid_KBT = valid_steps(batch, steps)
     exists_BT = torch.ones_like(valid_KBT[0])
@@ -365,7 +365,7 @@ def _anchored(
     The tree of an anchor t starts at token t + 1, and all tokens that it guesses are known.
     """
     seen = head.target.forward(
-        batch.tokens_BT, lengths_B=batch.lengths_B, layers=head.taps, logits=False
+        batch.tokens_BT, lengths_B=batch.lengths_B, taps=head.taps, logits=False
     )
     complete_BT = valid_steps(batch, depth).all(0).cpu()
     rows = complete_BT.any(1).nonzero()[:, 0]

@@ -233,7 +233,7 @@ def test_it_guesses_what_headstart_guesses(
     tokens_1T = torch.randint(VOCAB, (1, 30))
     at = 0
     for new in (6, 1, 3, 2, 1, 4):
-        seen = target.forward(tokens_1T[:, : at + new], layers=ours.taps)
+        seen = target.forward(tokens_1T[:, : at + new], taps=ours.taps)
         index_1P = torch.arange(at, at + new)[None]
         part = seen.gather(index_1P)
         next_1P = tokens_1T[:, at + 1 : at + new + 1]

@@ -49,7 +49,7 @@ def test_every_step_is_the_published_formula(name: str, tmp_path: Path) -> None:
     assert read_head_file(tmp_path / "head").head["kind"] == "mtp"
     generator = torch.Generator().manual_seed(5)
     tokens_BT = torch.randint(4, 96, (1, LENGTH), generator=generator)
-    seen = target.forward(tokens_BT, layers=head.taps)
+    seen = target.forward(tokens_BT, taps=head.taps)
     # MiMo reads the hidden state before the target's final norm, the others behind it.
     hidden_TD = seen.lm_head_input_BTD[0].double()
     if name == "mimo":
@@ -96,7 +96,7 @@ def test_training_equals_sequential_drafting(adopted: Path) -> None:
     target = load_target(adopted / "model", dtype=torch.float32)
     head = load_head_for_training(adopted / "head", target)
     tokens_BT = prompts([LENGTH], seed=3)[0][None]
-    seen = target.forward(tokens_BT, layers=head.taps)
+    seen = target.forward(tokens_BT, taps=head.taps)
     with torch.no_grad():
         trained = head.unroll(seen, tokens_BT, STEPS)
     for anchor in range(LENGTH - STEPS - 1):
