@@ -16,7 +16,7 @@ Engine = Literal["vllm", "sglang", "llama.cpp"]  # those that are given a head a
 ENGINES: tuple[Engine, ...] = ("vllm", "sglang")  # those that draft with a fused folder as it is
 # Two more ways to draft outside Headstart: engines that compute the multi-token prediction layer of
 # the target itself, in whose place a head can be, and transformers with the code of a fused folder.
-Drafter = Engine | Literal["native_mtp", "transformers"]
+Drafter = Literal[Engine, "native_mtp", "transformers"]
 
 
 def support(head: DraftHead, engine: Drafter) -> str | None:
@@ -53,7 +53,7 @@ def _eagle3(head: eagle3.Head) -> str | None:
 
 def _llama_cpp(head: eagle3.Head) -> str | None:
     if len(head.taps) != 3:
-        return f"it reads three layers of the target, and this head reads {len(head.taps)}"
+        return f"it taps three layers of the target, and this head taps {len(head.taps)}"
     if len(head.fc_norm) > 0 or head.norm_output:
         return (
             "it does not know the norms of EAGLE-3.1 (train with head.fc_norm=false and "

@@ -28,7 +28,9 @@ class Section(BaseModel):
     def _translate_old_keys(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {cls.RENAMED.get(key, key): value for key, value in values.items()}
+        # An old key beside today's stays, and is an unknown key then.
+        renamed = {old: new for old, new in cls.RENAMED.items() if new not in values}
+        return {renamed.get(key, key): value for key, value in values.items()}
 
 
 class Measurement(Section):

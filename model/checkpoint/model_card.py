@@ -69,7 +69,7 @@ def model_card(
     )
     fused = "fused" if alone else place
     unsupported = support(head, "vllm")
-    text = _template().render(
+    text = card_template().render(
         card_data=data.to_yaml(),
         name=name,
         head=head,
@@ -87,7 +87,7 @@ def model_card(
     return _sealed(f"{ModelCard(text)}\n")
 
 
-def _template() -> Template:
+def card_template() -> Template:
     """The template of the card, in which an undefined name is an error."""
     text = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     return Environment(undefined=StrictUndefined).from_string(text)
