@@ -35,7 +35,7 @@ from headstart.inference.engine.sequence import StopCriteria
 from headstart.inference.engine.stats import Stats
 from headstart.inference.tree_policy.adaptive import Budget
 from headstart.inference.tree_policy.defaults import DEFAULT_TREE, WIDEST_TREE, fixed_tree, usual
-from headstart.model.checkpoint.head import load_fused
+from headstart.model.checkpoint.fused import load_fused
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape

@@ -182,13 +182,13 @@ def prepare(recipe: Recipe, folder: Path) -> Prepared:
 
 def starting_head(recipe: Recipe, target: Target, corpus: Corpus) -> eagle3.Head:
     """The head that every run of ours starts from. ValueError where speculators has no such one."""
-    from headstart.model.checkpoint.engine_config import unservable
+    from headstart.model.checkpoint.engine_support import support
     from headstart.model.heads import eagle3
     from headstart.training.preflight import choose_draft_vocab
 
     head = fresh_head(recipe, target)
     choose_draft_vocab(head, corpus)
-    trouble = unservable(head)
+    trouble = support(head, "vllm")
     if trouble:
         raise ValueError(f"speculators has no such head, like other tools: {trouble}.")
     assert isinstance(head, eagle3.Head)

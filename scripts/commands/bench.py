@@ -160,7 +160,7 @@ class _Bench:
 
     def _open(self, dtype: str) -> _Opened:
         from headstart.model.checkpoint.download import fetch_fused
-        from headstart.model.checkpoint.head import load_fused
+        from headstart.model.checkpoint.fused import load_fused
         from headstart.scripts.options.suites import make_cases
 
         plan = self.plan

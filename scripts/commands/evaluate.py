@@ -42,9 +42,9 @@ def evaluate(
 ) -> None:
     """Decode prompts plainly and with the head, in turn, and compare."""
     from headstart.model.checkpoint.atomic import replace_text
-    from headstart.model.checkpoint.download import only_on_disk
-    from headstart.model.checkpoint.head import load_fused
-    from headstart.model.checkpoint.head import record as write_down
+    from headstart.model.checkpoint.download import require_folder
+    from headstart.model.checkpoint.fused import load_fused
+    from headstart.model.checkpoint.fused import record as write_down
     from headstart.scripts.options.default_checkpoint import shipped_checkpoint
 
     if out is not None:  # before the work: a place that cannot be written to would waste it
@@ -53,7 +53,7 @@ def evaluate(
         out.parent.mkdir(parents=True, exist_ok=True)
     folder = folder or shipped_checkpoint()
     if record:
-        only_on_disk(folder, "--record")
+        require_folder(folder, "--record")
     target, head = load_fused(folder, dtype=dtype, quantize=quantize)
     tell_quantized(target)
     contestants = {head.kind: contestant(target, head, budget)}
@@ -79,9 +79,9 @@ def measurement(
         prompts=f"{prompts}, {one['prompts']} prompts, {max_new_tokens} tokens each at most",
         tokens=one["tokens"],
         acceptance_length=one["acceptance_length"],
-        acceptance=tuple(one["acceptance_per_depth"]),
+        acceptance_rates=tuple(one["acceptance_per_depth"]),
         speedup=one["speedup"],
-        answers=one["prompts"],
+        responses=one["prompts"],
         identical=one["identical"],
         conditions=(
             f"{where['device']}, {where['threads']} threads, {where['dtype']}, greedy, trees of "
@@ -138,7 +138,7 @@ def table(results: Mapping[str, Result]) -> Table:
         shown.add_row(
             name,
             f"{figures['identical']}/{figures['prompts']}",
-            f"{figures['accepted_length']:.2f}",
+            f"{figures['acceptance_length']:.2f}",
             " ".join(f"{rate:.2f}" for rate in figures["acceptance_per_depth"]) or "-",
             f"{figures['tokens_per_second']:.1f}",
             f"{figures['speedup']:.2f}x",

@@ -36,10 +36,10 @@ def graft(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
 ) -> None:
     """Carry a head over to a fine-tuned, merged or quantised target; measure what is lost."""
-    from headstart.model.checkpoint.fuse import check_place, fuse
+    from headstart.model.checkpoint.fuse import check_output, fuse
     from headstart.model.checkpoint.graft import TrainedHead
 
-    check_place(out)
+    check_output(out)
     trained = TrainedHead.find(head, target)
     if trained.original is not None and out.resolve() == Path(trained.original).resolve():
         raise ValueError(
@@ -60,7 +60,7 @@ def graft(
     )
     fuse(target, trained.folder, out, regraft=noted)
     show(f"{out}: {target} with the head, whose hash of its target is made anew.")
-    if meta.calibration_rows or meta.temperatures or meta.measured:
+    if meta.calibration_positions or meta.temperatures or meta.measured:
         show(
             "Its calibration and what was measured before were of the old target, and are left "
             f"out. `headstart calibrate {shlex.quote(str(out))} --answers answers.jsonl` makes it "
@@ -148,7 +148,7 @@ def table(before: Figures | str, after: Figures, kind: str) -> Table:
         shown.add_row(
             name,
             f"{one['identical']}/{one['prompts']}",
-            f"{one['accepted_length']:.2f}",
+            f"{one['acceptance_length']:.2f}",
             " ".join(f"{rate:.2f}" for rate in one["acceptance_per_depth"]) or "-",
         )
     return shown

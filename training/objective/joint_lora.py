@@ -97,7 +97,12 @@ class Joint(Teacher):
 
     def meta(self, divergence: float | None) -> Lora:
         config = self.config
-        return Lora(rank=config.rank, alpha=config.alpha, keep=config.keep, divergence=divergence)
+        return Lora(
+            rank=config.rank,
+            alpha=config.alpha,
+            divergence_weight=config.keep,
+            divergence=divergence,
+        )
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(str(folder / ADAPTER))

@@ -300,7 +300,7 @@ def test_speculators_itself_computes_what_the_head_does(plain, target, tmp_path,
     export(folder, tmp_path / "out", "vllm", "speculators")
     ids_BT = torch.tensor([TEXT])
     seen = target.forward(ids_BT, taps=head.taps)
-    features = torch.cat([seen.hidden[tap] for tap in head.taps], -1)[:, :-1].contiguous()
+    features = torch.cat([seen.hidden_states[tap] for tap in head.taps], -1)[:, :-1].contiguous()
     case = tmp_path / "case"
     save_file({"features": features, "tokens": ids_BT[:, 1:].contiguous()}, case)
     command = [python, HELPERS / "speculators_reader.py", tmp_path / "out", case]
