@@ -27,9 +27,9 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "headstart.json"
 
-# Without a GPU: a CPU build of torch, from PyTorch's own index or from wherever pip is configured to
-# look. Pinned, so that 2.13.0+cpu is preferred to PyPI's 2.13.0, which on Linux depends on gigabytes
-# of CUDA libraries.
+# Without a GPU: a CPU build of torch, from PyTorch's own index or from wherever pip is configured
+# to look. Pinned, so that 2.13.0+cpu is preferred to PyPI's 2.13.0, which on Linux depends on
+# gigabytes of CUDA libraries.
 CPU_TORCH = "torch==2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_PACKAGES = ("nvidia-", "cuda-")

@@ -32,5 +32,6 @@ def measure_acceptance(
         tokens_BT = torch.tensor([list(prompt)])
         steps = decode(target, tokens_BT, sampling=sampling, speculative=speculative, stats=stats)
         responses.append([emitted[0] for emitted in steps])
-    Graphs.of(target).forget(speculative.head)  # the next evaluation brings another head
+    if speculative.head is not None:
+        Graphs.of(target).forget(speculative.head)  # the next evaluation brings another head
     return stats, responses

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import secrets
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from headstart.inference.config import SamplingParams
 from headstart.inference.rollout import prompt_ids
 
 from .engine_thread import EngineThread, Event, Finished, Request, RequestParams, TextDelta
@@ -60,9 +62,13 @@ class Service:
         loop = asyncio.get_running_loop()
         tokens = await loop.run_in_executor(self.tokenizing, self._tokenize, body)
         max_tokens = self._max_tokens(tokens, body.limit)
-        return RequestParams(
-            tokens, max_tokens, body.temperature, body.top_p, body.seed, stop=tuple(body.stop)
+        sampling = SamplingParams(
+            max_tokens,
+            body.temperature,
+            top_p=body.top_p,
+            seed=secrets.randbits(62) if body.seed is None else body.seed,
         )
+        return RequestParams(tokens, sampling, tuple(body.stop))
 
     def _tokenize(self, body: ChatRequest | CompletionRequest) -> list[int]:
         target = self.engine.model.target

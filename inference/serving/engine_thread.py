@@ -7,7 +7,6 @@ request through `Request.publish`.
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,9 +15,9 @@ from threading import Condition, Thread
 
 import torch
 
-from headstart.inference.benchmark.runner import Contestant
+from headstart.inference.config import SamplingParams, SpeculativeConfig
 from headstart.inference.detokenizer import TextStream
-from headstart.inference.generate import SpeculativeModel, sampling_options
+from headstart.inference.generate import SpeculativeModel
 
 from .openai_api import ApiError, FinishReason, Usage
 from .prometheus import Metrics
@@ -32,13 +31,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RequestParams:
-    """What to generate. seed: None draws a new one."""
+    """What to generate. stop: strings that end the response."""
 
     prompt_token_ids: list[int]
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
+    sampling: SamplingParams
     stop: tuple[str, ...]
 
 
@@ -85,12 +81,12 @@ class Request:
 class EngineThread:
     """Serves requests with a model in a thread of its own.
 
-    candidates: how draft tokens are proposed; None decodes autoregressively.
+    speculative: where drafts come from.
     max_queued: maximum number of requests that wait; one more is refused.
     """
 
-    def __init__(self, model: SpeculativeModel, candidates: Contestant | None, max_queued: int):
-        self.model, self.candidates, self.max_queued = model, candidates, max_queued
+    def __init__(self, model: SpeculativeModel, speculative: SpeculativeConfig, max_queued: int):
+        self.model, self.speculative, self.max_queued = model, speculative, max_queued
         self.metrics = Metrics(
             num_waiting=lambda: len(self._waiting),
             num_running=lambda: int(self._running is not None),
@@ -227,23 +223,17 @@ class EngineThread:
             return
         if delta := text.end():
             request.publish(TextDelta(delta))
-        at_limit = text.count == params.max_tokens and not text.stopped
+        at_limit = text.count == params.sampling.max_new_tokens and not text.stopped
         stopped = not at_limit or last_token in self.model.target.eos_ids
         request.publish(Finished("stop" if stopped else "length", usage))
 
     def _decode(self, params: RequestParams) -> Iterator[list[int]]:
         """The tokens of each decode step. Raises ApiError for what `generate` refuses."""
-        candidates = self.candidates
         try:
             return self.model.stream(
                 torch.tensor([params.prompt_token_ids]),
-                max_new_tokens=params.max_tokens,
-                seed=secrets.randbits(62) if params.seed is None else params.seed,
-                tree=candidates.shape if candidates else None,
-                budget=candidates.budget if candidates else None,
-                lookup=candidates is not None and candidates.lookup,
-                speculate=candidates is not None,
-                **sampling_options(params.temperature, top_p=params.top_p),
+                speculative=self.speculative,
+                **params.sampling.generate_options(),
             )
         except ValueError as error:
             raise ApiError(400, str(error)) from error

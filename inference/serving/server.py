@@ -11,7 +11,7 @@ from types import FrameType
 
 import uvicorn
 
-from headstart.inference.benchmark.runner import Contestant
+from headstart.inference.config import SpeculativeConfig
 from headstart.inference.generate import SpeculativeModel
 
 from .app import Service, make_app
@@ -89,14 +89,14 @@ class Server(uvicorn.Server):
 
 def make_server(
     model: SpeculativeModel,
-    candidates: Contestant | None,
+    speculative: SpeculativeConfig,
     config: ServerConfig,
     on_ready: Callable[[str], None],
 ) -> Server:
     """Build a server for `Server.run()`. Raises ValueError for limits beyond the model's."""
     max_model_len = _max_model_len(model, config.max_model_len)
     service = Service(
-        EngineThread(model, candidates, config.max_queued),
+        EngineThread(model, speculative, config.max_queued),
         config.served_model_name,
         max_model_len,
         min(config.max_tokens or max_model_len, max_model_len),

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import typer
 
 from headstart.scripts.console import show
-from headstart.scripts.options.quantize_report import QUANTIZE_HELP, tell_quantized
-from headstart.scripts.options.tree_budget import HELP, check_budget, contestant
+from headstart.scripts.options.quantize_report import QUANTIZE_HELP, report_quantization
+from headstart.scripts.options.tree_budget import HELP, check_budget, speculative_config
 
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -68,7 +68,7 @@ def serve(
     from headstart.inference.serving.server import ServerConfig, make_server
 
     model = SpeculativeModel.from_pretrained(folder, dtype=dtype, quantize=quantize)
-    tell_quantized(model.target)
+    report_quantization(model.target)
     config = ServerConfig(
         served_model_name=served_model_name or folder.resolve().name,
         host=host,
@@ -78,10 +78,10 @@ def serve(
         max_model_len=max_model_len,
         max_tokens=max_tokens,
     )
-    candidates = contestant(model.target, model.head, budget)
+    speculative = speculative_config(model.target, model.head, budget)
     make_server(
         model,
-        candidates,
+        speculative,
         config,
         lambda address: show(f"{config.served_model_name} is served at {address}/v1"),
     ).run()

@@ -15,7 +15,7 @@ import httpx
 import torch
 from openai import OpenAI
 
-from headstart.inference.benchmark.runner import Contestant
+from headstart.inference.config import SpeculativeConfig
 from headstart.inference.generate import SpeculativeModel
 from headstart.inference.rollout import prompt_ids
 from headstart.inference.serving.server import Server, ServerConfig, make_server
@@ -73,10 +73,10 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 def serving(folder: Path, **settings: Any) -> Iterator[Served]:
     model = SpeculativeModel.from_pretrained(folder)
-    candidates = Contestant(model.head, DEFAULT_TREE, lookup=True)
+    speculative = SpeculativeConfig(model.head, DEFAULT_TREE, ngram=True)
     addresses: Queue[str] = Queue()
     config = ServerConfig("tiny", port=0, **settings)
-    server = make_server(model, candidates, config, addresses.put)
+    server = make_server(model, speculative, config, addresses.put)
     thread = threading.Thread(target=server.run)
     thread.start()
     address = addresses.get(timeout=60)

@@ -35,7 +35,7 @@ INVALID: list[dict[str, Any]] = [{"n": 3}, {"temperature": "x"}, {"model": "no"}
 @pytest.fixture
 def child(fused: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "headstart.scripts.cli", "serve", str(fused)]
-    options = ["--port", "0", "--served-model-name", "tiny", "--budget", "8/4/3+lookup"]
+    options = ["--port", "0", "--served-model-name", "tiny", "--budget", "8/4/3+ngram"]
     environment = {
         "OMP_NUM_THREADS": "1",
         "HEADSTART_API_KEY": "secret",
