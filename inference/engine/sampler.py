@@ -20,10 +20,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-from headstart.model.backends.select import select_ops
+from headstart.inference.config import SamplingParams
+from headstart.model.backends.kernels.cpu import build as kernels
 from headstart.model.tree.tree import Tree
 
 # These read the logits and nothing else.
@@ -79,27 +79,21 @@ class Sampler:
         self.reads_prefix = any(type(one) not in BLIND for one in self.processors)
 
     @staticmethod
-    def of(
-        temperature: float = 0.0,
-        *,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int = 0,
-    ) -> Sampler:
-        """The common settings, in the order in which `generate` applies them. Temperature 0 is
-        greedy."""
-        processors: LogitsProcessorList = LogitsProcessorList()
-        if repetition_penalty is not None:
-            processors.append(hf.RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
-        if temperature == 0:
+    def of(params: SamplingParams) -> Sampler:
+        """Processors in the order in which `generate` applies them."""
+        processors: list[object] = []
+        if params.repetition_penalty is not None:
+            processors.append(hf.RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))
+        processors += params.logits_processors
+        if params.is_greedy:
             return Sampler(processors)
-        processors.append(hf.TemperatureLogitsWarper(float(temperature)))
-        if top_k is not None:
-            processors.append(hf.TopKLogitsWarper(top_k))
-        if top_p is not None:
-            processors.append(hf.TopPLogitsWarper(float(top_p)))
-        return Sampler(processors, sample=True, seed=seed)
+        if params.temperature != 1:
+            processors.append(hf.TemperatureLogitsWarper(float(params.temperature)))
+        if params.top_k is not None:
+            processors.append(hf.TopKLogitsWarper(params.top_k))
+        if params.top_p is not None:
+            processors.append(hf.TopPLogitsWarper(float(params.top_p)))
+        return Sampler(processors, sample=True, seed=params.seed)
 
     def draw(
         self,

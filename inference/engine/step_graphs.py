@@ -32,9 +32,11 @@ DEPTHS = (1, 2, 4, 6, 8)  # that are drafted; the full depth is one more
 CAPACITY = 512  # columns of the smallest cache; each larger one has twice as many
 
 
-def suits(target: Target, head: DraftHead | None, sampler: Sampler, lookup: bool = False) -> bool:
+def supports_cuda_graphs(
+    target: Target, head: DraftHead | None, sampler: Sampler, ngram: bool = False
+) -> bool:
     """Whether a run can be decoded this way. Others take the loop of `decode`."""
-    if lookup or target.recurrent or target.device.type != "cuda":
+    if ngram or target.recurrent or target.device.type != "cuda":
         return False
     one_device = len({parameter.device for parameter in target.model.parameters()}) == 1
     known = all(type(processor) in CAPTURED for processor in sampler.processors)
