@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.generation import logits_process as hf
 
 from headstart.inference.config import SamplingParams
-from headstart.model.backends.kernels.cpu import build as kernels
+from headstart.model.backends.select import select_ops
 from headstart.model.tree.tree import Tree
 
 # These read the logits and nothing else.

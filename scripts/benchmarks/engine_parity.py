@@ -193,7 +193,6 @@ def _llama_server(source: Path) -> str:
 
 def _steps_of(folder: Path, steps: int | None) -> int:
     """Draft tokens per decode step, as in the commands that start engines."""
-    from headstart.model.checkpoint.engine_config import USUAL_STEPS
     from headstart.model.checkpoint.head import read_head_file
     from headstart.model.checkpoint.launch import DEFAULT_DRAFT_STEPS
 
@@ -202,8 +201,6 @@ def _steps_of(folder: Path, steps: int | None) -> int:
 
 
 def _vllm_command(folder: Path, form: str, steps: int | None, out: Path) -> str:
-    from headstart.model.checkpoint.download import HEADS
-    from headstart.model.checkpoint.engine_config import launch_line, native_line
     from headstart.model.checkpoint.head import read_head_file
     from headstart.model.checkpoint.launch import launch_line, mtp_launch_line
     from headstart.model.checkpoint.layout import HEADS
@@ -229,7 +226,7 @@ def decode_with_headstart(
     """Decode with draft chains, in float32."""
     from headstart.inference.benchmark.acceptance import measure_acceptance
     from headstart.inference.config import SamplingParams, SpeculativeConfig
-    from headstart.model.checkpoint.head import load_fused
+    from headstart.model.checkpoint.fused import load_fused
     from headstart.model.tree.shape import TreeShape
     from headstart.scripts.options.prompts import decodable, first_turns
 

@@ -31,8 +31,9 @@ def calibrate(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
 ) -> None:
     """Fit a temperature per depth and measure the acceptance rate of each rank; weights stay."""
-    from headstart.model.checkpoint.download import only_on_disk
-    from headstart.model.checkpoint.head import load_fused, read_head_file, rewrite_meta
+    from headstart.model.checkpoint.download import require_folder
+    from headstart.model.checkpoint.fused import load_fused, rewrite_meta
+    from headstart.model.checkpoint.head import read_head_file
     from headstart.training.evaluation.calibration import calibrate as fit
 
     require_folder(folder, "Calibrating")

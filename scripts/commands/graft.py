@@ -64,7 +64,7 @@ def graft(
     )
     fuse(target, trained.folder, out, regraft=grafted)
     show(f"{out}: {target} with the head, which now stores the hash of this target.")
-    if meta.calibration_rows or meta.temperatures or meta.measured:
+    if meta.calibration_positions or meta.temperatures or meta.measured:
         show(
             "Calibration and measurements of the old target were removed. `headstart calibrate "
             f"{shlex.quote(str(out))} --responses responses.jsonl` calibrates the head again, with "

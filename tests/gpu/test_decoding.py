@@ -17,7 +17,7 @@ from headstart.inference.engine.cuda_graph import Replay
 from headstart.inference.engine.loop import decode
 from headstart.inference.engine.step_graphs import Graphs
 from headstart.inference.tree_policy.defaults import clamp_to_head
-from headstart.model.backends.cuda_ops import Accelerated
+from headstart.model.backends.cuda_ops import TritonOps
 from headstart.model.heads.common.base import kinds
 from headstart.model.target.load import wrap_target
 

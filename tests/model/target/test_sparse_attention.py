@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from headstart.inference import SpeculativeModel
 from headstart.inference.config import SamplingParams, SpeculativeConfig
 from headstart.inference.engine.loop import decode
+from headstart.model.backends.visibility import tie_break_earliest
 from headstart.model.cache.kv_cache import BLOCK, KVLayer
 from headstart.model.checkpoint.adopt import adopt
 from headstart.model.checkpoint.fuse import fuse

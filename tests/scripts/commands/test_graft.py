@@ -26,6 +26,7 @@ from headstart.model.checkpoint.model_card import model_card
 from headstart.model.hub.upload import publishable
 from headstart.model.target.load import load_target
 from headstart.model.target.target import Target
+from headstart.model.target.weights_hash import target_hash
 from headstart.scripts.commands.graft import MAX_LOSS, lost_share
 
 pytestmark = pytest.mark.usefixtures("wide")
