@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.graph_pool import graph_pool
 from headstart.inference.engine.loop import decode
 from headstart.inference.engine.stats import Stats
-from headstart.inference.engine.step_graphs import Graphs
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
@@ -105,7 +105,7 @@ def acceptance_length(
     sampling = SamplingParams(max_new_tokens, temperature)
     one = SpeculativeConfig(head, shape)
     answers = [_run(target, one, prompt, sampling, stats) for prompt in prompts]
-    Graphs.of(target).forget(head)  # the next check brings another one
+    graph_pool(target).forget(head)  # the next check brings another one
     return stats, answers
 
 

@@ -85,7 +85,6 @@ class Target:
         self._lean: Accelerated | Native | Lean | None = None
         self.quantized: str | None = None
         self.weight_only = weight_only
-        self.recorded: object = None  # what decoding keeps from one run to the next
         self.is_sharded, self.is_tensor_parallel = is_sharded(model), is_tensor_parallel(model)
         if self.device.type == "meta":
             return
