@@ -90,7 +90,7 @@ def read_prompts(
     """Read the prompts and draw the first token of each answer, which is the `root_B` of the next
     tree. draw: from a tree and its logits."""
     # Logits of a whole prompt would be large, and only the last ones are needed.
-    seen = target.forward(tokens_BT, cache, lengths_B=lengths_B, layers=layers, logits=False)
+    seen = target.forward(tokens_BT, cache, lengths_B=lengths_B, taps=layers, logits=False)
     last_B1 = lengths_B[:, None] - 1
     logits_B1V = target.unembed(seen.gather(last_B1).lm_head_input_BTD)
     first_B1 = draw(Tree.root(tokens_BT.gather(1, last_B1)[:, 0]), logits_B1V)
@@ -145,7 +145,7 @@ class Drafter:
         if tree is None:
             return Tree.root(read.root_B)
         if self.chain and candidates:
-            tree = tree.likeliest_chain()
+            tree = tree.top1_chain()
         nodes = self.shape.nodes
         if self.policy is not None:
             nodes = min(nodes, self.policy.num_nodes(tree.scores_BN))

@@ -204,7 +204,7 @@ class _Loop:
 
     def _verify(self, tree: Tree) -> tuple[AcceptedStep, list[list[int]]]:
         """Let the target read the tree, and keep a path of it."""
-        seen = self.target.forward(tree, self.cache, layers=self.drafter.taps)
+        seen = self.target.forward(tree, self.cache, taps=self.drafter.taps)
         self.stats.lap("verify")
         assert seen.logits_BTV is not None
         accepted = accept(tree, self._draw(tree, seen.logits_BTV))

@@ -233,7 +233,7 @@ class Plan:
         else:
             tree = Tree(*self.drafted).cut(nodes)  # no chain in front: all of a path is moved
         layers = () if self.head is None else self.head.taps
-        seen = self.target.forward(tree, self.cache, layers=layers)
+        seen = self.target.forward(tree, self.cache, taps=layers)
         assert seen.logits_BTV is not None
         draws_BN = walk(tree, seen.logits_BTV, self.sampler, self.places, self.noise_BPV)
         accepted = accept_on_device(tree, draws_BN).first(self.places)

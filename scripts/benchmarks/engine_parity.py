@@ -193,30 +193,30 @@ def _llama_server(source: Path) -> str:
 
 def _steps_of(folder: Path, steps: int | None) -> int:
     """Draft tokens per decode step, as in the commands that start engines."""
-    from headstart.model.checkpoint.engine_config import USUAL_STEPS
     from headstart.model.checkpoint.head import read_head_file
+    from headstart.model.checkpoint.launch import DEFAULT_DRAFT_STEPS
 
     meta = read_head_file(folder).meta
-    return steps or meta.steps or (USUAL_STEPS if meta.replaces is None else 1)
+    return steps or meta.steps or (DEFAULT_DRAFT_STEPS if meta.replaces is None else 1)
 
 
 def _vllm_command(folder: Path, form: str, steps: int | None, out: Path) -> str:
-    from headstart.model.checkpoint.download import HEADS
-    from headstart.model.checkpoint.engine_config import launch_line, native_line
     from headstart.model.checkpoint.head import read_head_file
-    from headstart.model.export.vllm_sglang import export, refuse_undraftable
+    from headstart.model.checkpoint.launch import launch_line, mtp_launch_line
+    from headstart.model.checkpoint.layout import HEADS
+    from headstart.model.export.vllm_sglang import check_engine_support, export
 
     if form == "speculators":
         return export(folder, out, "vllm", "speculators")
     file, steps = read_head_file(folder), _steps_of(folder, steps)
     if form == "fused" and file.meta.replaces is not None:
-        return native_line(str(folder), steps)
+        return mtp_launch_line(str(folder), steps)
     draft = folder / HEADS
     if form == "native":
         export(folder, out, "vllm")
         draft = out
     else:
-        refuse_undraftable(file, folder)
+        check_engine_support(file, folder)
     return launch_line("vllm", str(folder), str(draft), steps)
 
 
@@ -226,7 +226,7 @@ def decode_with_headstart(
     """Decode with draft chains, in float32."""
     from headstart.inference.benchmark.acceptance import measure_acceptance
     from headstart.inference.config import SamplingParams, SpeculativeConfig
-    from headstart.model.checkpoint.head import load_fused
+    from headstart.model.checkpoint.fused import load_fused
     from headstart.model.tree.shape import TreeShape
     from headstart.scripts.options.prompts import decodable, first_turns
 

@@ -60,7 +60,7 @@ def loss_memory(
     tokens_BT = torch.randint(0, vocab, (1, tokens), device=device)
     lengths_B = torch.tensor([tokens], device=device)
     batch = Batch(tokens_BT, lengths_B, torch.ones_like(tokens_BT, dtype=torch.bool))
-    output = target.forward(tokens_BT, layers=head.taps, logits=False)
+    output = target.forward(tokens_BT, taps=head.taps, logits=False)
     chunks = []
     for count in rows.split(","):
         size = None if count == AUTO else int(count)

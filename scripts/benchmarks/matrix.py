@@ -132,7 +132,7 @@ class BenchmarkMatrix:
 
     def _load(self, dtype: str) -> _Loaded:
         from headstart.model.checkpoint.download import fetch_fused
-        from headstart.model.checkpoint.head import load_fused
+        from headstart.model.checkpoint.fused import load_fused
         from headstart.scripts.options.suites import make_cases
 
         plan = self.plan

@@ -76,7 +76,7 @@ def verify_times(target: Target, tokens: int, count: int) -> dict[str, float]:
     from headstart.inference.engine.cuda_graph import Replay
     from headstart.inference.engine.step_graphs import CAPACITY
 
-    tree, shorter = _tree(target, count), target._lean
+    tree, backend = _tree(target, count), target.backend
     growing, capacity = target.new_cache(1), CAPACITY
     while capacity < tokens + count:
         capacity *= 2
@@ -92,7 +92,7 @@ def verify_times(target: Target, tokens: int, count: int) -> dict[str, float]:
             replayed = mode.endswith("graph")
             if replayed and target.device.type != "cuda":
                 continue
-            target._lean = shorter if mode.startswith("fused") else None
+            target.backend = backend if mode.startswith("fused") else None
             cache = fixed if replayed else growing
 
             def verify(cache: Any = cache) -> None:
@@ -103,7 +103,7 @@ def verify_times(target: Target, tokens: int, count: int) -> dict[str, float]:
             call = Replay(verify, target.device, pool) if replayed else verify
             times[mode] = round(1e3 * _seconds(call, target), 4)
     finally:
-        target._lean = shorter
+        target.backend = backend
     return times
 
 

@@ -202,13 +202,13 @@ def prepare(recipe: Recipe, folder: Path) -> Prepared:
 
 def starting_head(recipe: Recipe, target: Target, corpus: Corpus) -> eagle3.Head:
     """The initial head of every run. Raises ValueError if speculators does not support it."""
-    from headstart.model.checkpoint.engine_config import unservable
+    from headstart.model.checkpoint.engine_support import support
     from headstart.model.heads import eagle3
     from headstart.training.preflight import choose_draft_vocab
 
     head = fresh_head(recipe, target)
     choose_draft_vocab(head, corpus)
-    reason = unservable(head)
+    reason = support(head, "vllm")
     if reason:
         raise ValueError(f"speculators does not support this head: {reason}.")
     assert isinstance(head, eagle3.Head)

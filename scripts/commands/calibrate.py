@@ -31,11 +31,12 @@ def calibrate(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
 ) -> None:
     """Fit a temperature per depth and measure the acceptance rate of each rank; weights stay."""
-    from headstart.model.checkpoint.download import only_on_disk
-    from headstart.model.checkpoint.head import load_fused, read_head_file, rewrite_meta
+    from headstart.model.checkpoint.download import require_folder
+    from headstart.model.checkpoint.fused import load_fused, rewrite_meta
+    from headstart.model.checkpoint.head import read_head_file
     from headstart.training.evaluation.calibration import calibrate as fit
 
-    only_on_disk(folder, "Calibrating")
+    require_folder(folder, "Calibrating")
     target, head = load_fused(folder, dtype=dtype)
     corpus = read_responses(responses, target)
     with progress("calibrating", None) as update:
@@ -71,7 +72,7 @@ def table(meta: HeadMeta) -> Table:
     shown.add_column("acceptance by rank")
     for depth, (rows, temperature, (before, after), ranks) in enumerate(
         zip(
-            meta.calibration_rows,
+            meta.calibration_positions,
             meta.temperatures,
             meta.calibration_errors,
             meta.rank_acceptance,

@@ -43,7 +43,7 @@ def demo(
 ) -> None:
     """Train, fuse and decode on a real model, in at most a quarter of an hour on two cores."""
     from headstart.model.checkpoint.fuse import fuse as write
-    from headstart.model.checkpoint.head import is_fused
+    from headstart.model.checkpoint.fused import is_fused
     from headstart.model.target.weights_hash import target_hash
     from headstart.scripts.options.default_checkpoint import shipped_checkpoint
 

@@ -38,9 +38,9 @@ def evaluate(
 ) -> None:
     """Decode prompts with and without the head, in turn, and compare."""
     from headstart.model.checkpoint.atomic import replace_text
-    from headstart.model.checkpoint.download import only_on_disk
-    from headstart.model.checkpoint.head import load_fused
-    from headstart.model.checkpoint.head import record as store
+    from headstart.model.checkpoint.download import require_folder
+    from headstart.model.checkpoint.fused import load_fused
+    from headstart.model.checkpoint.fused import record as store
     from headstart.scripts.options.comparison import (
         compare,
         first_turn_cases,
@@ -57,7 +57,7 @@ def evaluate(
         out.parent.mkdir(parents=True, exist_ok=True)
     folder = folder or shipped_checkpoint()
     if record:
-        only_on_disk(folder, "--record")
+        require_folder(folder, "--record")
     target, head = load_fused(folder, dtype=dtype, quantize=quantize)
     report_quantization(target)
     cases = first_turn_cases(target, decodable(prompts, limit, target))

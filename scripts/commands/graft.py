@@ -40,11 +40,11 @@ def graft(
     ] = 128,
 ) -> None:
     """Carry a head over to a fine-tuned, merged or quantised target; measure what is lost."""
-    from headstart.model.checkpoint.fuse import check_place, fuse
+    from headstart.model.checkpoint.fuse import check_output, fuse
     from headstart.model.checkpoint.graft import TrainedHead
     from headstart.scripts.options.comparison import measurement
 
-    check_place(out)
+    check_output(out)
     trained = TrainedHead.find(head, target)
     if trained.original is not None and out.resolve() == Path(trained.original).resolve():
         raise ValueError(
@@ -64,7 +64,7 @@ def graft(
     )
     fuse(target, trained.folder, out, regraft=grafted)
     show(f"{out}: {target} with the head, which now stores the hash of this target.")
-    if meta.calibration_rows or meta.temperatures or meta.measured:
+    if meta.calibration_positions or meta.temperatures or meta.measured:
         show(
             "Calibration and measurements of the old target were removed. `headstart calibrate "
             f"{shlex.quote(str(out))} --responses responses.jsonl` calibrates the head again, with "

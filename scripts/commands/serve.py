@@ -89,10 +89,11 @@ def serve(
 
 def _engine_command(engine: Literal["vllm", "sglang"], folder: Path) -> str:
     """The command that serves a fused checkpoint with another engine."""
-    from headstart.model.checkpoint.download import HEADS, hub_name
-    from headstart.model.checkpoint.engine_config import launch_line
+    from headstart.model.checkpoint.download import hub_name
     from headstart.model.checkpoint.head import read_head_file
-    from headstart.model.export.vllm_sglang import refuse_undraftable
+    from headstart.model.checkpoint.launch import launch_line
+    from headstart.model.checkpoint.layout import HEADS
+    from headstart.model.export.vllm_sglang import check_engine_support
 
     if hub_name(folder) is not None:
         raise ValueError(
@@ -100,7 +101,7 @@ def _engine_command(engine: Literal["vllm", "sglang"], folder: Path) -> str:
             f"`hf download {folder} --local-dir FOLDER` downloads it from the Hub."
         )
     file = read_head_file(folder)
-    refuse_undraftable(file, folder)
+    check_engine_support(file, folder)
     return launch_line(engine, str(folder), str(folder / HEADS), file.meta.steps)
 
 

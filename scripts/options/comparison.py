@@ -99,9 +99,9 @@ def measurement(
         prompts=f"{prompts}, {metrics['prompts']} prompts, at most {max_new_tokens} tokens each",
         tokens=metrics["tokens"],
         acceptance_length=metrics["acceptance_length"],
-        acceptance=tuple(metrics["acceptance_rate_per_position"]),
+        acceptance_rates=tuple(metrics["acceptance_rate_per_position"]),
         speedup=metrics["speedup_over_autoregressive"],
-        answers=metrics["compared"],
+        responses=metrics["compared"],
         identical=metrics["identical"],
         conditions=(
             f"{where['device']}, {where['threads']} threads, {where['dtype']}, greedy, trees of "

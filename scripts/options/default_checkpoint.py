@@ -22,7 +22,7 @@ def shipped_head() -> Path:
 def shipped_checkpoint() -> Path:
     """SmolLM2-135M-Instruct fused with the shipped head, written on first use."""
     from headstart.model.checkpoint.fuse import fuse
-    from headstart.model.checkpoint.head import is_fused
+    from headstart.model.checkpoint.fused import is_fused
 
     head = shipped_head()
     digest = hashlib.sha256()

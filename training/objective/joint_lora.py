@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 
 from headstart.model.checkpoint.metadata import Lora
 from headstart.model.heads.common.base import DraftHead
-from headstart.model.target.gqa_attention import shared_keys
 from headstart.model.target.lora import ADAPTER, adapted
 from headstart.model.target.output import TargetOutput
 from headstart.model.target.weights_hash import target_hash
@@ -98,7 +97,12 @@ class Joint(Teacher):
 
     def meta(self, divergence: float | None) -> Lora:
         config = self.config
-        return Lora(rank=config.rank, alpha=config.alpha, keep=config.keep, divergence=divergence)
+        return Lora(
+            rank=config.rank,
+            alpha=config.alpha,
+            divergence_weight=config.keep,
+            divergence=divergence,
+        )
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(str(folder / ADAPTER))
@@ -110,11 +114,5 @@ class Joint(Teacher):
 
 
 def _recomputed(layer: nn.Module) -> Callable[..., Any]:
-    """A layer's forward that keeps its input only and works out the rest again going backward."""
-    forward = layer.forward
-
-    def run(*given: Any, **named: Any) -> Any:
-        with shared_keys():  # as it was set around the first time
-            return forward(*given, **named)
-
-    return partial(checkpoint, run, use_reentrant=False)
+    """A layer's forward that keeps its input only and recomputes the rest in the backward pass."""
+    return partial(checkpoint, layer.forward, use_reentrant=False)

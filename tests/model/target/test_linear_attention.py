@@ -77,7 +77,7 @@ def test_a_head_that_is_often_right(family: str, depth: int) -> None:
         def count(_: object, __: object, named: dict[str, Tensor], p: list[int] = passes) -> None:
             p.append(named["input_ids"].shape[1])
 
-        hook = target._decoder.register_forward_pre_hook(count, with_kwargs=True)
+        hook = target.decoder.module.register_forward_pre_hook(count, with_kwargs=True)
         config = SpeculativeConfig(oracle, TreeShape.chain(depth))
         steps = list(decode(target, ids_1T, sampling=GREEDY, speculative=config, stats=stats))
         hook.remove()
@@ -176,7 +176,7 @@ def test_states_are_those_of_the_text_that_was_kept(family: str) -> None:
         target.forward(chain_of([5, 6, 7, 8]), cache)  # never committed
         right = text[place : place + accepted]
         wrong = [(token + 1) % VOCAB for token in text[place + accepted :]]
-        seen = target.forward(chain_of((right + wrong)[: candidates + 1]), cache, layers=(0,))
+        seen = target.forward(chain_of((right + wrong)[: candidates + 1]), cache, taps=(0,))
         assert seen.lm_head_input_BTD.shape[1] == seen.hidden_states[0].shape[1] == candidates + 1
         cache.commit(torch.arange(candidates + 1)[None], torch.tensor([accepted]))
         place += accepted
@@ -198,13 +198,13 @@ def test_what_has_branches_is_refused() -> None:
         with pytest.raises(ValueError, match=r"state cannot branch. Use a chain.*--budget \d/\d/1"):
             decode(target, ids_1T, sampling=GREEDY, speculative=SpeculativeConfig(head, shape))
     tree = Tree(torch.tensor([[5, 6, 7]]), torch.tensor([[-1, 0, 0]]), torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="no tree with branches"):
+    with pytest.raises(ValueError, match="cannot verify a tree with branches"):
         target.forward(tree)
-    with pytest.raises(ValueError, match="one text at a time, not 2"):
+    with pytest.raises(ValueError, match="one sequence at a time, not 2"):
         target.new_cache(2)
     with pytest.raises(ValueError, match="Leave out quantize"):
         wrap_target(target.model, quantize="int8")
-    assert target._lean is None
+    assert target.backend is None
 
 
 def test_defaults_are_chains() -> None:

@@ -215,7 +215,7 @@ def test_options_and_errors_of_llama_cpp(tmp_path):
     (source / "convert_hf_to_gguf.py").write_text(said)
     assert "such key" in refused(*given) and not (tmp_path / "out").exists()
     assert "is no .gguf file" in refused(*given, "--verifier", folders["plain"])
-    for name, reason in (("3.1", "norms of EAGLE-3.1"), ("two", "reads three layers")):
+    for name, reason in (("3.1", "norms of EAGLE-3.1"), ("two", "taps three layers")):
         assert reason in refused("export", folders[name], *given[2:])
     assert "belong to --to llama.cpp" in refused(*given[:4], "vllm", "--outtype", "f32")
 

@@ -19,17 +19,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from headstart.inference.benchmark.metrics import AUTOREGRESSIVE
 from headstart.inference.config import SpeculativeConfig
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import (
-    load_fused,
-    load_head,
-    read_head_file,
-    save_head,
-    target_hash,
-)
+from headstart.model.checkpoint.fused import load_fused
+from headstart.model.checkpoint.head import load_head, read_head_file, save_head
 from headstart.model.checkpoint.metadata import HeadMeta, Lora, Measurement
 from headstart.model.checkpoint.model_card import model_card
-from headstart.model.hub.upload import _public
+from headstart.model.hub.upload import publishable
 from headstart.model.target.load import load_target
+from headstart.model.target.weights_hash import target_hash
 from headstart.scripts.commands.graft import MAX_LOSS, lost_share
 
 pytestmark = pytest.mark.usefixtures("wide")
@@ -47,7 +43,7 @@ META = HeadMeta(
     recipe={"train": {"lr": 0.5}},
     temperatures=(1.5,),
     rank_acceptance=((0.5, 0.25),),
-    calibration_rows=(100,),
+    calibration_positions=(100,),
     calibration_errors=((0.2, 0.1),),
     path_errors=(0.2, 0.1),
     measured=(OLD,),
@@ -191,7 +187,13 @@ def test_what_was_of_the_old_target_is_dropped_and_the_training_kept(
     meta = read_head_file(out).meta
     for name in ("steps", "tokens", "data", "data_hash", "recipe"):
         assert getattr(meta, name) == getattr(META, name)
-    for name in ("temperatures", "rank_acceptance", "calibration_rows", "path_errors", "replaces"):
+    for name in (
+        "temperatures",
+        "rank_acceptance",
+        "calibration_positions",
+        "path_errors",
+        "replaces",
+    ):
         assert not getattr(meta, name)
     assert load_fused(out)[1].temperatures == ()
     (measured,) = meta.measured
@@ -263,7 +265,7 @@ def test_every_change_is_told(fused, source, settings, tmp_path):
     assert meta.trained_on == "someone/tiny" and meta.target == str(second)
     card = (tmp_path / "two" / "README.md").read_text()
     assert f"| someone/tiny | {first} |" in card and f"| {first} | {second} |" in card
-    public = _public(meta, "someone/merged")
+    public = publishable(meta, "someone/merged")
     assert [one.source for one in public.grafts] == ["someone/tiny", "tuned"]
 
 
@@ -353,7 +355,9 @@ def test_a_head_whose_target_is_not_made_yet_is_refused(fused, source, tmp_path)
 
 def test_the_card_does_not_say_that_the_new_target_was_adapted(fused, source):
     head = load_head(fused, load_target(source))
-    joint = META.model_copy(update={"joint": Lora(rank=4, alpha=8, keep=1, divergence=0.01)})
+    joint = META.model_copy(
+        update={"joint": Lora(rank=4, alpha=8, divergence_weight=1, divergence=0.01)}
+    )
     assert "someone/tiny, CHANGED jointly" in model_card(head, joint, fused)
     card = model_card(head, joint.grafted("me/new", 2.5, 2.0, OLD), fused)
     assert "The weights of me/new, unchanged, and" in card

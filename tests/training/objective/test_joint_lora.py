@@ -19,7 +19,8 @@ from tiny_run import learned, mixed_rows, tiny_head, tiny_target, write_rows
 from headstart.inference.benchmark.metrics import AUTOREGRESSIVE
 from headstart.inference.config import SpeculativeConfig
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import load_fused, load_head, read_head_file
+from headstart.model.checkpoint.fused import load_fused
+from headstart.model.checkpoint.head import load_head, read_head_file
 from headstart.model.heads.common.base import kinds
 from headstart.model.target.load import load_target, wrap_target
 from headstart.model.target.lora import ADAPTER, merge
