@@ -136,7 +136,7 @@ class Drafter:
         if tree is None:
             return Tree.root(step.root_B)
         if self.chain_only and ngrams:
-            tree = tree.likeliest_chain()
+            tree = tree.top1_chain()
         nodes = self.shape.nodes
         if self.policy is not None:
             nodes = min(nodes, self.policy.num_nodes(tree.scores_BN))

@@ -73,7 +73,7 @@ class EagerRunner:
     def verify(self) -> StepOutput:
         tree = self.tree
         assert tree is not None, "draft comes first"
-        output = self.target.forward(tree, self.cache, layers=self.drafter.taps)
+        output = self.target.forward(tree, self.cache, taps=self.drafter.taps)
         self.stats.lap("verify")
         assert output.logits_BTV is not None
         accepted = accept(tree, self._sample(tree, output.logits_BTV))

@@ -153,7 +153,7 @@ class _Timer:
         steps_T = torch.arange(length, device=target.device)
         self.ids_1T = (steps_T * 31 % target.vocab_size)[None]
         self.cache = target.new_cache(1)
-        output = target.forward(self.ids_1T, self.cache, layers=head.taps, logits=False)
+        output = target.forward(self.ids_1T, self.cache, taps=head.taps, logits=False)
         counts_B = torch.tensor([length], device=target.device)
         self.cache.commit(None, counts_B)
         self.state = head.advance(head.start(1), output, self.ids_1T, counts_B)
@@ -167,7 +167,7 @@ class _Timer:
         tree = Tree.root(root_B) if nodes == 1 else _comb(root_B, nodes, self.target.recurrent)
         repeats = 1 if nodes in self.best else 2  # the first packs weights
         seconds = self._time(
-            lambda: self.target.forward(tree, self.cache, layers=self.head.taps), repeats
+            lambda: self.target.forward(tree, self.cache, taps=self.head.taps), repeats
         )
         self.best[nodes] = min(seconds, self.best.get(nodes, seconds))
         return seconds
@@ -177,7 +177,7 @@ class _Timer:
         """Seconds to process two tokens and draft one depth, and of one depth more."""
         two_B = torch.tensor([2], device=self.target.device)
         ids_12 = self.ids_1T[:, :2] if self.ids_1T.shape[1] > 1 else self.ids_1T.expand(-1, 2)
-        output = self.target.forward(ids_12, self.cache, layers=self.head.taps, logits=False)
+        output = self.target.forward(ids_12, self.cache, taps=self.head.taps, logits=False)
 
         def advance() -> None:
             self.state = self.head.advance(self.state, output, ids_12, two_B)

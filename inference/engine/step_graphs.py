@@ -229,7 +229,7 @@ class StepGraphs:
         else:
             tree = Tree(*self.tree_parts).cut(nodes)  # no chain in front: the whole path is moved
         taps = () if self.head is None else self.head.taps
-        output = self.target.forward(tree, self.cache, layers=taps)
+        output = self.target.forward(tree, self.cache, taps=taps)
         assert output.logits_BTV is not None
         sampled_BN = sample_along_path(
             tree, output.logits_BTV, self.sampler, self.max_path, self.noise_BPV

@@ -96,7 +96,7 @@ def prefill(
     sample: returns the sampled tokens B x N for a tree and its logits.
     """
     # Logits of a whole prompt would be large, and only the last ones are needed.
-    output = target.forward(tokens_BT, cache, lengths_B=lengths_B, layers=taps, logits=False)
+    output = target.forward(tokens_BT, cache, lengths_B=lengths_B, taps=taps, logits=False)
     last_B1 = lengths_B[:, None] - 1
     logits_B1V = target.unembed(output.gather(last_B1).lm_head_input_BTD)
     first_B1 = sample(Tree.root(tokens_BT.gather(1, last_B1)[:, 0]), logits_B1V)

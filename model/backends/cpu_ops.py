@@ -24,6 +24,7 @@ from .attention import grouped_attention
 from .fused_decoder import Layer, Lean, Norm
 from .int8 import empty_digits, exact_attention
 from .linear import Kind, Product
+from .visibility import Visibility
 
 
 class _Rows:
@@ -75,15 +76,20 @@ class Native:
         """Whether the functions in C can be built here, and know all that the layers do."""
         return all(one.usual for one in lean.layers) and kernels.functions() is not None
 
-    def read(
+    def accepts(self, ids_BN: Tensor, cache: KVCache) -> bool:
+        """As `Lean.accepts`."""
+        return self._lean.accepts(ids_BN, cache)
+
+    def forward(
         self,
         ids_BN: Tensor,
         positions_BN: Tensor,
         cache: KVCache,
-        masks: Mapping[str, Tensor] | Tensor | None,
+        visibility: Visibility,
         taps: Sequence[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """As `Lean.read`."""
+        """As `Lean.forward`."""
+        masks = None if visibility.all_visible else visibility.additive(torch.float32)
         lean, (batch, new) = self._lean, ids_BN.shape
         hidden_RD = lean.embed(ids_BN).float().flatten(0, 1)
         cosines, sines = lean.rotary(hidden_RD[None], position_ids=positions_BN)

@@ -14,21 +14,24 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+
+from headstart.model.tree.ops import TORCH_TREE_OPS, TreeOps
 
 if TYPE_CHECKING:
     from headstart.model.cache.kv_cache import KVCache
 
     from .fused_decoder import Layer, Lean
+    from .visibility import Visibility
 
 MOST_ROWS = 512  # new rows of a text; longer ones are left to the model's own modules
 
@@ -36,6 +39,12 @@ MOST_ROWS = 512  # new rows of a text; longer ones are left to the model's own m
 def functions(device: torch.device) -> ModuleType | None:
     """The Triton functions, where they run."""
     return _tried(device) if device.type == "cuda" else None
+
+
+def tree_ops(device: torch.device) -> TreeOps:
+    """The tree functions of a device."""
+    built = functions(device)
+    return TORCH_TREE_OPS if built is None else cast(TreeOps, built)
 
 
 @cache
@@ -66,28 +75,32 @@ def digest(device: torch.device) -> str | None:
 
 
 class Accelerated:
-    """Reads as `Lean` does, with the same weights. masks are B x N x M: True where a new row may
-    see a pending one. All layers see the whole text."""
+    """Reads as `Lean` does, with the same weights. All layers
+    see the whole text."""
 
     def __init__(self, lean: Lean, built: ModuleType):
         self._lean, self._built = lean, built
 
-    def read(
+    def accepts(self, ids_BN: Tensor, cache: KVCache) -> bool:
+        """As `Lean.accepts`; long prompts are left to the model's own modules."""
+        behind = cache.preallocated or cache.width > 0
+        return behind and ids_BN.shape[1] <= MOST_ROWS
+
+    def forward(
         self,
         ids_BN: Tensor,
         positions_BN: Tensor,
         cache: KVCache,
-        masks: Mapping[str, Tensor] | Tensor | None,
+        visibility: Visibility,
         taps: Sequence[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """As `Lean.read`."""
-        assert isinstance(masks, Tensor), "of the pending columns only"
+        """As `Lean.forward`."""
         lean, built, shape = self._lean, self._built, ids_BN.shape
         hidden_BND = lean.embed(ids_BN)
         turn = lean.rotary(hidden_BND, position_ids=positions_BN)
         hidden_RD = hidden_BND.flatten(0, 1).clone()  # of which layers change the numbers in place
         layers = self._row if len(hidden_RD) == 1 else self._rows
-        kept = layers(hidden_RD, _Read(shape, turn, cache, masks, taps))
+        kept = layers(hidden_RD, _Read(shape, turn, cache, visibility.pending_BNM, taps))
         normed_RD = built.residual_norm(hidden_RD, None, lean.norm.weight, lean.norm.eps)
         return normed_RD.view(*shape, -1), kept
 

@@ -26,7 +26,8 @@ from headstart.model.cache.kv_cache import KVCache
 
 from .attention import grouped_attention
 from .int8 import QuantizedLinear, exact_attention
-from .linear import Product, identity
+from .linear import MOST_ROWS, Product, identity
+from .visibility import Visibility
 
 DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -68,19 +69,26 @@ class Lean:
         self.dtype: torch.dtype = decoder.norm.weight.dtype
         self.layers = [Layer(one, kind) for one, kind in zip(layers, kinds, strict=True)]
 
-    def read(
+    def accepts(self, ids_BN: Tensor, cache: KVCache) -> bool:
+        """Whether it computes such a pass: all behind a sequence, and all of a quantised model, as
+        rounding must not depend on how many positions are computed together."""
+        behind = cache.preallocated or cache.width > 0
+        few = ids_BN.numel() <= MOST_ROWS
+        return (self.layers[0].exact or behind or few) and not torch.is_autocast_enabled("cpu")
+
+    def forward(
         self,
         ids_BN: Tensor,
         positions_BN: Tensor,
         cache: KVCache,
-        masks: Mapping[str, Tensor] | Tensor | None,
+        visibility: Visibility,
         taps: Sequence[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The LM head's input B x N x D, and the outputs of the layers `taps`.
+        """Compute the new positions, whose keys and values stay pending in the cache.
 
-        masks: additive B x 1 x N x S, by kind of attention where there are several; None where each
-        row sees all columns.
+        Returns the LM head's input B x N x D, and the outputs of the layers `taps` by layer.
         """
+        masks = None if visibility.all_visible else visibility.additive(self.dtype)
         hidden_BND = self.embed(ids_BN)
         cos_BNC, sin_BNC = self.rotary(hidden_BND, position_ids=positions_BN)
         turn = cos_BNC[:, None], _signed(sin_BNC)[:, None]

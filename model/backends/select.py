@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from headstart.model.cache.kv_cache import KVCache
-from headstart.model.target.masks import FULL, AttentionWindows
 
 from . import cuda_ops as accelerated
 from .cpu_ops import Native
 from .cuda_ops import Accelerated
 from .fused_decoder import Layer, Lean, Norm, Turn, rms_norm
 from .int8 import QuantizedLinear, full_precision
+from .visibility import AttentionWindows, Visibility
 
 TEXT = (5, 3, 7, 2, 6, 4, 1)
 # Largest error of a probe's outputs, by their norm. Lean and Accelerated are tried in float32;
@@ -77,7 +77,7 @@ def _on_a_gpu(
 ) -> Accelerated | None:
     alike = {(one.device, one.dtype) for one in decoder.parameters()}
     dtype = next(decoder.parameters()).dtype
-    if len(alike) > 1 or dtype not in ON_A_GPU or AttentionWindows.of(config).kinds != (FULL,):
+    if len(alike) > 1 or dtype not in ON_A_GPU or not AttentionWindows.of(config).full_only:
         return None
     probe, lean = _Probe(decoder, config), Lean(decoder, layers, kinds)
     if not all(one.usual for one in lean.layers):
@@ -102,7 +102,7 @@ class _Probe:
         device = decoder.embed_tokens.weight.device
         self.ids_1N = torch.tensor([[token % words for token in TEXT]], device=device)
         self.layers = config.num_hidden_layers
-        self.kinds = getattr(config, "layer_types", None) or [""]
+        self.windows = AttentionWindows.of(config)
         far = (getattr(config, "max_position_embeddings", None) or 1 << 16) - len(TEXT)
         self.seen: list[tuple[Tensor, Tensor]] = []
         for start in (0, max(far, 0)):
@@ -114,36 +114,34 @@ class _Probe:
             self.seen.append((positions_1N, theirs))
 
     def agrees(self, way: Accelerated | Native | Lean, tolerance: float) -> bool:
-        new, device = len(TEXT), self.ids_1N.device
-        seen_1NN = torch.ones(1, new, new, dtype=torch.bool, device=device).tril()
-        mask_1NN = torch.zeros(seen_1NN.shape, device=device).masked_fill_(~seen_1NN, -torch.inf)
-        masks = dict.fromkeys(self.kinds, mask_1NN[None])
         for positions_1N, theirs_1ND in self.seen:
-            cache = KVCache(1, self.layers, device)
-            cache.reserve(new)
+            cache = KVCache(1, self.layers, self.ids_1N.device)
             with torch.no_grad():
+                parts = [slice(0, None)]
                 if isinstance(way, Accelerated):  # which has another way for one row
-                    ours_1ND = _in_two_reads(way, self.ids_1N, positions_1N, cache, seen_1NN)
-                else:
-                    ours_1ND, _ = way.read(self.ids_1N, positions_1N, cache, masks)
+                    parts = [slice(0, -1), slice(-1, None)]
+                ours_1ND = torch.cat(
+                    [self._forward(way, positions_1N, cache, part) for part in parts], 1
+                )
             if not (ours_1ND - theirs_1ND).norm() <= tolerance * theirs_1ND.norm():
                 return False
         return True
 
-
-def _in_two_reads(
-    way: Accelerated, ids_1N: Tensor, positions_1N: Tensor, cache: KVCache, seen_1NN: Tensor
-) -> Tensor:
-    """All but the last row, and then that one."""
-    most = ids_1N.shape[1] - 1
-    cache.reserve(most)
-    first_1ND, _ = way.read(
-        ids_1N[:, :most], positions_1N[:, :most], cache, seen_1NN[:, :most, :most]
-    )
-    cache.commit(None, torch.full_like(cache.lengths_B, most))
-    cache.reserve(1)
-    last_11D, _ = way.read(ids_1N[:, most:], positions_1N[:, most:], cache, seen_1NN[:, :1, :1])
-    return torch.cat([first_1ND, last_11D], 1)
+    def _forward(
+        self,
+        way: Accelerated | Native | Lean,
+        positions_1N: Tensor,
+        cache: KVCache,
+        part: slice,
+    ) -> Tensor:
+        ids_1N = self.ids_1N[:, part]
+        new = ids_1N.shape[1]
+        depths_1N = torch.arange(new, device=ids_1N.device)[None]
+        cache.reserve(new)
+        visibility = Visibility(depths_1N, None, cache, self.windows)
+        output_1ND, _ = way.forward(ids_1N, positions_1N[:, part], cache, visibility)
+        cache.commit(None, torch.full_like(cache.lengths_B, new))
+        return output_1ND
 
 
 def _in_float32(decoder: Any, layers: nn.ModuleList, kinds: Sequence[str]) -> Lean:

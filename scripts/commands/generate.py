@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headstart.scripts.console import check_top_p, coloured, console, legend, say
-from headstart.scripts.options.quantize_report import QUANTIZE_HELP, tell_quantized
-from headstart.scripts.options.tree_budget import HELP, check_budget, contestant
+from headstart.scripts.options.quantize_report import QUANTIZE_HELP, report_quantization
+from headstart.scripts.options.tree_budget import HELP, check_budget, speculative_config
 
 if TYPE_CHECKING:
     from headstart.inference.config import SamplingParams, SpeculativeConfig
@@ -48,11 +48,11 @@ def generate(
     folder, prompt = _arguments(folder_or_prompt, prompt, chat)
     folder = folder or shipped_checkpoint()
     model = SpeculativeModel.from_pretrained(folder, dtype=dtype, quantize=quantize)
-    tell_quantized(model.target)
+    report_quantization(model.target)
     if plain:
         speculative = SpeculativeConfig()
     else:
-        speculative = contestant(model.target, model.head, budget)
+        speculative = speculative_config(model.target, model.head, budget)
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed=seed)
     messages: list[dict[str, str]] = []
     console.print(legend())

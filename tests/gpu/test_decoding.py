@@ -79,10 +79,10 @@ def test_half_precision_is_read_as_well_as_by_the_modules(family: str) -> None:
     model = FAMILIES[family]()
     exact = reads(wrap_target(copy.deepcopy(model).to("cuda")), 3)
     target = wrap_target(model.to("cuda", torch.bfloat16))
-    assert isinstance(target._lean, Accelerated)
-    errors, shorter = [], target._lean
+    assert isinstance(target.backend, Accelerated)
+    errors, shorter = [], target.backend
     for way in (shorter, None):
-        target._lean = way
+        target.backend = way
         pairs = zip(reads(target, 3), exact, strict=True)
         errors.append(max(float((a - b).norm() / b.norm()) for a, b in pairs))
     assert errors[0] < 1.5 * errors[1] < 0.1

@@ -29,8 +29,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from headstart.model.backends import cuda_ops as accelerated
 from headstart.model.backends.attention import grouped_attention
+from headstart.model.backends.cuda_ops import tree_ops
 from headstart.model.backends.fused_head import CachedAttend, cached_attention
 from headstart.model.cache.kv_cache import KVCache
 from headstart.model.target.output import TargetOutput
@@ -152,7 +152,8 @@ class AutoregressiveHead(DraftHead):
             return self.candidates(self.lm_head_input(output_BFD), shape.width, frontier.depth)
 
         first = self.candidates(self.lm_head_input(output_BFD), shape.width, 0)
-        return grow(state.root_B, first, step, shape, should_deepen)
+        ops = tree_ops(state.root_B.device)
+        return grow(state.root_B, first, step, shape, should_deepen, ops=ops)
 
 
 class _Unrolled:
@@ -289,19 +290,8 @@ class _DraftedNodes:
         )
 
     def _appended(self, frontier: Frontier) -> Attend:
-        on_a_gpu = accelerated.functions(frontier.tokens_BF.device)
-        inherit = _inherit if on_a_gpu is None else on_a_gpu.inherit
+        ops = tree_ops(frontier.tokens_BF.device)
         drafted = 0 if self.ancestors_BFM is None else self.ancestors_BFM.shape[-1]
-        self.ancestors_BFM = inherit(self.ancestors_BFM, frontier.parents_BF)
+        self.ancestors_BFM = ops.inherit(self.ancestors_BFM, frontier.parents_BF)
         self.cache.reserve(frontier.tokens_BF.shape[1], after=drafted)
         return CachedAttend(self.cache, self.ancestors_BFM, self.first_B1)
-
-
-def _inherit(before_BGM: Tensor | None, parents_BF: Tensor) -> Tensor:
-    """Which drafted nodes those of the next depth see: what their parents saw, and themselves."""
-    batch, new = parents_BF.shape
-    own_BFF = torch.eye(new, dtype=torch.bool, device=parents_BF.device).expand(batch, -1, -1)
-    if before_BGM is None:
-        return own_BFF
-    parents_BFM = parents_BF[..., None].expand(-1, -1, before_BGM.shape[-1])
-    return torch.cat([before_BGM.gather(1, parents_BFM), own_BFF], -1)

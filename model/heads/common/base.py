@@ -108,7 +108,7 @@ class DraftHead(nn.Module, ABC):
 
     def for_decoding(self, target: Target) -> DraftHead:
         """This head on the target's device and in its dtype, bound and ready to draft. It cannot be
-        trained any more where guesses are rounded (`Target.rounds_guesses`)."""
+        trained any more where guesses are rounded (`Target.drafts_in_int8`)."""
         dtype = torch.float32 if target.drafts_in_int8 else target.dtype
         self.to(device=target.device, dtype=dtype).bind(target).eval()
         if target.drafts_in_int8:

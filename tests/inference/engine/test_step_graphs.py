@@ -291,7 +291,7 @@ def test_records_stay_right(family: str, sampling: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(CapturedFunction, "__call__", call)
     monkeypatch.setattr("headstart.model.backends.kernels.cpu.build.functions", lambda: None)
     target, pool, prompts = target_of(family), GraphPool(max_graphs=9), batch(family, 3)
-    monkeypatch.setattr(target, "_lean", None)
+    monkeypatch.setattr(target, "backend", None)
     params, truth = ragged(reference(family, 3, sampling), sampling)
     knows = prophet(family, 3, sampling)
     others = [(random_head(target, kind), None) for kind in kinds()]
@@ -337,7 +337,7 @@ def test_no_part_of_a_round_waits_for_the_device(family: str, kind: str) -> None
     # Experts have a way without waiting in bfloat16 only.
     target = wrap_target(FAMILIES[family]().bfloat16())
     target.model.to("meta")
-    target.device, target._lean = torch.device("meta"), None
+    target.device, target.backend = torch.device("meta"), None
     head = make_head(target, kind, {}).for_decoding(target)
     values = torch.empty(3, 1, target.hidden_size, device="meta", dtype=target.dtype)
     seen = TargetOutput(None, values, dict.fromkeys(head.taps, values))

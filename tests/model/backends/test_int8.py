@@ -265,7 +265,8 @@ def test_without_a_compiler_it_is_refused_and_heads_draft_in_floats(monkeypatch)
 
 @pytest.mark.slow
 def test_a_real_model_stays_itself_and_exact(smollm2):
-    from headstart.inference.benchmark.runner import measure
+    from benchmarking import benchmark
+
     from headstart.model.checkpoint.head import load_head
     from headstart.scripts.options.default_checkpoint import shipped_head
     from headstart.scripts.options.prompts import decodable, first_turns
@@ -275,6 +276,6 @@ def test_a_real_model_stays_itself_and_exact(smollm2):
     ids = first_turns(target, decodable("heldout", 3, target))
     report = quantization_report(target.model, [torch.tensor(one) for one in ids])
     assert report.agreement > 0.93 and report.divergence < 0.02
-    results = measure(target, {"mtp": SpeculativeConfig(head)}, ids, max_new_tokens=16)
+    results = benchmark(target, {"mtp": SpeculativeConfig(head)}, ids, max_new_tokens=16)
     assert results["mtp"].identical == 3, results["mtp"].differences
     assert results["mtp"].stats.acceptance_length > 1.3

@@ -17,7 +17,7 @@ from recurrent_decoding import NEW_TOKENS, SETTINGS, answers
 from torch import Tensor
 
 from headstart.inference import SpeculativeModel
-from headstart.inference.benchmark.runner import acceptance_length
+from headstart.inference.benchmark.acceptance import measure_acceptance
 from headstart.inference.config import SamplingParams, SpeculativeConfig
 from headstart.inference.engine.loop import decode
 from headstart.inference.engine.stats import Stats
@@ -26,7 +26,7 @@ from headstart.model.target.load import wrap_target
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
 from headstart.model.tree.tree import Tree
-from headstart.scripts.options.tree_budget import contestant
+from headstart.scripts.options.tree_budget import speculative_config
 
 GREEDY = SamplingParams(NEW_TOKENS)
 SAMPLINGS = {
@@ -77,7 +77,7 @@ def test_a_head_that_is_often_right(family: str, depth: int) -> None:
         def count(_: object, __: object, named: dict[str, Tensor], p: list[int] = passes) -> None:
             p.append(named["input_ids"].shape[1])
 
-        hook = target._decoder.register_forward_pre_hook(count, with_kwargs=True)
+        hook = target.decoder.module.register_forward_pre_hook(count, with_kwargs=True)
         config = SpeculativeConfig(oracle, TreeShape.chain(depth))
         steps = list(decode(target, ids_1T, sampling=GREEDY, speculative=config, stats=stats))
         hook.remove()
@@ -176,7 +176,7 @@ def test_states_are_those_of_the_text_that_was_kept(family: str) -> None:
         target.forward(chain_of([5, 6, 7, 8]), cache)  # never committed
         right = text[place : place + accepted]
         wrong = [(token + 1) % VOCAB for token in text[place + accepted :]]
-        seen = target.forward(chain_of((right + wrong)[: candidates + 1]), cache, layers=(0,))
+        seen = target.forward(chain_of((right + wrong)[: candidates + 1]), cache, taps=(0,))
         assert seen.lm_head_input_BTD.shape[1] == seen.hidden_states[0].shape[1] == candidates + 1
         cache.commit(torch.arange(candidates + 1)[None], torch.tensor([accepted]))
         place += accepted
@@ -198,13 +198,13 @@ def test_what_has_branches_is_refused() -> None:
         with pytest.raises(ValueError, match=r"state cannot branch. Use a chain.*--budget \d/\d/1"):
             decode(target, ids_1T, sampling=GREEDY, speculative=SpeculativeConfig(head, shape))
     tree = Tree(torch.tensor([[5, 6, 7]]), torch.tensor([[-1, 0, 0]]), torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="no tree with branches"):
+    with pytest.raises(ValueError, match="cannot verify a tree with branches"):
         target.forward(tree)
-    with pytest.raises(ValueError, match="one text at a time, not 2"):
+    with pytest.raises(ValueError, match="one sequence at a time, not 2"):
         target.new_cache(2)
     with pytest.raises(ValueError, match="Leave out quantize"):
         wrap_target(target.model, quantize="int8")
-    assert target._lean is None
+    assert target.backend is None
 
 
 def test_defaults_are_chains() -> None:
@@ -217,16 +217,17 @@ def test_defaults_are_chains() -> None:
     chain = SpeculativeConfig(model.head, TreeShape.chain(2), ngram=True)
     for how in (None, SpeculativeConfig(model.head), chain):
         assert model.generate(repeated, speculative=how, **options)[0].tolist() == expected
-    for budget in ("auto+lookup", "off", "lookup", "5", "5/4/1", "4+lookup"):
-        one, stats = contestant(target, model.head, budget), Stats()
+    for budget in ("auto+ngram", "off", "ngram", "5", "5/4/1", "4+ngram"):
+        one, stats = speculative_config(target, model.head, budget), Stats()
         assert one.shape.width == 1
-        assert one.shape.depth == {"4+lookup": 3, "5": 4, "5/4/1": 4, "off": 4}.get(budget, 8)
+        assert one.shape.depth == {"4+ngram": 3, "5": 4, "5/4/1": 4, "off": 4}.get(budget, 8)
         steps = decode(target, repeated, sampling=GREEDY, speculative=one, stats=stats)
         assert answers(steps)[0] == expected[repeated.shape[1] :]
     model.head.rank_acceptance = ((0.9, 0.5), (0.8, 0.5), (0.7, 0.5))
-    assert contestant(target, model.head, "static").shape.width == 1
-    stats, told = acceptance_length(target, model.head, [repeated[0].tolist()], max_new_tokens=8)
-    assert [token for step in told[0] for token in step] == expected[repeated.shape[1] :][:8]
+    assert speculative_config(target, model.head, "static").shape.width == 1
+    config, ids = SpeculativeConfig(model.head), repeated[0].tolist()
+    _, [steps] = measure_acceptance(target, config, [ids], SamplingParams(8))
+    assert [token for step in steps for token in step] == expected[repeated.shape[1] :][:8]
 
 
 def test_guesses_from_the_text_come_true() -> None:

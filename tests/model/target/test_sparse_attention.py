@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from headstart.inference import SpeculativeModel
 from headstart.inference.config import SamplingParams, SpeculativeConfig
 from headstart.inference.engine.loop import decode
+from headstart.model.backends.visibility import tie_break_earliest
 from headstart.model.cache.kv_cache import BLOCK, KVLayer
 from headstart.model.checkpoint.adopt import adopt
 from headstart.model.checkpoint.fuse import fuse
@@ -32,9 +33,8 @@ from headstart.model.target.sparse_attention import (
     UnusedIndexer,
     indexers,
     override_topk,
-    tie_break_earliest,
 )
-from headstart.model.target.support import refuse_config
+from headstart.model.target.support import check_config
 from headstart.model.target.target import Target
 
 FAMILIES = ("deepseek_v32", "glm_moe_dsa")
@@ -105,7 +105,7 @@ def test_what_an_indexer_remembers_moves_with_the_rest(monkeypatch: pytest.Monke
     whole = KVLayer.held
     monkeypatch.setattr(KVLayer, "held", lambda layer: whole(layer)[:2])
     for family in FAMILIES:
-        with pytest.raises(ValueError, match="reads a tree unlike the same text"):
+        with pytest.raises(ValueError, match="computes a tree unlike the same sequence"):
             wrap_target(build(family, SETTINGS[family]))
 
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_had_is_refused() -> None:
     model = build("glm_moe_dsa", SETTINGS["glm_moe_dsa"])
     model.config.model_type = "another"
     with pytest.raises(ValueError, match=r"\(another\) has sparse attention whose indexer is not"):
-        refuse_config(model.config, "one")  # before its weights are read
+        check_config(model.config, "one")  # before its weights are read
     kind = target_of("deepseek_v32").config.layer_types[0]
     mixed = {"layer_types": [kind, "full_attention"]}
     with pytest.raises(ValueError, match=f"with layers of {kind}"):
