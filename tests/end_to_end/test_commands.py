@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("wide")
 RECIPE = """
 target: {{name: {target}}}
 head: {{kind: {kind}, {settings}}}
-data: {{path: {data}, max_length: 128, batch_tokens: 512}}
+data: {{path: {data}, max_length: 128, global_batch_tokens: 512}}
 loss: {{steps: 2}}
 train: {{output: {out}, steps: 4, precision: float32}}
 eval: {{prompts: {prompts}, count: 2, max_new_tokens: 8, every: 2}}
@@ -143,7 +143,7 @@ def test_chat_keeps_the_conversation(target, prompts, recipe, tmp_path, monkeypa
     monkeypatch.setattr(
         generate,
         "stream",
-        lambda model, ids, **how: seen.append(len(ids)) or stream(model, ids, **how),
+        lambda model, ids, *given: seen.append(len(ids)) or stream(model, ids, *given),
     )
     run("generate", tmp_path / "fused", "--chat", "--max-new-tokens", 5)
     assert len(seen) == 2 and seen[1] > seen[0] + 5
@@ -233,7 +233,7 @@ def test_head_of_another_target(recipe, tmp_path):
 
 
 def test_generate_without_a_prompt_or_checkpoint(target):
-    assert "nothing to answer" in refused("generate")
+    assert "There is no prompt" in refused("generate")
     assert "fuse" in refused("generate", target, "hello")
     assert "no prompt follows" in refused("generate", target)
 

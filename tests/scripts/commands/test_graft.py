@@ -25,7 +25,6 @@ from headstart.model.checkpoint.metadata import HeadMeta, Lora, Measurement
 from headstart.model.checkpoint.model_card import model_card
 from headstart.model.hub.upload import publishable
 from headstart.model.target.load import load_target
-from headstart.model.target.target import Target
 from headstart.model.target.weights_hash import target_hash
 from headstart.scripts.commands.graft import MAX_LOSS, lost_share
 
@@ -251,7 +250,7 @@ def test_a_target_that_was_changed_in_its_place(fused, source, settings, tmp_pat
     message = refused("eval", place, *settings)
     assert "hash" in message and f"headstart graft {place} {place} OUT" in message
     output = run("graft", place, place, place, *settings).output
-    assert "What was lost is not known" in output
+    assert "The loss is unknown" in output
     assert load_fused(place)[1].kind == "mtp"
     assert read_head_file(place).meta.grafts[0].before is None
 
@@ -276,7 +275,7 @@ def test_an_original_that_is_no_longer_there(fused, source, settings, tmp_path):
     other = change(source, tmp_path / "other", STRONG)
     shutil.copy(other / "model.safetensors", broken / "model.safetensors")
     output = run("graft", broken, changed, tmp_path / "out", *settings).output
-    assert f"the weights of {broken} are no longer those that the head knew" in output
+    assert f"the weights of {broken} are no longer those that the head was trained on" in output
 
 
 def sized(folder: Path, **sizes: int) -> Path:
@@ -302,7 +301,7 @@ def test_other_sizes_are_refused_before_anything_is_loaded(
     fused, tmp_path, monkeypatch, sizes, says
 ):
     other = sized(tmp_path / "other", **sizes)
-    monkeypatch.setattr(Target, "load", None)
+    monkeypatch.setattr("headstart.scripts.commands.graft.load_target", None)
     message = refused("graft", fused, other, tmp_path / "out")
     assert re.search(says, message) and not (tmp_path / "out").exists()
 
@@ -314,7 +313,7 @@ def test_another_vocabulary_of_the_same_size_is_refused(fused, source, tmp_path,
     vocabulary = values["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(values))
-    monkeypatch.setattr(Target, "load", None)
+    monkeypatch.setattr("headstart.scripts.commands.graft.load_target", None)
     assert "2 tokens mean other text" in refused("graft", fused, other, tmp_path / "out")
 
 
@@ -328,12 +327,15 @@ def test_added_tokens_may_have_other_names(fused, source, settings, tmp_path):
 
 def test_what_is_not_changed_is_not_grafted(fused, source, settings, tmp_path):
     message = refused("graft", fused, source, tmp_path / "out", *settings)
-    assert "nothing to carry over" in message and f"headstart fuse {source} {fused} OUT" in message
+    assert (
+        "nothing has to be carried over" in message
+        and f"headstart fuse {source} {fused} OUT" in message
+    )
 
 
 def test_nothing_of_value_is_replaced(fused, source, tmp_path, monkeypatch):
     changed = change(source, tmp_path / "tuned", STRONG)
-    monkeypatch.setattr(Target, "load", None)
+    monkeypatch.setattr("headstart.scripts.commands.graft.load_target", None)
     assert "holds other files" in refused("graft", fused, changed, changed)
     assert "holds the original target" in refused("graft", fused, changed, fused)
     edited = Path(shutil.copytree(fused, tmp_path / "edited"))
