@@ -289,7 +289,7 @@ def test_records_stay_right(family: str, sampling: str, monkeypatch: pytest.Monk
         tapes[id(replay)].play()
 
     monkeypatch.setattr(CapturedFunction, "__call__", call)
-    monkeypatch.setattr("headstart.model.backends.kernels.cpu.build.functions", lambda: None)
+    monkeypatch.setattr("headstart.model.backends.kernels.cpu.functions.load_kernels", lambda: None)
     target, pool, prompts = target_of(family), GraphPool(max_graphs=9), batch(family, 3)
     monkeypatch.setattr(target, "backend", None)
     params, truth = ragged(reference(family, 3, sampling), sampling)
