@@ -17,7 +17,7 @@ from processes import launch_together
 from safetensors.torch import load_file
 from tiny_run import mixed_rows, skip_without_deepspeed, write_rows
 
-from headstart.scripts.commands.train import run_recipe
+from headstart.scripts.options.recipe import run_recipe
 from headstart.training.config.schema import load_recipe
 
 PROCESSES = 2
