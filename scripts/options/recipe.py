@@ -140,12 +140,11 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
         return None
     from headstart.inference.benchmark.acceptance import measure_acceptance
     from headstart.inference.config import SamplingParams, SpeculativeConfig
+    from headstart.inference.detokenizer import pieces
     from headstart.inference.tree_policy.defaults import for_target
     from headstart.model.tree.shape import TreeShape
     from headstart.scripts.options.prompts import decodable, first_turns
     from headstart.training.reporting.samples import Sample
-
-    from .generate import pieces
 
     _check_contexts(config, target)
     prompts = decodable(config.prompts, config.count, target)
