@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from headstart.model.backends.linear import identity
+from headstart.model.backends.linear import weight_version
 from headstart.model.cache.kv_cache import KVCache
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.output import TargetOutput
@@ -56,9 +56,9 @@ class Setup:
         plan holds target and head, so their ids stay theirs."""
         settings = [(type(one), *vars(one).values()) for one in self.sampler.processors]
         head, sample = self.head, self.sampler.sample
-        weights = [identity(weight) for weight in self.target.model.parameters()]
+        weights = [weight_version(weight) for weight in self.target.model.parameters()]
         if head is not None:
-            weights += [identity(weight) for weight in head.parameters()]
+            weights += [weight_version(weight) for weight in head.parameters()]
         temperatures = None if head is None else head.temperatures
         known = id(self.target), id(head), hash(tuple(weights)), temperatures, self.shape
         return *known, sample, *settings, *sizes

@@ -27,8 +27,7 @@ import torch
 from headstart.inference.engine.sampler import Sampler
 from headstart.inference.engine.step_graphs import CAPACITY, Begun, Graphs, Setup, suits
 from headstart.inference.engine.verify import accept
-from headstart.model.backends import cuda_ops as accelerated
-from headstart.model.backends.kernels.cpu import build as kernels
+from headstart.model.backends.select import kernel_hash
 from headstart.model.checkpoint.atomic import replace_text
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.paths import cache_folder
@@ -271,7 +270,6 @@ def _path(target: Target, head: DraftHead) -> Path:
 
 def _about(target: Target, head: DraftHead) -> dict[str, Any]:
     """Everything that the costs depend on, as far as it is known."""
-    in_c = target.device.type == "cpu" and kernels.functions() is not None
     return {
         "device": device_name(target.device),
         "threads": torch.get_num_threads(),
@@ -280,7 +278,7 @@ def _about(target: Target, head: DraftHead) -> dict[str, Any]:
         "head": head.config.model_dump(mode="json"),
         "versions": {name: version(name) for name in ("torch", "transformers", "headstart")},
         "nodes": NODES,
-        "kernels": accelerated.digest(target.device) or (kernels.digest() if in_c else None),
+        "kernels": kernel_hash(target.device),
     }
 
 

@@ -251,7 +251,7 @@ def test_records_stay_right(family: str, sampler: str, monkeypatch: pytest.Monke
         tapes[id(replay)].play()
 
     monkeypatch.setattr(Replay, "__call__", call)
-    monkeypatch.setattr("headstart.model.backends.kernels.cpu.build.functions", lambda: None)
+    monkeypatch.setattr("headstart.model.backends.kernels.cpu.functions.load_kernels", lambda: None)
     target, kept, prompts = target_of(family), Graphs(plans=9), batch(family, 3)
     monkeypatch.setattr(target, "backend", None)
     stop, truth = ragged(reference(family, 3, sampler))
