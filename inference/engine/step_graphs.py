@@ -290,7 +290,7 @@ class Graphs:
             self.kept.pop(next(iter(self.kept))).close()
 
     def _size(self) -> int:
-        return sum(cache.size for plan in self.kept.values() for cache in plan.caches)
+        return sum(cache.nbytes for plan in self.kept.values() for cache in plan.caches)
 
 
 def _caches(state: object) -> list[KVCache]:

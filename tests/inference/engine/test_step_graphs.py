@@ -199,7 +199,7 @@ def test_plans_that_are_kept_take_no_more_memory_than_they_may() -> None:
     for shape in (LARGE, SHAPES["chain"]):
         assert replayed(target, head, batch("llama", 3), shape, stop, kept=kept)[0] == truth
         (plan,) = kept.kept.values()  # the latest stays, however large
-    sizes = [cache.size for cache in plan.caches]
+    sizes = [cache.nbytes for cache in plan.caches]
     assert plan.setup.shape == SHAPES["chain"] and min(sizes) > 0
     roomy = Graphs(memory=3 * sum(sizes))
     for shape in (LARGE, SHAPES["chain"]):
