@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from headstart.inference.engine.loop import plain
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.loop import decode
 from headstart.inference.engine.sampler import Sampler
 from headstart.inference.engine.sequence import StopCriteria
 from headstart.inference.engine.stats import Stats
 from headstart.model.target.target import Target
 
-from .runner import PLAIN, Contestant, first_difference
+from .runner import PLAIN, first_difference
 
 WARM_UP = 8  # tokens
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
@@ -141,18 +142,26 @@ class Ours:
     rows: int | None = None
     ours = True
 
-    def __init__(self, target: Target, contestant: Contestant | None = None):
+    def __init__(self, target: Target, contestant: SpeculativeConfig | None = None):
         self.target, self.contestant, self.device = target, contestant, target.device
 
     def answer(
         self, tokens_BT: Tensor, mask_BT: Tensor, stop: StopCriteria, setting: Setting, score: Score
     ) -> list[list[int]]:
-        sampler = Sampler.of(setting.temperature, seed=setting.seed)
-        how: dict[str, Any] = {"sampler": sampler, "stop": stop, "stats": score.stats}
-        if self.contestant is None:
-            steps = plain(self.target, tokens_BT, mask_BT, **how)
-        else:
-            steps = self.contestant.decode(self.target, tokens_BT, mask_BT=mask_BT, **how)
+        sampling = SamplingParams(
+            stop.max_new_tokens,
+            setting.temperature,
+            seed=setting.seed,
+            stop_token_ids=stop.eos,
+        )
+        steps = decode(
+            self.target,
+            tokens_BT,
+            mask_BT,
+            sampling=sampling,
+            speculative=self.contestant,
+            stats=score.stats,
+        )
         answers: list[list[int]] = [[] for _ in tokens_BT]
         for step, emitted in enumerate(steps):
             score.steps += step > 0
@@ -358,7 +367,7 @@ def _compare(
 
 def _margin(target: Target, ids: list[int], setting: Setting, row: int) -> float:
     """How far the likeliest two draws behind a text lie apart, sampling noise included."""
-    sampler = Sampler.of(setting.temperature, seed=setting.seed)
+    sampler = Sampler.of(SamplingParams(temperature=setting.temperature, seed=setting.seed))
     seen = target.forward(torch.tensor([ids], device=target.device), logits=False)
     with torch.no_grad():
         scores_1V = sampler.scores(target.unembed(seen.lm_head_input_BTD[:, -1]), [], [row])

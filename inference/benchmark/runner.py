@@ -12,45 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from headstart.inference.engine.loop import StepStream, decode, plain
-from headstart.inference.engine.sampler import Sampler
-from headstart.inference.engine.sequence import StopCriteria
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.graph_pool import graph_pool
+from headstart.inference.engine.loop import decode
 from headstart.inference.engine.stats import Stats
-from headstart.inference.engine.step_graphs import Graphs
-from headstart.inference.tree_policy.adaptive import Budget
-from headstart.inference.tree_policy.defaults import DEFAULT_TREE, usual
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
 
 PLAIN = "plain"
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """Who guesses, and how much: the arguments of `decode`."""
-
-    head: DraftHead | None
-    shape: TreeShape = DEFAULT_TREE
-    budget: Budget | None = None
-    lookup: bool = False
-
-    def decode(
-        self, target: Target, tokens_BT: Tensor, mask_BT: Tensor | None = None, **options: Any
-    ) -> StepStream:
-        """As `decode`, its other arguments in `options`."""
-        return decode(
-            target,
-            self.head,
-            tokens_BT,
-            mask_BT,
-            shape=self.shape,
-            budget=self.budget,
-            lookup=self.lookup,
-            **options,
-        )
 
 
 @dataclass
@@ -84,7 +55,7 @@ class Result:
 
 def measure(
     target: Target,
-    contestants: Mapping[str, Contestant],
+    contestants: Mapping[str, SpeculativeConfig],
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -96,9 +67,9 @@ def measure(
     unmeasured to warm up.
     """
     results = {name: Result() for name in (PLAIN, *contestants)}
-    stop = StopCriteria(max_new_tokens, frozenset(target.eos_ids))
+    sampling = SamplingParams(max_new_tokens)
     for name in results:
-        _run(target, contestants.get(name), prompts[0], StopCriteria(8, stop.eos), Stats())
+        _run(target, contestants.get(name), prompts[0], SamplingParams(8), Stats())
     for place, prompt in enumerate(prompts):
         expected: list[int] = []
         # Who goes first changes from prompt to prompt.
@@ -106,7 +77,7 @@ def measure(
         turned = [PLAIN, *names[1 + place % max(len(names) - 1, 1) :], *names[1:]]
         for name in dict.fromkeys(turned):
             result = results[name]
-            steps = _run(target, contestants.get(name), prompt, stop, result.stats)
+            steps = _run(target, contestants.get(name), prompt, sampling, result.stats)
             answer = [token for step in steps for token in step]
             expected = answer if name == PLAIN else expected
             result.prompts += 1
@@ -131,31 +102,24 @@ def acceptance_length(
     Also each prompt's answer, as the tokens of its steps.
     """
     stats = Stats()
-    stop = StopCriteria(max_new_tokens, frozenset(target.eos_ids))
-    one = Contestant(head, shape or usual(target, DEFAULT_TREE))
-    answers = [
-        _run(target, one, prompt, stop, stats, Sampler.of(temperature)) for prompt in prompts
-    ]
-    Graphs.of(target).forget(head)  # the next check brings another one
+    sampling = SamplingParams(max_new_tokens, temperature)
+    one = SpeculativeConfig(head, shape)
+    answers = [_run(target, one, prompt, sampling, stats) for prompt in prompts]
+    graph_pool(target).forget(head)  # the next check brings another one
     return stats, answers
 
 
 def _run(
     target: Target,
-    contestant: Contestant | None,
+    speculative: SpeculativeConfig | None,
     prompt: Sequence[int],
-    stop: StopCriteria,
+    sampling: SamplingParams,
     stats: Stats,
-    sampler: Sampler | None = None,
 ) -> list[list[int]]:
     """The tokens of each step."""
     tokens_BT = torch.tensor([list(prompt)])
-    sampler = sampler or Sampler()  # greedy
-    if contestant is None:
-        rounds = plain(target, tokens_BT, sampler=sampler, stop=stop, stats=stats)
-    else:
-        rounds = contestant.decode(target, tokens_BT, sampler=sampler, stop=stop, stats=stats)
-    return [emitted[0] for emitted in rounds]
+    steps = decode(target, tokens_BT, sampling=sampling, speculative=speculative, stats=stats)
+    return [emitted[0] for emitted in steps]
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int:

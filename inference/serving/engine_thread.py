@@ -16,9 +16,9 @@ from threading import Condition, Thread
 
 import torch
 
-from headstart.inference.benchmark.runner import Contestant
+from headstart.inference.config import SamplingParams, SpeculativeConfig
 from headstart.inference.detokenizer import TextStream
-from headstart.inference.generate import SpeculativeModel, sampling_options
+from headstart.inference.generate import SpeculativeModel
 
 from .openai_api import ApiError, Reason, Usage
 from .prometheus import Metrics
@@ -81,7 +81,7 @@ class Worker:
     places: how many jobs may wait.
     """
 
-    def __init__(self, model: SpeculativeModel, candidates: Contestant | None, places: int):
+    def __init__(self, model: SpeculativeModel, candidates: SpeculativeConfig | None, places: int):
         self.model, self.candidates, self.places = model, candidates, places
         self.metrics = Metrics(lambda: len(self._waiting), lambda: int(self._job is not None))
         self.draining = False
@@ -223,17 +223,17 @@ class Worker:
 
     def _steps(self, order: Order) -> Iterator[list[int]]:
         """ApiError for what `generate` refuses."""
-        candidates = self.candidates
         try:
+            sampling = SamplingParams(
+                order.max_tokens,
+                order.temperature,
+                top_p=order.top_p,
+                seed=secrets.randbits(62) if order.seed is None else order.seed,
+            )
             return self.model.stream(
                 torch.tensor([order.tokens]),
-                max_new_tokens=order.max_tokens,
-                seed=secrets.randbits(62) if order.seed is None else order.seed,
-                tree=candidates.shape if candidates else None,
-                budget=candidates.budget if candidates else None,
-                lookup=candidates is not None and candidates.lookup,
-                speculate=candidates is not None,
-                **sampling_options(order.temperature, top_p=order.top_p),
+                speculative=self.candidates or SpeculativeConfig(),
+                **sampling.generate_options(),
             )
         except ValueError as wrong:
             raise ApiError(400, str(wrong)) from wrong

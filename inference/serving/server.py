@@ -11,7 +11,7 @@ from types import FrameType
 
 import uvicorn
 
-from headstart.inference.benchmark.runner import Contestant
+from headstart.inference.config import SpeculativeConfig
 from headstart.inference.generate import SpeculativeModel
 
 from .app import Service, make_app
@@ -85,7 +85,7 @@ class Server(uvicorn.Server):
 
 def make_server(
     model: SpeculativeModel,
-    candidates: Contestant | None,
+    candidates: SpeculativeConfig | None,
     settings: Settings,
     ready: Callable[[str], None],
 ) -> Server:

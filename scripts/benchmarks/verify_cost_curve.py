@@ -68,11 +68,11 @@ def timed(target: Target, tokens: int, count: int) -> dict[str, float]:
     """Milliseconds per read, by way."""
     import torch
 
-    from headstart.inference.engine.cuda_graph import Replay
-    from headstart.inference.engine.step_graphs import CAPACITY
+    from headstart.inference.engine.cuda_graph import CapturedFunction
+    from headstart.inference.engine.graph_runner import MIN_CAPACITY
 
     tree, shorter = _tree(target, count), target.backend
-    growing, capacity = target.new_cache(1), CAPACITY
+    growing, capacity = target.new_cache(1), MIN_CAPACITY
     while capacity < tokens + count:
         capacity *= 2
     ids_1T = torch.arange(tokens, device=target.device)[None] * 31 % target.vocab_size
@@ -95,7 +95,7 @@ def timed(target: Target, tokens: int, count: int) -> dict[str, float]:
                     target.forward(tree, cache)
 
             pool = torch.cuda.graph_pool_handle() if replayed else None
-            call = Replay(read, target.device, pool) if replayed else read
+            call = CapturedFunction(read, target.device, pool) if replayed else read
             took[way] = round(1e3 * _seconds(call, target), 4)
     finally:
         target.backend = shorter

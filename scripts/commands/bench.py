@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from headstart.inference.benchmark.baselines import Case, Results, Runner, Score
-    from headstart.inference.benchmark.runner import Contestant
+    from headstart.inference.config import SpeculativeConfig
     from headstart.model.target.target import Target
     from headstart.scripts.options.suites import Plan, Suite
 
@@ -268,7 +268,7 @@ class _Done:
 
 
 def make_runners(
-    target: Target, own: Mapping[str, Contestant], baselines: Sequence[str], folder: Path
+    target: Target, own: Mapping[str, SpeculativeConfig], baselines: Sequence[str], folder: Path
 ) -> tuple[dict[str, Runner], dict[str, str]]:
     """Everybody who takes part, and which baselines cannot and why."""
     from headstart.inference.benchmark.baselines import Ours, Stock

@@ -20,7 +20,7 @@ from headstart.scripts.console import console, legend, say, show
 from headstart.scripts.options.tree_budget import contestant
 
 if TYPE_CHECKING:
-    from headstart.inference.benchmark.runner import Contestant
+    from headstart.inference.config import SpeculativeConfig
     from headstart.model.target.target import Target
 
 RECIPE = "demo"
@@ -114,10 +114,10 @@ def _size(target: Target) -> str:
 
 
 def _answers(target: Target, out: Path, count: int, done: _Done) -> Path:
-    from headstart.inference.rollout import AnswerSettings
+    from headstart.inference.config import SamplingParams
     from headstart.scripts.options.prompts import read_prompts, shipped_prompts
 
-    from .generate_data import write_answers
+    from .generate_data import write_responses
 
     path = out / "answers.jsonl"
     if "answers" in done:
@@ -125,9 +125,9 @@ def _answers(target: Target, out: Path, count: int, done: _Done) -> Path:
         return path
     done.save()
     found, _ = read_prompts([str(shipped_prompts("train"))])
-    settings = AnswerSettings(max_new_tokens=ANSWER_TOKENS)
-    records = write_answers(
-        target, found[:count], settings, path, batch_size=48, seconds=ANSWER_SECONDS
+    sampling = SamplingParams(ANSWER_TOKENS)
+    records = write_responses(
+        target, found[:count], sampling, path, batch_size=48, seconds=ANSWER_SECONDS
     )
     done.add("answers")
     show(f"{records} answers in {path}")
@@ -165,7 +165,7 @@ def _overrides(target: Target, name: str | None, answers: Path, output: Path) ->
     ]
 
 
-def _contestants(target: Target, fused: Path, *, shipped: bool) -> dict[str, Contestant]:
+def _contestants(target: Target, fused: Path, *, shipped: bool) -> dict[str, SpeculativeConfig]:
     from headstart.model.checkpoint.head import load_head
     from headstart.scripts.options.default_checkpoint import shipped_head
 
@@ -175,7 +175,7 @@ def _contestants(target: Target, fused: Path, *, shipped: bool) -> dict[str, Con
 
 def _compare(
     target: Target,
-    contestants: dict[str, Contestant],
+    contestants: dict[str, SpeculativeConfig],
     out: Path,
     heldout: int,
     max_new_tokens: int,
@@ -189,7 +189,8 @@ def _compare(
     show(f"{figures['conditions']['device']}; all figures in {path}")
 
 
-def _show(target: Target, candidates: Contestant) -> None:
+def _show(target: Target, speculative: SpeculativeConfig) -> None:
+    from headstart.inference.config import SamplingParams
     from headstart.inference.generate import SpeculativeModel
     from headstart.inference.rollout import prompt_ids
 
@@ -198,6 +199,6 @@ def _show(target: Target, candidates: Contestant) -> None:
     console.print(legend())
     say(f"[bold]> {SHOWN_PROMPT}[/]")
     ids = prompt_ids(target, [{"role": "user", "content": SHOWN_PROMPT}])
-    assert candidates.head is not None
-    model = SpeculativeModel(target, candidates.head)
-    stream(model, ids, max_new_tokens=160, candidates=candidates)
+    assert speculative.head is not None
+    model = SpeculativeModel(target, speculative.head)
+    stream(model, ids, SamplingParams(160), speculative)

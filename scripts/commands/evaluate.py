@@ -17,7 +17,8 @@ from headstart.scripts.options.quantize_report import QUANTIZE_HELP, tell_quanti
 from headstart.scripts.options.tree_budget import HELP, check_budget, contestant, described
 
 if TYPE_CHECKING:
-    from headstart.inference.benchmark.runner import Contestant, Result
+    from headstart.inference.benchmark.runner import Result
+    from headstart.inference.config import SpeculativeConfig
     from headstart.model.checkpoint.metadata import Measurement
     from headstart.model.target.target import Target
 
@@ -94,7 +95,7 @@ def measurement(
 
 def compare(
     target: Target,
-    contestants: Mapping[str, Contestant],
+    contestants: Mapping[str, SpeculativeConfig],
     prompts: str | None,
     limit: int | None,
     max_new_tokens: int,
@@ -109,7 +110,7 @@ def compare(
 
 
 def report(
-    target: Target, contestants: Mapping[str, Contestant], results: Mapping[str, Result]
+    target: Target, contestants: Mapping[str, SpeculativeConfig], results: Mapping[str, Result]
 ) -> dict[str, Any]:
     """Show the table; the figures with their conditions."""
     console.print(table(results))
@@ -151,7 +152,7 @@ def conditions(target: Target) -> dict[str, Any]:
     """What a figure was measured on."""
     import torch
 
-    from headstart.inference.tree_policy.cost_model import device_name
+    from headstart.inference.engine.measure_costs import device_name
 
     return {
         "target": target.name,

@@ -120,11 +120,12 @@ def _decoded(
     target: Target, head: DraftHead, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> Figures:
     """Always the same tree: what a machine makes pay says nothing of the head."""
-    from headstart.inference.benchmark.runner import Contestant, measure
-    from headstart.inference.tree_policy.defaults import DEFAULT_TREE, usual
+    from headstart.inference.benchmark.runner import measure
+    from headstart.inference.config import SpeculativeConfig
+    from headstart.inference.tree_policy.defaults import DEFAULT_TREE, for_target
     from headstart.scripts.options.tree_budget import described
 
-    one = Contestant(head, usual(target, DEFAULT_TREE))
+    one = SpeculativeConfig(head, for_target(target, DEFAULT_TREE))
     show(f"decoding with {target.name}")
     with progress("decoding", len(prompts)) as update:
         results = measure(

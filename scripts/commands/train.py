@@ -161,7 +161,7 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
         )
         return None
     from headstart.inference.benchmark.runner import acceptance_length
-    from headstart.inference.tree_policy.defaults import usual
+    from headstart.inference.tree_policy.defaults import for_target
     from headstart.model.tree.shape import TreeShape
     from headstart.scripts.options.prompts import decodable, first_turns
     from headstart.training.evaluation.samples import Sample
@@ -174,7 +174,7 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
     longer = {context: _filled(prompts, context, config, target) for context in config.contexts}
     options: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens,
-        "shape": usual(target, TreeShape.dynamic(config.nodes, config.depth, config.width)),
+        "shape": for_target(target, TreeShape.dynamic(config.nodes, config.depth, config.width)),
         "temperature": config.temperature,
     }
 

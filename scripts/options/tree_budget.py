@@ -22,7 +22,7 @@ import typer
 from headstart.scripts.console import show
 
 if TYPE_CHECKING:
-    from headstart.inference.benchmark.runner import Contestant
+    from headstart.inference.config import SpeculativeConfig
     from headstart.model.heads.common.base import DraftHead
     from headstart.model.target.target import Target
     from headstart.model.tree.shape import TreeShape
@@ -65,7 +65,9 @@ def usual_budget(target: Target) -> str:
     return "auto+lookup" if tree is None else f"{tree.nodes}/{tree.depth}/{tree.width}"
 
 
-def contestants(target: Target, head: DraftHead, budgets: Sequence[str]) -> dict[str, Contestant]:
+def contestants(
+    target: Target, head: DraftHead, budgets: Sequence[str]
+) -> dict[str, SpeculativeConfig]:
     """By name, in the order given; none given: the usual one."""
     budgets = budgets or [usual_budget(target)]
     return {
@@ -74,44 +76,44 @@ def contestants(target: Target, head: DraftHead, budgets: Sequence[str]) -> dict
     }
 
 
-def contestant(target: Target, head: DraftHead, budget: str | None = None) -> Contestant:
+def contestant(target: Target, head: DraftHead, budget: str | None = None) -> SpeculativeConfig:
     """ValueError for a static tree of a head that was never calibrated."""
-    from headstart.inference.benchmark.runner import Contestant
-    from headstart.inference.tree_policy.adaptive import Budget
-    from headstart.inference.tree_policy.cost_model import Costs
-    from headstart.inference.tree_policy.defaults import DEFAULT_TREE, WIDEST_TREE, usual
+    from headstart.inference.config import SpeculativeConfig
+    from headstart.inference.engine.measure_costs import are_measured, measured_costs
+    from headstart.inference.tree_policy.defaults import DEFAULT_TREE, WIDEST_TREE, for_target
     from headstart.model.tree.shape import TreeShape
 
     budget = budget or usual_budget(target)
     measured = budget == "lookup" or budget.startswith(("auto", "static"))
-    if measured and not Costs.known(target, head):
+    if measured and not are_measured(target, head):
         show("Measuring once what a read costs on this machine: a few seconds.")
-    widest = usual(target, WIDEST_TREE)
+    widest = for_target(target, WIDEST_TREE)
     if budget == "lookup":
-        return Contestant(None, widest, Budget.auto(target, head), lookup=True)
+        return SpeculativeConfig(None, widest, costs=measured_costs(target, head), ngram=True)
     size, _, more = budget.partition("+")
     lookup = more == "lookup"
     if size == "auto":
-        return Contestant(head, widest, Budget.auto(target, head), lookup)
+        return SpeculativeConfig(head, widest, costs=measured_costs(target, head), ngram=lookup)
     if size == "off":
-        return Contestant(head, usual(target, DEFAULT_TREE), None, lookup)
+        return SpeculativeConfig(head, for_target(target, DEFAULT_TREE), ngram=lookup)
     if size.isdigit() and target.recurrent:
-        return Contestant(head, TreeShape.chain(int(size) - 1), None, lookup)
+        return SpeculativeConfig(head, TreeShape.chain(int(size) - 1), ngram=lookup)
     shape = _static(target, head) if size == "static" else _dynamic(size)
-    return Contestant(head, shape, None, lookup)
+    return SpeculativeConfig(head, shape, ngram=lookup)
 
 
-def described(one: Contestant) -> dict[str, Any]:
+def described(one: SpeculativeConfig) -> dict[str, Any]:
     """How a contestant guesses, for figures that are kept."""
     shape = one.shape
-    costs = {} if one.budget is None else {"costs": asdict(one.budget.costs)}
+    assert shape is not None, "`contestant` names it"
+    costs = {} if one.costs is None else {"costs": asdict(one.costs)}
     return {
         "nodes": shape.nodes,
         "depth": shape.depth,
         "width": shape.width,
         "static": shape.ranks is not None,
-        "budget": "auto" if one.budget is not None else "off",
-        "lookup": one.lookup,
+        "budget": "auto" if one.costs is not None else "off",
+        "lookup": one.ngram,
         **costs,
     }
 
@@ -126,8 +128,8 @@ def _dynamic(size: str) -> TreeShape:
 
 
 def _static(target: Target, head: DraftHead) -> TreeShape:
-    from headstart.inference.tree_policy.cost_model import Costs
-    from headstart.inference.tree_policy.static import best_for
+    from headstart.inference.engine.measure_costs import measured_costs
+    from headstart.inference.tree_policy.static import fastest_static_tree
 
     if not head.rank_acceptance:
         raise ValueError(
@@ -137,4 +139,4 @@ def _static(target: Target, head: DraftHead) -> TreeShape:
     # A recurrent state cannot branch: only the likeliest guess of each depth is one.
     ranks = 1 if target.recurrent else None
     acceptance = [one[:ranks] for one in head.rank_acceptance]
-    return best_for(acceptance, Costs.of(target, head).round)
+    return fastest_static_tree(acceptance, measured_costs(target, head).step_seconds)

@@ -254,7 +254,7 @@ def test_full_disk_keeps_what_is_there(target, prompts, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(data, "json", SimpleNamespace(dumps=full, loads=json.loads))
-        patch.setattr(data, "_same_settings", lambda *_: None)
+        patch.setattr(data, "_check_settings", lambda *_: None)
         assert "disk is full" in refused(*arguments)
     assert out.read_text() == before
     run(*arguments)
@@ -266,6 +266,6 @@ def test_interruption_says_how_to_go_on(target, prompts, tmp_path, monkeypatch):
     def stop(*_: object, **__: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "write_answers", stop)
+    monkeypatch.setattr(data, "write_responses", stop)
     result = run("data", prompts, "--target", target, "--out", tmp_path / "o.jsonl", ok=False)
     assert result.exit_code == ui.INTERRUPTED and "Stopped" in result.output

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart.inference.benchmark.runner import PLAIN, Contestant, measure
+from headstart.inference.benchmark.runner import PLAIN, measure
+from headstart.inference.config import SpeculativeConfig
 from headstart.inference.rollout import prompt_ids
 from headstart.model.checkpoint.head import load_head
 from headstart.model.target.load import load_target
@@ -48,7 +49,7 @@ def test_real_prompts_are_answered_identically(target, on_cores, threads, count)
         prompt_ids(target, [{"role": "user", "content": one.turns[0]}])
         for one in prompts[:: len(prompts) // count][:count]
     ]
-    contestants = {name: Contestant(head, shape) for name, shape in SHAPES.items()}
+    contestants = {name: SpeculativeConfig(head, shape) for name, shape in SHAPES.items()}
     results = measure(target, contestants, ids, max_new_tokens=TOKENS)
     for name in SHAPES:
         assert results[name].prompts == count

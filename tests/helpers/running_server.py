@@ -15,7 +15,7 @@ import httpx
 import torch
 from openai import OpenAI
 
-from headstart.inference.benchmark.runner import Contestant
+from headstart.inference.config import SpeculativeConfig
 from headstart.inference.generate import SpeculativeModel
 from headstart.inference.rollout import prompt_ids
 from headstart.inference.serving.server import Server, Settings, make_server
@@ -73,7 +73,7 @@ def until(true: Callable[[], bool], seconds: float = 20) -> None:
 
 def serving(folder: Path, **settings: Any) -> Iterator[Served]:
     model = SpeculativeModel.from_pretrained(folder)
-    candidates = Contestant(model.head, DEFAULT_TREE, lookup=True)
+    candidates = SpeculativeConfig(model.head, DEFAULT_TREE, ngram=True)
     told: Queue[str] = Queue()
     server = make_server(model, candidates, Settings("tiny", port=0, **settings), told.put)
     thread = threading.Thread(target=server.run)

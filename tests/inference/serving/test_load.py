@@ -21,6 +21,7 @@ import torch
 from openai import APIStatusError, AsyncOpenAI
 from running_server import asking, figure, until
 
+from headstart.inference.config import SpeculativeConfig
 from headstart.inference.generate import SpeculativeModel
 from headstart.inference.rollout import prompt_ids
 
@@ -66,7 +67,9 @@ def expected(fused: Path) -> dict[tuple[str, int | None], str]:
 
 
 def said(model: SpeculativeModel, ids: list[int], count: int, **options: Any) -> str:
-    out = model.generate(torch.tensor([ids]), max_new_tokens=count, speculate=False, **options)
+    out = model.generate(
+        torch.tensor([ids]), max_new_tokens=count, speculative=SpeculativeConfig(), **options
+    )
     assert isinstance(out, torch.Tensor)
     return model.target.text(out[0, len(ids) :].tolist())
 

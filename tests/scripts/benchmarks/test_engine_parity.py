@@ -16,7 +16,7 @@ from mimo_form import as_mimo
 from processes import HELPERS
 from run_command import refused, run
 
-from headstart.inference.rollout import AnswerSettings
+from headstart.inference.config import SamplingParams
 from headstart.model.checkpoint.adopt import adopt
 from headstart.model.checkpoint.fuse import fuse
 from headstart.model.target.load import load_target
@@ -33,7 +33,7 @@ from headstart.scripts.benchmarks.engine_parity import (
     vllm,
 )
 from headstart.scripts.benchmarks.engine_server import Counted, running
-from headstart.scripts.commands.generate_data import write_answers
+from headstart.scripts.commands.generate_data import write_responses
 from headstart.scripts.commands.train import run_recipe
 from headstart.scripts.options.default_checkpoint import shipped_checkpoint
 from headstart.scripts.options.prompts import read_prompts, shipped_prompts
@@ -267,7 +267,7 @@ def test_a_layer_of_the_targets_own_in_vllm(tmp_path, capsys):
     target = load_target(root)
     texts, _ = read_prompts([str(shipped_prompts("train"))])
     file = tmp_path / "answers.jsonl"
-    write_answers(target, texts[:96], AnswerSettings(max_new_tokens=64), file, batch_size=48)
+    write_responses(target, texts[:96], SamplingParams(max_new_tokens=64), file, batch_size=48)
     values = {
         "target": {"name": str(root)},
         "head": {"kind": "mtp"},

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from headstart.inference.benchmark import baselines as runs
 from headstart.inference.benchmark.baselines import Case, Ours, Score, Setting, Stock
-from headstart.inference.benchmark.runner import Contestant
+from headstart.inference.config import SpeculativeConfig
 from headstart.inference.engine.sequence import StopCriteria
 from headstart.model.checkpoint.fuse import fuse
 from headstart.model.target.load import wrap_target
@@ -234,7 +234,7 @@ def test_stock_is_generate_and_ours_agrees(fused: Path, opened: Opened) -> None:
     target.model.generation_config.eos_token_id = eos
     runners = {
         "plain": Ours(target),
-        "tree": Ours(target, Contestant(head, TreeShape.dynamic(6, 3, 2))),
+        "tree": Ours(target, SpeculativeConfig(head, TreeShape.dynamic(6, 3, 2))),
         "generate": Stock(model, target.eos_ids, target.pad_id),
     }
     cases = [Case("a", tuple(range(30))), Case("b", (9, 8, 7)), Case("c", tuple(range(50, 60)))]

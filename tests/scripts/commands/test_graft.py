@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny_run import tiny_head
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headstart.inference.benchmark.runner import PLAIN, Contestant, measure
+from headstart.inference.benchmark.runner import PLAIN, measure
+from headstart.inference.config import SpeculativeConfig
 from headstart.model.checkpoint.fuse import fuse
 from headstart.model.checkpoint.head import (
     load_fused,
@@ -159,7 +160,7 @@ def test_a_strong_change_costs_and_retraining_is_recommended(
         torch.equal(tensor, old.state_dict()[name]) for name, tensor in head.state_dict().items()
     )
     ids = [[5, 6, 7], [60, 2]]
-    found = measure(target, {"ours": Contestant(head)}, ids, max_new_tokens=20)
+    found = measure(target, {"ours": SpeculativeConfig(head)}, ids, max_new_tokens=20)
     assert found["ours"].identical == found[PLAIN].prompts == 2
 
     (graft,) = file.meta.grafts

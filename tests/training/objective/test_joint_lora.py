@@ -15,7 +15,8 @@ from processes import launch_together
 from safetensors.torch import load_file
 from tiny_run import learned, mixed_rows, tiny_head, tiny_target, write_rows
 
-from headstart.inference.benchmark.runner import PLAIN, Contestant, measure
+from headstart.inference.benchmark.runner import PLAIN, measure
+from headstart.inference.config import SpeculativeConfig
 from headstart.model.checkpoint.fuse import fuse
 from headstart.model.checkpoint.head import load_fused, load_head, read_head_file
 from headstart.model.heads.common.base import kinds
@@ -185,7 +186,9 @@ def test_fused_it_is_a_model_of_its_own_that_is_kept_exactly(dtype, tmp_path, ca
     card = (tmp_path / "fused" / "README.md").read_text()
     assert "CHANGED jointly with the head (LoRA of rank 4; on held-out responses" in card
     assert read_head_file(tmp_path / "fused").meta.joint.divergence > 0
-    results = measure(target, {"ours": Contestant(head)}, [rows[0], rows[1]], max_new_tokens=24)
+    results = measure(
+        target, {"ours": SpeculativeConfig(head)}, [rows[0], rows[1]], max_new_tokens=24
+    )
     assert results["ours"].identical == results[PLAIN].prompts == 2
 
 
