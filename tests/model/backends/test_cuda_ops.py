@@ -23,7 +23,9 @@ from processes import HELPERS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from headstart.inference.config import SamplingParams, SpeculativeConfig
 from headstart.inference.engine.loop import decode
+from headstart.inference.engine.measure_costs import costs_key
 from headstart.model.backends import cuda_ops as accelerated
 from headstart.model.backends.cuda_ops import Accelerated
 from headstart.model.backends.fused_head import SWIFT_ON_A_GPU, cached_attention, speed_up_blocks
