@@ -280,7 +280,7 @@ def test_each_depth_has_its_temperature_and_the_last_one_goes_on(target, kind):
     head = random_head(target, kind).for_decoding(target)
     tokens_BT = torch.tensor([mixed_rows(1)[0]])
     places_BP = torch.arange(5)[None]
-    seen = target.read(tokens_BT, layers=head.taps).at(places_BP)
+    seen = target.forward(tokens_BT, layers=head.taps).gather(places_BP)
     state = head.advance(head.start(1), seen, tokens_BT.gather(1, places_BP + 1), torch.tensor([5]))
     shape = TreeShape.chain(3)
 
