@@ -109,7 +109,7 @@ class Head(DraftHead):
             nodes = frontier.tokens_BF.shape[1]
             return logp_B1W.expand(-1, nodes, -1), tokens_B1W.expand(-1, nodes, -1)
 
-        return grow(state.root_B, at_depth(0), step, shape, should_deepen)
+        return grow(state.root_B, at_depth(0), step, shape, should_deepen, ops=self.ops)
 
     def _feature(self, seen: TargetOutput) -> Tensor:
         dtype = next(self.parameters()).dtype

@@ -1,73 +1,99 @@
-"""How a target with recurrent layers reads behind a text: chains, no trees, and one text at a time.
+"""The decoder of a target with recurrent layers: chains instead of trees, one sequence at a time.
 
-Legend: N new rows, T rows of a read in all, S cache columns, D hidden size.
+Legend: N new positions, T positions of a forward pass with the replayed ones, S cache slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
+from headstart.model.backends.visibility import (
+    FULL,
+    LINEAR,
+    AdditiveMask,
+    Visibility,
+    additive_mask,
+)
 from headstart.model.cache.kv_cache import KVCache
+from headstart.model.tree.tree import Tree
 
-from .masks import additive
-
-if TYPE_CHECKING:
-    from headstart.model.tree.tree import Tree
-
-# (ids 1 x T, positions 1 x T, mask 1 x 1 x T x S or None) -> last hidden 1 x T x D, those of layers
-Run = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, dict[int, Tensor]]]
+from .decoder import DecoderOutput, ModuleDecoder
 
 
-class RecurrentTargetReader:
-    """mixers: what is recurrent in the decoder layers, by their place. name: of the target."""
+class RecurrentDecoder(ModuleDecoder):
+    """As `ModuleDecoder`. Tokens that were accepted behind the last snapshot of the states are
+    replayed in front of the new ones (model/cache/recurrent_state.py).
 
-    def __init__(self, mixers: Mapping[int, nn.Module], name: str):
+    mixers: the recurrent part of each recurrent layer, by the layer's index.
+    name: of the target, for messages.
+    """
+
+    recurrent = True
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: nn.ModuleList,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        mixers: Mapping[int, nn.Module],
+        name: str,
+    ):
+        super().__init__(module, layers, config, dtype)
         self.mixers, self.name = mixers, name
 
-    def refuse_integers(self, quantize: str | None) -> None:
-        """ValueError where recurrent layers would be quantised."""
-        if self.mixers and quantize is not None:
+    def new_cache(self, batch_size: int, device: torch.device) -> KVCache:
+        """An empty cache. ValueError for several sequences."""
+        if batch_size != 1:
             raise ValueError(
-                f"{self.name} has recurrent layers, which are not computed in integers. Leave out "
-                f"quantize ({quantize})."
+                f"{self.name} has recurrent layers, whose sequences cannot resume from different "
+                f"lengths. Decode one sequence at a time, not {batch_size}."
             )
+        return KVCache(1, len(self.layers), device, recurrent=tuple(self.mixers))
 
-    def new_cache(self, rows: int, layers: int, device: torch.device) -> KVCache:
-        """An empty cache, of any target. ValueError for several rows where there are states."""
-        if self.mixers and rows != 1:
-            raise ValueError(
-                f"{self.name} has recurrent layers, whose rows cannot go on from different "
-                f"lengths. Give one text at a time, not {rows}."
-            )
-        return KVCache(rows, layers, device, recurrent=tuple(self.mixers))
-
-    def read(
-        self, ids_1N: Tensor, tree: Tree | None, cache: KVCache, dtype: torch.dtype, run: Run
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Read a text, or a tree that is a chain, behind the cache; of the new rows only."""
-        assert cache.states is not None
+    def forward(
+        self,
+        ids_BN: Tensor,
+        positions_BN: Tensor,
+        cache: KVCache | None,
+        visibility: Visibility | None,
+        taps: Sequence[int] = (),
+    ) -> DecoderOutput:
+        """As `ModuleDecoder.forward`. ValueError for a tree with branches."""
+        if cache is None or visibility is None:
+            return super().forward(ids_BN, positions_BN, cache, visibility, taps)
+        assert cache.states is not None, "the cache is of another target"
+        tree = visibility.tree
         if tree is not None:
-            self._refuse_branches(tree)
-        new = ids_1N.shape[1]
-        ids_T = cache.states.begin(ids_1N[0], new if tree is None else 1)
-        again = len(ids_T) - new
-        cache.reserve(new, again=again)
-        places_T = torch.arange(cache.width - again, cache.columns, device=ids_T.device)
-        mask: Tensor | None = None  # the model's own
+            self._check_is_chain(tree)
+        new = ids_BN.shape[1]
+        ids_T = cache.states.begin(ids_BN[0], certain=new if tree is None else 1)
+        replayed = len(ids_T) - new
+        cache.reserve(new, again=replayed)
+        positions_T = torch.arange(cache.width - replayed, cache.columns, device=ids_T.device)
+        mask: Tensor | None = None  # None: the model makes its own causal mask
         if cache.width and len(ids_T) > 1:
-            columns_S = torch.arange(cache.columns, device=ids_T.device)
-            mask = additive((columns_S <= places_T[:, None])[None], dtype)
+            slots_S = torch.arange(cache.columns, device=ids_T.device)
+            mask = additive_mask((slots_S <= positions_T[:, None])[None], self.dtype)
         with cache.states.snapshot_at_root(self.mixers):
-            last_1TD, hidden = run(ids_T[None], places_T[None], mask)
-        return last_1TD[:, again:], {layer: states[:, again:] for layer, states in hidden.items()}
+            lm_head_input_1TD, hidden_states = self.run(
+                ids_T[None], positions_T[None], mask, cache, taps
+            )
+        new_states = {layer: states[:, replayed:] for layer, states in hidden_states.items()}
+        return lm_head_input_1TD[:, replayed:], new_states
 
-    def _refuse_branches(self, tree: Tree) -> None:
+    def _mask_argument(self, mask: AdditiveMask | None) -> Any:
+        """Recurrent layers take no mask."""
+        return None if mask is None else {FULL: mask, LINEAR: None}
+
+    def _check_is_chain(self, tree: Tree) -> None:
         if tree.parents_BN.tolist() != [list(range(-1, tree.nodes - 1))]:
             raise ValueError(
-                f"{self.name} has recurrent layers, whose state cannot branch, so it reads no tree "
-                "with branches. Use a chain: TreeShape.chain(4), or --budget 5/4/1."
+                f"{self.name} has recurrent layers, whose state cannot branch, so it cannot verify "
+                "a tree with branches. Use a chain: TreeShape.chain(4), or --budget 5/4/1."
             )

@@ -1,5 +1,8 @@
-"""Open a target: from a hub, a folder, a GGUF file, in parts on several processes, or by its
-configuration alone."""
+"""Open a target: from the Hub, a folder or a GGUF file, sharded over processes, or by its
+configuration alone.
+
+Every way ends in `_build`, which checks the model and wires the parts of a `Target`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headstart.model.backends.fused_decoder import FusedDecoder
+from headstart.model.backends.int8 import quantize_linears
+from headstart.model.backends.linear import pack_linears
+from headstart.model.backends.select import select_backend
+
+from .decoder import ModuleDecoder
+from .gqa_attention import use_grouped_attention
+from .linear_attention import RecurrentDecoder
+from .lm_head import LMHead, LogitsRule
+from .modules import decoder_layers, inner_model, output_head
 from .pretrained import (
     open_pretrained,
     open_sharded,
@@ -15,7 +28,9 @@ from .pretrained import (
     open_tensor_parallel,
     open_weight_only,
 )
-from .quantize import check_kind
+from .probe import own_logits, probe
+from .quantize import check_kind, check_quantizable, use_exact_attention
+from .support import check_supported, check_window_is_applied, recurrent_mixers
 from .target import Target
 from .weight_only import check_weight_only
 from .weights_hash import remember, weights_hash
@@ -45,9 +60,9 @@ def load_target(
         if quantize is not None:
             raise ValueError("Give either quantize or weight_only: they exclude each other.")
         held = open_weight_only(str(name), dtype, device, revision, weight_only)
-        return Target(*held, str(name), weight_only=weight_only)
+        return _build(*held, str(name), weight_only=weight_only)
     model, tokenizer = open_pretrained(str(name), dtype, device, revision)
-    return Target(model, tokenizer, str(name), quantize)
+    return _build(model, tokenizer, str(name), quantize=quantize)
 
 
 def load_sharded_target(
@@ -69,12 +84,13 @@ def load_sharded_target(
     else:
         model, tokenizer, digest = open_sharded(str(name), dtype, device, revision)
         remember(model, digest)
-    return Target(model, tokenizer, str(name))
+    return _build(model, tokenizer, str(name))
 
 
 def target_from_config(name: str | Path, *, revision: str | None = None) -> Target:
     """The sizes of a target, on the meta device: only its configuration is read."""
-    return Target(open_skeleton(str(name), revision), "It was opened without weights.", str(name))
+    skeleton = open_skeleton(str(name), revision)
+    return _build(skeleton, "It was opened without weights.", str(name))
 
 
 def wrap_target(
@@ -83,4 +99,72 @@ def wrap_target(
     quantize: str | None = None,
 ) -> Target:
     """Freeze a model that is already built."""
-    return Target(model, tokenizer or "None was given.", type(model).__name__, quantize)
+    return _build(model, tokenizer or "None was given.", type(model).__name__, quantize=quantize)
+
+
+def _build(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | str,
+    name: str,
+    *,
+    quantize: str | None = None,
+    weight_only: str | None = None,
+) -> Target:
+    """Check a model, compare it with its own forward pass, and choose how its layers are run.
+
+    tokenizer: or the reason why there is none. ValueError for a model that does not qualify.
+    """
+    check_kind(quantize)
+    check_supported(model, name)
+    model = model.eval().requires_grad_(False)
+    config = model.config.get_text_config(decoder=True)
+    decoder = _module_decoder(model, output_head(model, name).weight.dtype, name)
+    if decoder.recurrent and quantize is not None:
+        raise ValueError(
+            f"{name} has recurrent layers, which are not computed in integers. Leave out quantize "
+            f"({quantize})."
+        )
+
+    def wire(backend: FusedDecoder | None = None) -> Target:
+        # Quantising and packing replace linear layers, the LM head among them.
+        lm_head = LMHead(output_head(model, name), LogitsRule.of(config))
+        return Target(
+            model,
+            tokenizer,
+            name,
+            decoder,
+            lm_head,
+            backend=backend,
+            quantized=quantize,
+            weight_only=weight_only,
+        )
+
+    target = wire()
+    if target.device.type == "meta":
+        return target
+    expected = own_logits(target)
+    use_grouped_attention(decoder.module, config)
+    probe(target, expected)
+    if quantize is not None:
+        check_quantizable(model, name)
+        use_exact_attention(model, name)
+        probe(target, own_logits(target))  # trees too are now verified with another attention
+        quantize_linears(model)
+    if target.is_sharded or weight_only is not None:
+        return target
+    backend = None
+    if not decoder.recurrent and not decoder.windows.sparse:
+        backend = select_backend(decoder.module, decoder.layers, config, decoder.windows)
+    pack_linears(model)  # after the probes, which would pack what they widen
+    return wire(backend)
+
+
+def _module_decoder(model: PreTrainedModel, dtype: torch.dtype, name: str) -> ModuleDecoder:
+    config = model.config.get_text_config(decoder=True)
+    module = inner_model(model)
+    layers = decoder_layers(module, config, name)
+    check_window_is_applied(module, config, name)
+    mixers = recurrent_mixers(layers, config, name)
+    if mixers:
+        return RecurrentDecoder(module, layers, config, dtype, mixers, name)
+    return ModuleDecoder(module, layers, config, dtype)

@@ -24,7 +24,7 @@ from transformers import (
 from . import gguf
 from .modules import decoder_layers, inner_model
 from .sharding import broadcast_from_rank0, shard, tensor_plan
-from .support import refuse_config
+from .support import check_config
 from .weight_only import quantize_layers
 from .weights_hash import weights_hash
 
@@ -134,7 +134,7 @@ def _read_config(name: str, source: str, where: dict[str, str | None]) -> Pretra
             f"{name} cannot be opened as a language model: {error} Give a Hub id, a folder with "
             "config.json and weights, or a .gguf file."
         ) from error
-    refuse_config(config, name)
+    check_config(config, name)
     if where["gguf_file"] is None:
         _refuse_quantized(config, name)
     return config

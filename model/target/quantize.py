@@ -4,29 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from .probe import probe
+from headstart.model.backends.int8 import available, full_precision
+from headstart.model.backends.torch_ops import exact_attention
+
+from .gqa_attention import UNKNOWN
 from .sparse_attention import indexers
 
-if TYPE_CHECKING:
-    from .target import Target
-from headstart.model.backends.int8 import (
-    available,
-    exact_attention,
-    full_precision,
-    quantize_linears,
-)
-
 KINDS = ("int8",)
-EXACT = "headstart_exact"  # the attention of quantised models, as transformers calls it
-UNKNOWN = ("softcap", "s_aux", "position_bias")  # what else an attention of transformers can have
+EXACT = "headstart_exact"  # the name under which transformers knows `_exact_attention`
+_calls: ContextVar[list[nn.Module] | None] = ContextVar("calls", default=None)
 
 
 def check_kind(kind: str | None) -> None:
@@ -35,26 +30,13 @@ def check_kind(kind: str | None) -> None:
         raise ValueError(f"Unknown quantisation {kind!r}. There is: {', '.join(KINDS)}.")
 
 
-def quantize(target: Target, kind: str) -> None:
-    """Let a target compute in 8-bit integers from now on. ValueError if it cannot.
-
-    kind: one of `KINDS`. The float32 weights stay, so what is saved, hashed and borrowed does not
-    change. The integers come to them, made at the first read: they add a quarter to the memory.
-    """
-    model, name = target.model, target.name
-    check_kind(kind)
-    _refuse(model, name)
-    _take_attention(model, name)
-    probe(target)  # trees too are read with another attention now
-    quantize_linears(model)
-
-
 @dataclass(frozen=True)
-class Change:
-    """What quantising changed on some texts.
+class QuantizationError:
+    """How far the quantised model is from its float32 weights on some sequences.
 
-    tokens: read. agreement: share of them after which the likeliest next token stayed the same.
-    divergence: mean KL divergence of the quantised distribution from the full one, in nats.
+    tokens: number of positions compared.
+    agreement: share of them whose top-1 next token is the same.
+    divergence: mean KL divergence of the quantised from the float32 distribution, in nats.
     """
 
     tokens: int
@@ -63,21 +45,21 @@ class Change:
 
 
 @torch.no_grad()
-def quantization_report(model: PreTrainedModel, texts: Sequence[Tensor]) -> Change:
-    """Read texts (1-D token ids) with a quantised model and with its float32 weights."""
+def quantization_report(model: PreTrainedModel, sequences: Sequence[Tensor]) -> QuantizationError:
+    """Compare a quantised model with its float32 weights on sequences (1-D token ids)."""
     tokens, same, divergence = 0, 0, 0.0
-    for text_T in texts:
-        ours_TV = model(text_T[None], use_cache=False).logits[0].log_softmax(-1)
+    for ids_T in sequences:
+        ours_TV = model(ids_T[None], use_cache=False).logits[0].log_softmax(-1)
         with full_precision(model):
-            full_TV = model(text_T[None], use_cache=False).logits[0].log_softmax(-1)
-        tokens += len(text_T)
+            full_TV = model(ids_T[None], use_cache=False).logits[0].log_softmax(-1)
+        tokens += len(ids_T)
         same += int((ours_TV.argmax(-1) == full_TV.argmax(-1)).sum())
         divergence += float((full_TV.exp() * (full_TV - ours_TV)).sum())
-    return Change(tokens, same / tokens, divergence / tokens)
+    return QuantizationError(tokens, same / tokens, divergence / tokens)
 
 
-def _refuse(model: PreTrainedModel, name: str) -> None:
-    """ValueError for what integers do not work with."""
+def check_quantizable(model: PreTrainedModel, name: str) -> None:
+    """ValueError for models that cannot be computed in 8-bit integers."""
     if not available():
         raise ValueError(
             f"{name} cannot be quantised here: products of integers are built with a C compiler, "
@@ -106,8 +88,11 @@ def _refuse(model: PreTrainedModel, name: str) -> None:
 
 
 @torch.no_grad()
-def _take_attention(model: PreTrainedModel, name: str) -> None:
-    """Replace a model's attention. ValueError if its code does not let us."""
+def use_exact_attention(model: PreTrainedModel, name: str) -> None:
+    """Let a model sum its attention in float64 from now on (see backends/int8.py for why).
+
+    ValueError where the model's code computes attention without transformers' interface.
+    """
     ids_1T = torch.tensor([[1, 2, 3]])
     before = model(input_ids=ids_1T, use_cache=False).logits
     model.set_attn_implementation(EXACT)
@@ -126,21 +111,16 @@ def _take_attention(model: PreTrainedModel, name: str) -> None:
 
 @contextmanager
 def _counted() -> Iterator[list[nn.Module]]:
-    """The modules whose attention is computed here, while the model runs."""
+    """Collect the modules that call `_exact_attention` in this thread while the model runs."""
     calls: list[nn.Module] = []
-
-    def attend(module: nn.Module, *states: Any, **options: Any) -> tuple[Tensor, None]:
-        calls.append(module)
-        return _attend(module, *states, **options)
-
-    AttentionInterface.register(EXACT, attend)
+    token = _calls.set(calls)
     try:
         yield calls
     finally:
-        AttentionInterface.register(EXACT, _attend)
+        _calls.reset(token)
 
 
-def _attend(
+def _exact_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -149,7 +129,10 @@ def _attend(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """`exact_attention` as transformers calls it: gives B x N x H x C."""
+    """`exact_attention` as transformers calls it; returns B x N x H x C."""
+    calls = _calls.get()
+    if calls is not None:
+        calls.append(module)
     odd = [name for name in UNKNOWN if options.get(name) is not None]
     if odd:
         raise ValueError(f"its attention has {odd[0]}, which is not known here.")
@@ -157,5 +140,5 @@ def _attend(
     return attended.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(EXACT, _attend)
+AttentionInterface.register(EXACT, _exact_attention)
 AttentionMaskInterface.register(EXACT, sdpa_mask)

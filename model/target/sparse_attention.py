@@ -6,7 +6,7 @@ It chooses behind the mask: a tree's node among the text and its own ancestors. 
 visible than it may choose, it chooses hidden columns too, and the mask hides them again.
 
 Scores are clipped at 0, so many columns can have that. Which of them torch then takes depends on
-what else is there, and a tree has more columns than a chain. `earlier_first` settles it.
+what else is there, and a tree has more columns than a chain. `tie_break_earliest` settles it.
 
 Legend: B batch rows, N new rows, S columns, D hidden size.
 """
@@ -20,11 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# transformers' names of such layers: in version 5.24, and in 5.17.
-SPARSE = ("indexed_attention", "deepseek_sparse_attention")
 FAMILIES = ("deepseek_v32", "glm_moe_dsa")  # others choose in ways that were not tried
 FEW = 3  # columns that are chosen in a probe
-STEP = 1e-30  # no attention score is so small that it changes
 PARTS = {"wq_b", "wk", "k_norm", "weights_proj"}  # of an indexer
 
 
@@ -67,13 +64,6 @@ def disable_indexer(layer: nn.Module) -> bool:
     for owner, name in found:
         setattr(owner, name, UnusedIndexer(getattr(owner, name)))
     return bool(found)
-
-
-def tie_break_earliest(mask_B1NS: Tensor) -> Tensor:
-    """An additive mask with which the earlier of two columns scored 0 is chosen. In 32 bits: in 16
-    it tells few columns apart, or none, and rounding decides between close scores anyway."""
-    columns_S = torch.arange(mask_B1NS.shape[-1], device=mask_B1NS.device)
-    return mask_B1NS - (columns_S * STEP).to(mask_B1NS.dtype)
 
 
 @contextmanager

@@ -10,16 +10,29 @@ Legend: B batch rows, N new rows (tree nodes or text positions), S cache columns
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .sparse_attention import FAMILIES, SPARSE, indexers
+from headstart.model.backends.visibility import (
+    CHUNKED,
+    FULL,
+    LINEAR,
+    SLIDING,
+    SPARSE,
+    AttentionWindows,
+)
 
-if TYPE_CHECKING:
-    pass
-from .masks import CHUNKED, FULL, LINEAR, MIXER, SLIDING, WINDOW_MASKS, AttentionWindows
+from .gqa_attention import GROUPED, SDPA
+from .sparse_attention import FAMILIES, indexers
+
+MIXER = "linear_attn"  # what is recurrent in a recurrent layer
+# What the code of a model with windows builds its masks with.
+WINDOW_MASKS = (
+    "create_sliding_window_causal_mask",
+    "create_chunked_causal_mask",
+    "create_masks_for_generate",
+)
 
 
 def recurrent_mixers(
@@ -35,23 +48,23 @@ def recurrent_mixers(
     return {place: getattr(layer, MIXER) for place, layer in recurrent.items()}
 
 
-def refuse(model: PreTrainedModel, name: str) -> None:
+def check_supported(model: PreTrainedModel, name: str) -> None:
     """ValueError for what is known not to work; `probe` finds the rest."""
     config = model.config.get_text_config(decoder=True)
-    refuse_config(config, name)
+    check_config(config, name)
     if AttentionWindows.of(config).sparse and not indexers(model):
         raise ValueError(_unknown_choice(name, config))
     if model._is_stateful and LINEAR not in (config.to_dict().get("layer_types") or ()):
         raise ValueError(_recurrent(name, config))
     attention = config._attn_implementation
-    if attention not in ("sdpa", "eager"):
+    if attention not in (SDPA, GROUPED, "eager"):
         raise ValueError(
             f"{name} was built with {attention} attention, which takes no tree mask. "
             'Build it with attn_implementation="sdpa" or "eager".'
         )
 
 
-def refuse_config(config: PretrainedConfig, name: str) -> None:
+def check_config(config: PretrainedConfig, name: str) -> None:
     """What a configuration already tells, before any weight is read."""
     if config.is_encoder_decoder:
         raise ValueError(
@@ -71,7 +84,7 @@ def refuse_config(config: PretrainedConfig, name: str) -> None:
         raise ValueError(_recurrent(name, config, f", with layers of {', '.join(sorted(odd))}"))
 
 
-def refuse_unused_window(decoder: nn.Module, config: PretrainedConfig, name: str) -> None:
+def check_window_is_applied(decoder: nn.Module, config: PretrainedConfig, name: str) -> None:
     """ValueError where the configuration names a window that the model's code does not apply.
 
     The window can be longer than any text that is cheap to try, so the code is looked at: it must

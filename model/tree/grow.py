@@ -9,24 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from headstart.model.backends import cuda_ops as accelerated
-
+from .ops import TORCH_TREE_OPS, Pool, TreeOps
 from .shape import TreeShape
 from .tree import Tree
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """The nodes whose children are wanted next.
+    """The nodes whose children are drafted next.
 
-    tokens_BF; parents_BF: each one's parent as an index into the previous frontier; depth: of the
-    nodes themselves, 1 for the root's children.
+    tokens_BF: their tokens. parents_BF: each one's parent as an index into the previous frontier.
+    depth: depth of the nodes themselves, 1 for children of the root.
     """
 
     tokens_BF: Tensor
@@ -34,11 +32,10 @@ class Frontier:
     depth: int
 
 
-# log-probabilities of the W likeliest children of each frontier node, and their tokens
-Children = tuple[Tensor, Tensor]  # logp_BFW, tokens_BFW
+# The top-W children of each frontier node: log-probabilities logp_BFW and tokens_BFW.
+Children = tuple[Tensor, Tensor]
 
-
-# (scores_BN of all candidates, scores_BM of the deepest) -> whether one depth more is wanted
+# (scores_BN of all candidates, scores_BM of the deepest ones) -> whether to draft one depth more.
 ShouldDeepen = Callable[[Tensor, Tensor], bool]
 
 
@@ -48,132 +45,128 @@ def grow(
     step: Callable[[Frontier], Children],
     shape: TreeShape,
     should_deepen: ShouldDeepen | None = None,
+    *,
+    ops: TreeOps = TORCH_TREE_OPS,
 ) -> Tree:
-    """Grow a tree from the root.
+    """Grow a tree from its root.
 
-    root_B: the last committed tokens. first: the root's children (F = 1). step: asked once per
-    further depth for the children of a frontier. Each W must be at least `shape.width`, best first.
-    goes_on: may end a dynamic tree before `shape.depth`.
+    root_B: the last committed token of each sequence.
+    first: children of the root (F = 1), highest log-probability first, W >= `shape.width`.
+    step: returns the children of a frontier; called once per further depth.
+    should_deepen: may end a dynamic tree before `shape.depth`.
+    ops: the tree functions of the device.
     """
-    on_a_gpu = accelerated.functions(root_B.device) if shape.ranks is None else None
-    pool = _Pool(root_B) if on_a_gpu is None else _PoolOnAGPU(root_B, shape, on_a_gpu)
-    parents_BF = torch.zeros_like(root_B)[:, None]
-    logp_BFW, tokens_BFW = first
-    chosen = _chosen(shape, 1)
+    pool = _StaticPool(root_B, shape) if shape.ranks else _DynamicPool(root_B, shape, ops)
+    children = first
     for depth in range(1, shape.depth + 1):
-        if chosen is None:  # dynamic: every child is a candidate
-            pool.add(parents_BF, logp_BFW[..., : shape.width], tokens_BFW[..., : shape.width])
-        else:
-            pool.add_ranks(parents_BF, logp_BFW, tokens_BFW, chosen)
+        frontier = pool.add(children, depth)
         if depth == shape.depth or (
             should_deepen and not should_deepen(pool.scores_BN, pool.deepest_BM)
         ):
             break
-        parents_BF, frontier = pool.frontier(shape, depth)
-        logp_BFW, tokens_BFW = step(frontier)
-        chosen = _chosen(shape, depth + 1)
-    tree = Tree(pool.tokens_BN, pool.parents_BN, pool.scores_BN)
-    return tree.cut(shape.nodes)
-
-
-def _chosen(shape: TreeShape, depth: int) -> list[tuple[int, int]] | None:
-    """(frontier index, child rank) of a static tree's nodes at a depth, in path order."""
-    if shape.ranks is None:
-        return None
-    expanded = _expanded(shape, depth - 1)
-    place = {path: index for index, path in enumerate(expanded)}
-    return [(place[path[:-1]], path[-1]) for path in shape.ranks if len(path) == depth]
-
-
-def _expanded(shape: TreeShape, depth: int) -> list[tuple[int, ...]]:
-    """A static tree's paths of a given depth that have children."""
-    assert shape.ranks is not None
-    if depth == 0:
-        return [()]
-    parents = {path[:-1] for path in shape.ranks if len(path) == depth + 1}
-    return sorted(parents)
-
-
-@lru_cache(maxsize=256)
-def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Sent to the device once: a CUDA graph cannot be recorded while the host sends numbers."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device)
+        children = step(frontier)
+    return Tree(pool.tokens_BN, pool.parents_BN, pool.scores_BN, ops).cut(shape.nodes)
 
 
 class _Pool:
-    """All candidates so far, depth after depth."""
+    """All candidates so far, depth after depth, in tensors that are allocated once."""
 
-    def __init__(self, root_B: Tensor):
-        tree = Tree.root(root_B)
-        self.tokens_BN, self.parents_BN = tree.tokens_BN, tree.parents_BN
-        self.scores_BN = tree.scores_BN
-        self._last = 0  # first index of the deepest depth
-        self._frontier_BF = torch.zeros_like(tree.tokens_BN)
+    def __init__(self, root_B: Tensor, capacity: int):
+        root = Tree.root(root_B)
+        fields = (root.tokens_BN, root.parents_BN, root.scores_BN)
+        tokens_BM, parents_BM, scores_BM = (pad(one, (0, capacity - 1)) for one in fields)
+        self._fields: Pool = (tokens_BM, parents_BM, scores_BM)
+        self._first_of_deepest, self._used = 0, 1
+
+    @property
+    def tokens_BN(self) -> Tensor:
+        return self._fields[0][:, : self._used]
+
+    @property
+    def parents_BN(self) -> Tensor:
+        return self._fields[1][:, : self._used]
+
+    @property
+    def scores_BN(self) -> Tensor:
+        return self._fields[2][:, : self._used]
 
     @property
     def deepest_BM(self) -> Tensor:
         """Scores of the deepest candidates."""
-        return self.scores_BN[:, self._last :]
-
-    def add(self, parents_BF: Tensor, logp_BFW: Tensor, tokens_BFW: Tensor) -> None:
-        batch, frontier, width = tokens_BFW.shape
-        parents_BFW = parents_BF[..., None].expand(batch, frontier, width)
-        self._append(parents_BFW.flatten(1), logp_BFW.flatten(1), tokens_BFW.flatten(1))
-
-    def add_ranks(
-        self, parents_BF: Tensor, logp_BFW: Tensor, tokens_BFW: Tensor, ranks: list[tuple[int, int]]
-    ) -> None:
-        index = _constant(tuple(f for f, _ in ranks), parents_BF.device)
-        rank = _constant(tuple(r for _, r in ranks), parents_BF.device)
-        self._append(parents_BF[:, index], logp_BFW[:, index, rank], tokens_BFW[:, index, rank])
-
-    def _append(self, parents_BM: Tensor, logp_BM: Tensor, tokens_BM: Tensor) -> None:
-        self._last = self.tokens_BN.shape[1]
-        scores_BM = self.scores_BN.gather(1, parents_BM) + logp_BM.float()
-        self.tokens_BN = torch.cat([self.tokens_BN, tokens_BM], 1)
-        self.parents_BN = torch.cat([self.parents_BN, parents_BM], 1)
-        self.scores_BN = torch.cat([self.scores_BN, scores_BM], 1)
-
-    def frontier(self, shape: TreeShape, depth: int) -> tuple[Tensor, Frontier]:
-        """The nodes to expand, and where they are in the pool."""
-        picked_BF = self._picked(shape, depth)
-        parents_BF = self.parents_BN.gather(1, picked_BF)
-        same_BFG = parents_BF[..., None] == self._frontier_BF[:, None, :]
-        self._frontier_BF = picked_BF
-        tokens_BF = self.tokens_BN.gather(1, picked_BF)
-        return picked_BF, Frontier(tokens_BF, same_BFG.int().argmax(-1), depth)
-
-    def _picked(self, shape: TreeShape, depth: int) -> Tensor:
-        """A static tree's inner nodes, or the likeliest."""
-        if shape.ranks is None:
-            width = min(shape.width, self.deepest_BM.shape[1])
-            return self._last + self.deepest_BM.topk(width, dim=1).indices
-        at_depth = [path for path in shape.ranks if len(path) == depth]
-        inner = [self._last + at_depth.index(path) for path in _expanded(shape, depth)]
-        return _constant(tuple(inner), self.tokens_BN.device).expand(len(self.tokens_BN), -1)
+        return self.scores_BN[:, self._first_of_deepest :]
 
 
-class _PoolOnAGPU(_Pool):
-    """Of a dynamic tree, each depth in one kernel."""
+class _DynamicPool(_Pool):
+    """Every child of a frontier is a candidate; those with the highest scores are expanded."""
 
-    def __init__(self, root_B: Tensor, shape: TreeShape, built: ModuleType):
-        super().__init__(root_B)
-        self._built, self._width = built, shape.width
-        more = (0, shape.width + (shape.depth - 1) * shape.width * shape.width)
-        self._room = tuple(
-            pad(one, more) for one in (self.tokens_BN, self.parents_BN, self.scores_BN)
+    def __init__(self, root_B: Tensor, shape: TreeShape, ops: TreeOps):
+        super().__init__(root_B, 1 + shape.width + (shape.depth - 1) * shape.width**2)
+        self._ops, self._width = ops, shape.width
+        self._frontier_BF = torch.zeros_like(root_B)[:, None]
+
+    def add(self, children: Children, depth: int) -> Frontier:
+        """Add the children of the last frontier; return the next one."""
+        logp_BFW, tokens_BFW = (one[..., : self._width] for one in children)
+        self._first_of_deepest = used = self._used
+        self._frontier_BF, next_BF, parents_BF = self._ops.expand(
+            self._fields, used, self._frontier_BF, (logp_BFW, tokens_BFW), self._width
         )
-        self._next: tuple[Tensor, Tensor, Tensor] | None = None
+        self._used = used + tokens_BFW.shape[1] * tokens_BFW.shape[2]
+        return Frontier(next_BF, parents_BF, depth)
 
-    def add(self, parents_BF: Tensor, logp_BFW: Tensor, tokens_BFW: Tensor) -> None:
-        self._last = used = self.tokens_BN.shape[1]
-        children = logp_BFW, tokens_BFW
-        self._next = self._built.expand(self._room, used, parents_BF, children, self._width)
-        end = used + tokens_BFW.shape[1] * tokens_BFW.shape[2]
-        self.tokens_BN, self.parents_BN, self.scores_BN = (one[:, :end] for one in self._room)
 
-    def frontier(self, shape: TreeShape, depth: int) -> tuple[Tensor, Frontier]:
-        assert self._next is not None
-        picked_BF, tokens_BF, parents_BF = self._next
-        return picked_BF, Frontier(tokens_BF, parents_BF, depth)
+class _StaticPool(_Pool):
+    """Only the paths of the shape are candidates; their inner nodes are expanded."""
+
+    def __init__(self, root_B: Tensor, shape: TreeShape):
+        super().__init__(root_B, shape.nodes)
+        self._shape, self._frontier_BF = shape, torch.zeros_like(root_B)[:, None]
+
+    def add(self, children: Children, depth: int) -> Frontier:
+        """Add the children of the last frontier; return the next one."""
+        logp_BFW, tokens_BFW = children
+        (tokens_BM, parents_BM, scores_BM), used = self._fields, self._used
+        index_M, rank_M, inner_F, above_F = (
+            _on_device(numbers, logp_BFW.device) for numbers in _static_depth(self._shape, depth)
+        )
+        end = used + len(index_M)
+        places_BM = self._frontier_BF[:, index_M]
+        tokens_BM[:, used:end] = tokens_BFW[:, index_M, rank_M]
+        parents_BM[:, used:end] = places_BM
+        scores_BM[:, used:end] = (
+            scores_BM.gather(1, places_BM) + logp_BFW[:, index_M, rank_M].float()
+        )
+        self._first_of_deepest, self._used = used, end
+        self._frontier_BF = (used + inner_F).expand(len(tokens_BM), -1)
+        return Frontier(
+            tokens_BM.gather(1, self._frontier_BF), above_F.expand(len(tokens_BM), -1), depth
+        )
+
+
+@lru_cache(maxsize=256)
+def _static_depth(shape: TreeShape, depth: int) -> tuple[tuple[int, ...], ...]:
+    """A depth of a static tree in four lists.
+
+    Of its nodes in path order: index of the parent in the previous frontier, and rank among its
+    children. Of those that have children: index among the nodes of the depth, and index of the
+    parent in the previous frontier.
+    """
+    assert shape.ranks is not None
+    parents = {path[:-1] for path in shape.ranks}
+    previous = [path for path in ((), *shape.ranks) if len(path) == depth - 1 and path in parents]
+    place = {path: index for index, path in enumerate(previous)}
+    paths = [path for path in shape.ranks if len(path) == depth]
+    inner = [index for index, path in enumerate(paths) if path in parents]
+    return (
+        tuple(place[path[:-1]] for path in paths),
+        tuple(path[-1] for path in paths),
+        tuple(inner),
+        tuple(place[paths[index][:-1]] for index in inner),
+    )
+
+
+@lru_cache(maxsize=256)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copied to the device once: CUDA graph capture forbids copies from the host."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.int64, device=device)

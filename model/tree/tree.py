@@ -1,38 +1,40 @@
-"""A tree of guessed tokens, and how one grows. Knows no model and no cache.
+"""A tree of draft tokens. Knows no model and no cache.
 
-Legend: B batch rows, N tree nodes, M nodes of one depth or chosen ones, F frontier nodes (those
-expanded at one depth), W children per node.
+Legend: B sequences, N tree nodes, M selected nodes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from headstart.model.backends import cuda_ops as accelerated
+from .ops import TORCH_TREE_OPS, TreeOps
 
 NO_PARENT = -1
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Guesses for what follows the last committed token, which is node 0.
+    """Draft tokens behind the last committed token, which is node 0.
 
-    tokens_BN: token of each node. parents_BN: index of each node's parent, which precedes it; -1
-    for the root and for padding. scores_BN: log of the draft's probability of the path to the
-    node (0 for the root, -inf for padding).
+    tokens_BN: token of each node.
+    parents_BN: index of each node's parent, which precedes it; -1 for the root and for padding.
+    scores_BN: log-probability of the path to the node under the draft head; 0 for the root, -inf
+        for padding.
+    ops: the tree functions of the device.
     """
 
     tokens_BN: Tensor
     parents_BN: Tensor
     scores_BN: Tensor
+    ops: TreeOps = field(default=TORCH_TREE_OPS, compare=False, repr=False)
 
     @staticmethod
     def root(tokens_B: Tensor) -> Tree:
-        """The tree of plain decoding: no guess at all."""
+        """The tree of autoregressive decoding: no draft tokens."""
         tokens_BN = tokens_B[:, None]
         zeros = torch.zeros_like(tokens_BN)
         return Tree(tokens_BN, zeros + NO_PARENT, zeros.float())
@@ -51,21 +53,9 @@ class Tree:
     @cached_property
     def ancestors_BNN(self) -> Tensor:
         """[b, n, m] is True where node m is node n itself or one of its ancestors."""
-        nodes, on_a_gpu = self.nodes, accelerated.functions(self.tokens_BN.device)
-        if on_a_gpu is not None:
-            ancestors: Tensor = on_a_gpu.ancestors(self.parents_BN)
-            return ancestors
-        own_N = torch.arange(nodes, device=self.tokens_BN.device)
-        ancestors_BNN = (own_N[:, None] == own_N).repeat(self.tokens_BN.shape[0], 1, 1)
-        # Take over what the node `reach` levels up sees, and double the reach: log2(nodes) rounds.
-        up_BN = torch.where(self.parents_BN >= 0, self.parents_BN, own_N)
-        reach = 1
-        while reach < nodes:
-            inherited_BNN = ancestors_BNN.gather(1, up_BN[..., None].expand(-1, -1, nodes))
-            ancestors_BNN = ancestors_BNN | inherited_BNN
-            up_BN = up_BN.gather(1, up_BN)
-            reach *= 2
-        return ancestors_BNN
+        if self.nodes == 1:
+            return torch.ones_like(self.tokens_BN, dtype=torch.bool)[..., None]
+        return self.ops.ancestors(self.parents_BN)
 
     @cached_property
     def depths_BN(self) -> Tensor:
@@ -75,16 +65,19 @@ class Tree:
         return self.ancestors_BNN.sum(-1) - 1
 
     def cut(self, nodes: int) -> Tree:
-        """The likeliest `nodes` nodes, root included: a parent never scores below its child."""
+        """Keep the `nodes` nodes with the highest scores, root included.
+
+        No node scores higher than its parent, so the result is a tree.
+        """
         if nodes >= self.nodes:
             return self
         order_BN = self.scores_BN.sort(dim=1, descending=True, stable=True).indices
-        return self._taken(order_BN[:, :nodes].sort(dim=1).values)  # parents stay in front
+        return self._select(order_BN[:, :nodes].sort(dim=1).values)  # parents stay in front
 
     def chain_first(self) -> Tree:
-        """The same tree with its likeliest chain in front: from each node to its likeliest child.
+        """The same tree with its top-1 chain in front: from each node to its best child.
 
-        When that chain is what the target says, its keys lie where they belong already.
+        Where that chain is accepted, its keys are in their final cache slots already.
         """
         if self.nodes <= 2:
             return self
@@ -95,27 +88,26 @@ class Tree:
         later_BN = (inner_BN < best_BN.gather(1, parents_BN)) | ~self.valid_BN
         later_BN[:, 0] = False
         off_BN = (self.ancestors_BNN & later_BN[:, None]).any(-1)
-        return self._taken(off_BN.to(torch.uint8).argsort(dim=1, stable=True))
+        return self._select(off_BN.to(torch.uint8).argsort(dim=1, stable=True))
 
-    def likeliest_chain(self) -> Tree:
-        """Only the chain from each node to its likeliest child, of a single row. Reads the tree on
-        the host."""
+    def top1_chain(self) -> Tree:
+        """The chain from each node to its best child alone. B = 1; copies the tree to the host."""
         tree = self.chain_first()
         (parents,) = tree.parents_BN.tolist()
         length = next((n for n, parent in enumerate(parents) if parent != n - 1), len(parents))
-        return Tree(
-            tree.tokens_BN[:, :length], tree.parents_BN[:, :length], tree.scores_BN[:, :length]
-        )
+        tokens_BN, parents_BN, scores_BN = tree.tokens_BN, tree.parents_BN, tree.scores_BN
+        return Tree(tokens_BN[:, :length], parents_BN[:, :length], scores_BN[:, :length], self.ops)
 
-    def _taken(self, kept_BM: Tensor) -> Tree:
-        """The nodes kept_BM in that order; with each node comes its parent, before it."""
-        rank_BN = torch.full_like(self.tokens_BN, NO_PARENT)
-        places_BM = torch.arange(kept_BM.shape[1], device=kept_BM.device).expand_as(kept_BM)
-        rank_BN.scatter_(1, kept_BM, places_BM)
+    def _select(self, kept_BM: Tensor) -> Tree:
+        """The nodes `kept_BM` in that order, which must hold each node's parent in front of it."""
+        new_BN = torch.full_like(self.tokens_BN, NO_PARENT)
+        order_BM = torch.arange(kept_BM.shape[1], device=kept_BM.device).expand_as(kept_BM)
+        new_BN.scatter_(1, kept_BM, order_BM)
         parents_BM = self.parents_BN.gather(1, kept_BM)
-        moved_BM = rank_BN.gather(1, parents_BM.clamp(min=0))
+        moved_BM = new_BN.gather(1, parents_BM.clamp(min=0))
         return Tree(
             self.tokens_BN.gather(1, kept_BM),
             torch.where(parents_BM >= 0, moved_BM, parents_BM),
             self.scores_BN.gather(1, kept_BM),
+            self.ops,
         )

@@ -161,8 +161,9 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
             "(data.holdout), not by decoding prompts."
         )
         return None
-    from headstart.inference.benchmark.runner import acceptance_length
-    from headstart.inference.tree_policy.defaults import usual
+    from headstart.inference.benchmark.acceptance import measure_acceptance
+    from headstart.inference.config import SamplingParams, SpeculativeConfig
+    from headstart.inference.tree_policy.defaults import for_target
     from headstart.model.tree.shape import TreeShape
     from headstart.scripts.options.prompts import decodable, first_turns
     from headstart.training.reporting.samples import Sample
@@ -173,18 +174,16 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
     prompts = decodable(config.prompts, config.count, target)
     ids = first_turns(target, prompts)
     longer = {context: _filled(prompts, context, config, target) for context in config.contexts}
-    options: dict[str, Any] = {
-        "max_new_tokens": config.max_new_tokens,
-        "shape": usual(target, TreeShape.dynamic(config.nodes, config.depth, config.width)),
-        "temperature": config.temperature,
-    }
+    shape = for_target(target, TreeShape.dynamic(config.nodes, config.depth, config.width))
+    sampling = SamplingParams(config.max_new_tokens, config.temperature)
 
     def evaluate(head: DraftHead) -> dict[str, Any]:
-        stats, answers = acceptance_length(target, head, ids, **options)
+        speculative = SpeculativeConfig(head, shape)
+        stats, answers = measure_acceptance(target, speculative, ids, sampling)
         found: dict[str, Any] = {"acceptance_length": stats.acceptance_length}
         found |= {f"acceptance_rate_{d}": rate for d, rate in enumerate(stats.acceptance, start=1)}
         for context, filled in longer.items():
-            stats, _ = acceptance_length(target, head, filled, **options)
+            stats, _ = measure_acceptance(target, speculative, filled, sampling)
             found[f"acceptance_length_{context}"] = stats.acceptance_length
         found["samples"] = [
             Sample(prompt.turns[0], tuple(pieces(target, steps)))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from headstart.model.checkpoint.adopt import adopt
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import load_fused, read_head_file
+from headstart.model.checkpoint.fused import load_fused
+from headstart.model.checkpoint.head import read_head_file
 from headstart.model.target.load import load_target
 from headstart.model.target.target import Target
 from headstart.scripts.commands.train import run_recipe

@@ -24,12 +24,12 @@ def reads(target: Target, batch: int) -> list[Tensor]:
     device = target.device
     ids_BT = torch.stack(prompts([9] * batch)).to(device)
     cache = target.new_cache(batch)
-    seen = [target.forward(ids_BT, cache, layers=(0,))]
+    seen = [target.forward(ids_BT, cache, taps=(0,))]
     cache.commit(None, torch.tensor([9, 4, 7][:batch], device=device))
-    seen.append(target.forward(a_tree(ids_BT[:, 0]), cache, layers=(0,)))
+    seen.append(target.forward(a_tree(ids_BT[:, 0]), cache, taps=(0,)))
     one_B = torch.ones(batch, dtype=torch.int64, device=device)
     cache.commit(0 * one_B[:, None], one_B)
-    seen.append(target.forward(ids_BT[:, :1], cache, layers=(0,)))
+    seen.append(target.forward(ids_BT[:, :1], cache, taps=(0,)))
     return [
         part for one in seen for part in (one.logits_BTV, one.hidden_states[0]) if part is not None
     ]

@@ -26,7 +26,7 @@ def found(folder: Path) -> dict[str, object]:
     ids_BT = torch.arange(3 * 20).reshape(3, 20) % 90
     lengths_B, layers = torch.tensor([20, 13, 7]), tuple(range(alone.num_layers))
     ours, theirs = (
-        one.forward(ids_BT, lengths_B=lengths_B, layers=layers) for one in (target, alone)
+        one.forward(ids_BT, lengths_B=lengths_B, taps=layers) for one in (target, alone)
     )
     errors = [
         float((a[row, :n] - b[row, :n]).norm() / b[row, :n].norm())

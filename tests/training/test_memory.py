@@ -56,7 +56,7 @@ def test_logits_of_a_large_vocabulary_stay_under_two_gib(monkeypatch, draft_voca
     tokens_BT = torch.randint(0, VOCAB, (1, 2 * rows + 10))
     mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
     batch = Batch(tokens_BT, torch.tensor([tokens_BT.shape[1]]), mask_BT)
-    seen = target.forward(tokens_BT, layers=head.taps, logits=False)
+    seen = target.forward(tokens_BT, taps=head.taps, logits=False)
     hidden = head.unroll(seen, tokens_BT, 1)
 
     def run() -> None:
@@ -76,7 +76,7 @@ def test_steps_worked_out_again_give_the_same_gradient_in_less_memory(kind, layo
     def gradients(recompute: bool) -> tuple[dict[str, Tensor], int]:
         head = tiny_head(target, kind, attention_layout=layout)
         head.recompute = recompute
-        seen = target.forward(tokens_BT, layers=head.taps, logits=False)
+        seen = target.forward(tokens_BT, taps=head.taps, logits=False)
         kept = 0
 
         def pack(value: Tensor) -> Tensor:

@@ -245,7 +245,7 @@ def _shard(
             output = target.forward(
                 batch.tokens_BT.to(target.device),
                 lengths_B=batch.lengths_B.to(target.device),
-                layers=index.layers,
+                taps=index.layers,
                 logits=False,
             )
             taps = [output.hidden_states[layer] for layer in index.layers]

@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headstart.model.checkpoint.head import load_head, read_head_file, rewrite_meta
+from headstart.model.checkpoint.fused import rewrite_meta
+from headstart.model.checkpoint.head import load_head, read_head_file
 from headstart.model.checkpoint.metadata import HeadMeta
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.target import Target
@@ -64,7 +65,7 @@ class Calibration:
 
     temperatures: tuple[float, ...]
     rank_acceptance: tuple[tuple[float, ...], ...]
-    calibration_rows: tuple[int, ...]
+    calibration_positions: tuple[int, ...]
     calibration_errors: tuple[tuple[float, float], ...]
     path_errors: tuple[float, float]
 
@@ -75,8 +76,8 @@ class Calibration:
         before, after = self.path_errors
         temperatures = " ".join(f"{value:.2f}" for value in self.temperatures)
         return (
-            f"calibrated on {self.calibration_rows[0]:,} positions: the calibration error of paths "
-            f"goes from {before:.3f} to {after:.3f} (temperatures {temperatures})"
+            f"calibrated on {self.calibration_positions[0]:,} positions: the calibration error of "
+            f"paths goes from {before:.3f} to {after:.3f} (temperatures {temperatures})"
         )
 
 
@@ -227,7 +228,7 @@ def collect(
 def _read(head: DraftHead, batch: Batch, steps: int, width: int) -> Iterator[Guesses]:
     batch = batch.to(head.target.device)
     tokens_BT = batch.tokens_BT
-    seen = head.target.forward(tokens_BT, lengths_B=batch.lengths_B, layers=head.taps, logits=False)
+    seen = head.target.forward(tokens_BT, lengths_B=batch.lengths_B, taps=head.taps, logits=False)
     hidden = head.unroll(seen, tokens_BT, steps)
     valid_KBT = valid_steps(batch, steps)
     exists_BT = torch.ones_like(valid_KBT[0])
@@ -364,7 +365,7 @@ def _anchored(
     The tree of an anchor t starts at token t + 1, and all tokens that it guesses are known.
     """
     seen = head.target.forward(
-        batch.tokens_BT, lengths_B=batch.lengths_B, layers=head.taps, logits=False
+        batch.tokens_BT, lengths_B=batch.lengths_B, taps=head.taps, logits=False
     )
     complete_BT = valid_steps(batch, depth).all(0).cpu()
     rows = complete_BT.any(1).nonzero()[:, 0]

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from headstart.model.checkpoint.metadata import Lora
 from headstart.model.heads.common.base import DraftHead
-from headstart.model.target.gqa_attention import shared_keys
 from headstart.model.target.lora import ADAPTER, adapted
 from headstart.model.target.output import TargetOutput
 from headstart.model.target.weights_hash import target_hash
@@ -91,7 +90,12 @@ class JointLoraTeacher(Teacher):
 
     def metadata(self, metrics: Mapping[str, float]) -> dict[str, Any]:
         config, divergence = self.config, metrics.get("holdout_divergence")
-        lora = Lora(rank=config.rank, alpha=config.alpha, keep=config.keep, divergence=divergence)
+        lora = Lora(
+            rank=config.rank,
+            alpha=config.alpha,
+            divergence_weight=config.keep,
+            divergence=divergence,
+        )
         return {"joint": lora}
 
     def save(self, folder: Path) -> None:
@@ -105,10 +109,4 @@ class JointLoraTeacher(Teacher):
 
 def _recomputed(layer: nn.Module) -> Callable[..., Any]:
     """Return a layer's forward with activation checkpointing."""
-    forward = layer.forward
-
-    def run(*given: Any, **named: Any) -> Any:
-        with shared_keys():  # as in the first forward pass
-            return forward(*given, **named)
-
-    return partial(checkpoint, run, use_reentrant=False)
+    return partial(checkpoint, layer.forward, use_reentrant=False)

@@ -171,7 +171,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(
         monkeypatch.setenv("PATH", "")
     with pytest.warns(UserWarning, match=f"(?s)cannot be built.*{why}.*Install a C compiler"):
         target = wrap_target(FAMILIES["llama"]())
-    assert type(target._lean) is Lean
+    assert type(target.backend) is Lean
 
 
 def test_code_that_does_not_compile_is_told_with_the_compilers_words(

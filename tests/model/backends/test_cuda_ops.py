@@ -23,22 +23,20 @@ from processes import HELPERS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headstart.inference.engine.loop import decode, plain
-from headstart.inference.engine.sampler import Sampler
-from headstart.inference.engine.sequence import StopCriteria
-from headstart.inference.tree_policy.cost_model import _about
-from headstart.inference.tree_policy.defaults import fitting
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.loop import decode
+from headstart.inference.engine.measure_costs import costs_key
 from headstart.model.backends import cuda_ops as accelerated
 from headstart.model.backends.cuda_ops import Accelerated
 from headstart.model.backends.fused_head import SWIFT_ON_A_GPU, cached_attention, speed_up_blocks
 from headstart.model.backends.linear import Product
 from headstart.model.cache.kv_cache import KVCache
-from headstart.model.heads.common.autoregressive import _inherit
 from headstart.model.heads.common.base import kinds, make_head
 from headstart.model.heads.common.layers import MLP, Attention, LayerConfig
 from headstart.model.target.load import wrap_target
 from headstart.model.target.target import Target
 from headstart.model.tree.grow import Frontier, grow
+from headstart.model.tree.ops import TORCH_TREE_OPS, TreeOps
 from headstart.model.tree.shape import TreeShape
 from headstart.model.tree.tree import Tree
 
@@ -53,7 +51,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever asks for the functions gets them."""
     monkeypatch.setattr(accelerated, "functions", lambda device: built)
-    monkeypatch.setattr(Target, "rounds_guesses", False)
+    monkeypatch.setattr(Target, "drafts_in_int8", False)
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
@@ -153,16 +151,16 @@ def test_attention_of_a_head_asks_for_no_mask(monkeypatch: pytest.MonkeyPatch) -
 def test_targets_read_as_their_modules_do(family: str, batch: int) -> None:
     target = wrap_target(FAMILIES[family]().to(DEVICE))
     windows = family in ("mistral", "ministral")
-    assert windows or isinstance(target._lean, Accelerated)
+    assert windows or isinstance(target.backend, Accelerated)
     ours = reads(target, batch)
-    target._lean = None
+    target.backend = None
     for one, other in zip(ours, reads(target, batch), strict=True):
         close(one, other)
 
 
 @pytest.mark.parametrize("family", [*OTHERS, "mistral"])
 def test_what_computes_otherwise_keeps_its_modules(family: str) -> None:
-    assert wrap_target(FAMILIES[family]().to(DEVICE))._lean is None
+    assert wrap_target(FAMILIES[family]().to(DEVICE)).backend is None
 
 
 def test_layers_are_joined_and_nothing_is_held_twice() -> None:
@@ -185,28 +183,29 @@ def test_layers_are_joined_and_nothing_is_held_twice() -> None:
 @pytest.mark.parametrize("kind", kinds())
 def test_a_whole_decode(family: str, kind: str, shape: str) -> None:
     target = wrap_target(FAMILIES[family]().to(DEVICE))
-    assert isinstance(target._lean, Accelerated)
+    assert isinstance(target.backend, Accelerated)
     ids_BT, mask_BT = torch.stack(prompts([11, 11])), torch.ones(2, 11, dtype=torch.int64)
     mask_BT[1, :4] = 0
-    options = {"sampler": Sampler(), "stop": StopCriteria(9)}
-    told = answers(plain(target, ids_BT, mask_BT, **options), 2)
+    sampling = SamplingParams(9)
+    told = answers(decode(target, ids_BT, mask_BT, sampling=sampling), 2)
     head = make_head(target, kind, {})
     head.init_from_target()
     head = head.for_decoding(target)
-    tree = fitting(SHAPES[shape], head)
-    assert answers(decode(target, head, ids_BT, mask_BT, shape=tree, **options), 2) == told
-    target._lean = None  # and what its modules say
-    assert answers(plain(target, ids_BT, mask_BT, **options), 2) == told
+    config = SpeculativeConfig(head, SHAPES[shape])
+    steps = decode(target, ids_BT, mask_BT, sampling=sampling, speculative=config)
+    assert answers(steps, 2) == told
+    target.backend = None  # and what its modules say
+    assert answers(decode(target, ids_BT, mask_BT, sampling=sampling), 2) == told
 
 
 def test_costs_are_measured_again_when_the_functions_change(tmp_path: Path) -> None:
     target = wrap_target(FAMILIES["llama"]().to(DEVICE))
     head = make_head(target, "medusa", {}).for_decoding(target)
-    now = _about(target, head)["kernels"]
+    now = costs_key(target, head)["kernels"]
     assert now == accelerated.digest(target.device) is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accelerated, "version", lambda name: "another")
-        assert _about(target, head)["kernels"] != now
+        assert costs_key(target, head)["kernels"] != now
 
 
 def test_they_compile_for_a_gpu(tmp_path: Path) -> None:
@@ -270,28 +269,25 @@ class _Nothing:
         return lambda *_, **__: None
 
 
-def test_ancestors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ancestors() -> None:
     parents_BN = torch.full((4, 33), -1, device=DEVICE)
     for node in range(1, 30):  # three of padding
         parents_BN[:, node] = torch.randint(0, node, (4,), device=DEVICE)
     parents_BN[0] = torch.arange(33, device=DEVICE) - 1  # a chain
-    tree = Tree(parents_BN, parents_BN, parents_BN.float())
-    ours = tree.ancestors_BNN
-    monkeypatch.setattr(accelerated, "functions", lambda device: None)
-    assert torch.equal(ours, Tree(parents_BN, parents_BN, parents_BN.float()).ancestors_BNN)
+    assert torch.equal(built.ancestors(parents_BN), TORCH_TREE_OPS.ancestors(parents_BN))
 
 
 @pytest.mark.parametrize("above", [0, 1, 4])
 def test_what_drafted_nodes_inherit(above: int) -> None:
     before = torch.rand(3, above, 7, device=DEVICE) < 0.5 if above else None
     parents_BF = torch.randint(0, max(above, 1), (3, 4), device=DEVICE)
-    assert torch.equal(built.inherit(before, parents_BF), _inherit(before, parents_BF))
+    assert torch.equal(
+        built.inherit(before, parents_BF), TORCH_TREE_OPS.inherit(before, parents_BF)
+    )
 
 
 @pytest.mark.parametrize("shape", [(20, 5, 3), (9, 4, 1), (64, 3, 8)])
-def test_a_tree_grows_as_without_a_gpu(
-    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tree_grows_as_without_a_gpu(shape: tuple[int, int, int]) -> None:
     wanted, seen = TreeShape.dynamic(*shape), []
 
     def children(of_BF: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,14 +299,13 @@ def test_a_tree_grows_as_without_a_gpu(
         seen.append(frontier)
         return children(frontier.tokens_BF)
 
-    def grown() -> Tree:
+    def grown(ops: TreeOps) -> Tree:
         root_B = torch.tensor([3, 8, 50], device=DEVICE)
-        return grow(root_B, children(root_B[:, None]), step, wanted)
+        return grow(root_B, children(root_B[:, None]), step, wanted, ops=ops)
 
-    ours, mine = grown(), list(seen)
+    ours, mine = grown(built), list(seen)
     seen.clear()
-    monkeypatch.setattr(accelerated, "functions", lambda device: None)
-    theirs = grown()
+    theirs = grown(TORCH_TREE_OPS)
     assert len(mine) == len(seen) == wanted.depth - 1
     for one, other in zip(mine, seen, strict=True):
         assert one.depth == other.depth

@@ -24,11 +24,11 @@ from headstart.model.target.load import wrap_target
 @pytest.mark.parametrize("family", LIKE_LLAMA)
 def test_they_read_as_the_modules_do(family: str, batch: int) -> None:
     target = wrap_target(FAMILIES[family]())
-    native = target._lean
+    native = target.backend
     assert isinstance(native, Native)
     ways = []
     for way in (native, native._lean, None):
-        target._lean = way
+        target.backend = way
         ways.append(reads(target, batch))
     *shorter, modules = ways
     for seen in shorter:
@@ -44,11 +44,11 @@ def test_bfloat16_is_nearer_to_float32_than_the_modules_are(family: str, batch: 
     model = FAMILIES[family]().bfloat16()
     exact = reads(wrap_target(copy.deepcopy(model).float()), batch)
     target = wrap_target(model)
-    native = target._lean
+    native = target.backend
     assert isinstance(native, Native)
     errors = []
     for way in (native, native._lean, None):
-        target._lean = way
+        target.backend = way
         seen = reads(target, batch)
         assert all(part.dtype == torch.bfloat16 for part in seen)
         pairs = zip(seen, exact, strict=True)
@@ -58,7 +58,7 @@ def test_bfloat16_is_nearer_to_float32_than_the_modules_are(family: str, batch: 
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_what_computes_otherwise_keeps_its_modules(family: str) -> None:
-    assert wrap_target(FAMILIES[family]())._lean is None
+    assert wrap_target(FAMILIES[family]()).backend is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,7 +93,7 @@ def test_changed_weights_are_seen(dtype: torch.dtype) -> None:
             )
         ).to(dtype)
     )
-    assert target._lean is not None
+    assert target.backend is not None
     before = reads(target, 1)
     with torch.no_grad():
         target.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
@@ -101,17 +101,17 @@ def test_changed_weights_are_seen(dtype: torch.dtype) -> None:
         target.model.model.layers[0].input_layernorm.weight.mul_(3)
     after = reads(target, 1)
     assert not torch.allclose(before[1], after[1])
-    target._lean = None
+    target.backend = None
     close = (1e-3, 1e-4) if dtype == torch.float32 else (0.05, 0.05)
     torch.testing.assert_close(after, reads(target, 1), rtol=close[0], atol=close[1])
 
 
 def test_long_texts_take_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     target = wrap_target(FAMILIES["llama"]())
-    assert target._lean is not None
-    read, rows = target._lean.read, []
+    assert target.backend is not None
+    read, rows = target.backend.read, []
     monkeypatch.setattr(
-        target._lean,
+        target.backend,
         "read",
         lambda ids_BN, *rest: rows.append(ids_BN.numel()) or read(ids_BN, *rest),
     )
@@ -134,7 +134,7 @@ def test_an_activation_unknown_to_the_kernels_keeps_pytorchs_operations() -> Non
     model = FAMILIES["llama"]()
     model.config.hidden_act = "gelu"
     target = wrap_target(type(model)(model.config))
-    assert type(target._lean) is Lean
+    assert type(target.backend) is Lean
 
 
 @pytest.mark.parametrize("more", [0, 1 + kernels.LONG])

@@ -91,7 +91,7 @@ def drafted(target: Target, kind: str) -> tuple[DraftHead, list[Tree]]:
     ids_BT, counts_B = torch.stack(prompts([9, 9])), torch.tensor([9, 4])
     trees, state = [], head.start(2)
     for _ in range(2):
-        seen = target.forward(ids_BT, layers=head.taps)
+        seen = target.forward(ids_BT, taps=head.taps)
         state = head.advance(state, seen, ids_BT.roll(-1, 1), counts_B)
         trees.append(head.draft(state, TreeShape.dynamic(12, min(3, head.max_depth or 3), 3)))
         counts_B = torch.tensor([2, 9])

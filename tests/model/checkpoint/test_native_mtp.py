@@ -49,7 +49,7 @@ def test_every_step_is_the_published_formula(name: str, tmp_path: Path) -> None:
     assert read_head_file(tmp_path / "head").head["kind"] == "mtp"
     generator = torch.Generator().manual_seed(5)
     tokens_BT = torch.randint(4, 96, (1, LENGTH), generator=generator)
-    seen = target.forward(tokens_BT, layers=head.taps)
+    seen = target.forward(tokens_BT, taps=head.taps)
     # MiMo reads the hidden state before the target's final norm, the others behind it.
     hidden_TD = seen.lm_head_input_BTD[0].double()
     if name == "mimo":
@@ -96,7 +96,7 @@ def test_training_equals_sequential_drafting(adopted: Path) -> None:
     target = load_target(adopted / "model", dtype=torch.float32)
     head = load_head_for_training(adopted / "head", target)
     tokens_BT = prompts([LENGTH], seed=3)[0][None]
-    seen = target.forward(tokens_BT, layers=head.taps)
+    seen = target.forward(tokens_BT, taps=head.taps)
     with torch.no_grad():
         trained = head.unroll(seen, tokens_BT, STEPS)
     for anchor in range(LENGTH - STEPS - 1):
@@ -205,7 +205,7 @@ def test_a_changed_head_changes_its_tensors_only(adopted: Path, tmp_path: Path) 
     old, new = (load_file(folder / file) for folder in (adopted / "model", tmp_path / "out"))
     assert torch.equal(new[name], (old[name].float() * 1.25).bfloat16())
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"(`{family.prefix}*`) IS this head" in card
+    assert f"(`{family.prefix}*`) is OVERWRITTEN with this head" in card
     for other in ("config.json", "model.safetensors.index.json"):
         assert (tmp_path / "out" / other).read_bytes() == (adopted / "model" / other).read_bytes()
     # The written layer is the head: adopted again it is the same.
@@ -238,9 +238,9 @@ MISTAKES = {
     "several multi-token": lambda t: t.update({"model.layers.3.enorm.weight": torch.ones(32)}),
     "missing .*hnorm": lambda t: t.pop(GLM + "hnorm.weight"),
     "unknown .*gate_bias": lambda t: t.update({GLM + "mlp.gate_bias": torch.ones(2)}),
-    "but the head has": lambda t: t.update({GLM + "enorm.weight": torch.ones(31)}),
-    "is not the target's own": lambda t: t[GLM + "embed_tokens.weight"].mul_(2),
-    "names that are not known": lambda t: [
+    "but the head expects": lambda t: t.update({GLM + "enorm.weight": torch.ones(31)}),
+    "differs from the target's own": lambda t: t[GLM + "embed_tokens.weight"].mul_(2),
+    "in an unknown layout": lambda t: [
         t.update({"mtp.proj.weight": torch.ones(2)}),
         *[t.pop(one) for one in list(t) if one.startswith(GLM)],
     ],
@@ -290,7 +290,7 @@ def test_a_head_that_reads_something_else_is_not_written(tmp_path: Path) -> None
         with pytest.raises(ValueError, match=message):
             fuse(tmp_path / "model", tmp_path / kind, tmp_path / "out", native=True)
     adopt(tmp_path / "model", tmp_path / "head")
-    with pytest.raises(ValueError, match="behind the target's final norm"):
+    with pytest.raises(ValueError, match="after the target's final norm"):
         fuse(tmp_path / "model", tmp_path / "head", tmp_path / "out", index=True)
     write("llama", tmp_path / "glm")
     adopt(tmp_path / "glm", tmp_path / "plain")
@@ -364,7 +364,7 @@ def test_the_commands(tmp_path: Path) -> None:
     fresh.save_pretrained(tmp_path / "bare")
     assert "carries no multi-token" in refused("adopt", tmp_path / "bare", tmp_path / "again")
     both = ("fuse", tmp_path / "model", tmp_path / "head", tmp_path / "two")
-    assert "not both" in refused(*both, "--native", "--index")
+    assert "Choose one of the two" in refused(*both, "--native", "--index")
 
 
 def test_a_plan_of_going_on_with_experts(tmp_path: Path) -> None:

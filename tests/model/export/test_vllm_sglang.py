@@ -70,7 +70,7 @@ def ours(head: DraftHead) -> list[NgramDraft]:
     """The head's own logits: after the text up to AT and what was said, and a drafted token on."""
     target, ids_BT = head.target, torch.tensor([TEXT])
     with torch.no_grad():
-        seen = target.forward(ids_BT, layers=head.taps)
+        seen = target.forward(ids_BT, taps=head.taps)
         hidden = head.unroll(seen, ids_BT, 2)
         ids = torch.arange(V) if head.draft_ids is None else head.draft_ids
         return [NgramDraft(head.logits(step[0, AT]), ids) for step in hidden]
@@ -104,7 +104,7 @@ def test_engines_compute_what_the_head_does(case, target, tmp_path, engine, form
 def test_engines_draft_the_tokens_of_the_head(case, target, tmp_path, engine, form, read):
     head, folder = case
     export(folder, tmp_path / "out", engine, form)
-    seen = target.read(torch.tensor([TEXT[:-1]]), layers=head.taps)
+    seen = target.forward(torch.tensor([TEXT[:-1]]), taps=head.taps)
     state = head.advance(
         head.start(1), seen, torch.tensor([TEXT[1:]]), torch.tensor([len(TEXT) - 1])
     )
@@ -299,8 +299,8 @@ def test_speculators_itself_computes_what_the_head_does(plain, target, tmp_path,
     folder = fused(plain, head, tmp_path)
     export(folder, tmp_path / "out", "vllm", "speculators")
     ids_BT = torch.tensor([TEXT])
-    seen = target.read(ids_BT, layers=head.taps)
-    features = torch.cat([seen.hidden[tap] for tap in head.taps], -1)[:, :-1].contiguous()
+    seen = target.forward(ids_BT, taps=head.taps)
+    features = torch.cat([seen.hidden_states[tap] for tap in head.taps], -1)[:, :-1].contiguous()
     case = tmp_path / "case"
     save_file({"features": features, "tokens": ids_BT[:, 1:].contiguous()}, case)
     command = [python, HELPERS / "speculators_reader.py", tmp_path / "out", case]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headstart.model.checkpoint.engine_config import unservable
+from headstart.model.checkpoint.engine_support import support
 from headstart.model.heads.common.base import DraftHead, kinds, make_head
 from headstart.model.target.load import wrap_target
 from headstart.model.target.output import TargetOutput
@@ -78,7 +78,7 @@ def test_every_kind_is_tested():
 def test_training_equals_sequential_drafting(target, kind, settings):
     head = fresh(target, kind, settings)
     tokens_BT = torch.randint(VOCAB, (1, POSITIONS))
-    seen = target.forward(tokens_BT, layers=head.taps)
+    seen = target.forward(tokens_BT, taps=head.taps)
     trained = head.unroll(seen, tokens_BT, STEPS)
     compared = 0
     for anchor in range(POSITIONS - STEPS - 1):
@@ -101,7 +101,7 @@ def test_crossed_layouts_differ(target, kind):
     kvshare = fresh(target, kind, {"attention_layout": "kvshare"})
     kvshare.load_state_dict(append.state_dict())
     tokens_BT = torch.randint(VOCAB, (1, POSITIONS))
-    seen = target.forward(tokens_BT, layers=append.taps)
+    seen = target.forward(tokens_BT, taps=append.taps)
     ours = append.unroll(seen, tokens_BT, 2)
     theirs = kvshare.unroll(seen, tokens_BT, 2)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
@@ -112,7 +112,7 @@ def test_crossed_layouts_differ(target, kind):
 def test_chunked_training_attention_equals_whole(target, kind, settings, monkeypatch):
     head = fresh(target, kind, settings)
     tokens_BT = torch.randint(VOCAB, (2, POSITIONS))
-    seen = target.forward(tokens_BT, layers=head.taps)
+    seen = target.forward(tokens_BT, taps=head.taps)
 
     def hidden_and_gradients() -> list[Tensor]:
         hidden = head.unroll(seen, tokens_BT, STEPS)
@@ -131,7 +131,7 @@ def test_chunked_training_attention_equals_whole(target, kind, settings, monkeyp
 def test_a_tree_node_is_drafted_like_its_path(target, kind, settings):
     head = fresh(target, kind, settings)
     tokens_BT = torch.randint(VOCAB, (1, 9))
-    seen = target.forward(tokens_BT, layers=head.taps)
+    seen = target.forward(tokens_BT, taps=head.taps)
     counts_B = torch.tensor([8])
     state = head.advance(head.start(1), first_rows(seen, 8), tokens_BT[:, 1:], counts_B)
     tree = head.draft(state, TreeShape.dynamic(nodes=14, depth=3, width=3))
@@ -154,7 +154,7 @@ def test_ragged_rows_draft_as_if_alone(target, kind, settings):
     head = fresh(target, kind, settings)
     lengths = [3, 9, 6]
     tokens_BT = torch.randint(VOCAB, (3, 10))
-    seen = target.forward(tokens_BT, layers=head.taps)
+    seen = target.forward(tokens_BT, taps=head.taps)
     shape = TreeShape.dynamic(nodes=9, depth=3, width=2)
     counts_B = torch.tensor(lengths)
     state = head.advance(
@@ -164,7 +164,7 @@ def test_ragged_rows_draft_as_if_alone(target, kind, settings):
     again = head.draft(head.select_rows(state, torch.tensor([1, 2])), shape)
     for row, length in enumerate(lengths):
         one = tokens_BT[row : row + 1]
-        seen_one = target.forward(one, layers=head.taps)
+        seen_one = target.forward(one, taps=head.taps)
         state = head.advance(
             head.start(1),
             first_rows(seen_one, length),
@@ -188,7 +188,7 @@ def test_draft_vocabulary_limits_guesses(target, kind, settings):
     head.set_draft_vocab(allowed)
     assert head.draft_ids.tolist() == sorted(allowed.tolist())
     tokens_BT = torch.randint(VOCAB, (1, 6))
-    seen = target.forward(tokens_BT, layers=head.taps)
+    seen = target.forward(tokens_BT, taps=head.taps)
     state = head.advance(head.start(1), first_rows(seen, 5), tokens_BT[:, 1:], torch.tensor([5]))
     tree = head.draft(state, TreeShape.dynamic(nodes=10, depth=3, width=3))
     assert set(tree.tokens_BN[0, 1:].tolist()) <= set(allowed.tolist())
@@ -210,10 +210,10 @@ def test_a_window_is_seen_and_kept_from_engines(target):
     narrow = fresh(target, "eagle3", {"attention_layout": "append", "window": 5})
     narrow.load_state_dict(whole.state_dict())
     tokens_BT = torch.randint(VOCAB, (1, POSITIONS))
-    seen = target.forward(tokens_BT, layers=whole.taps)
+    seen = target.forward(tokens_BT, taps=whole.taps)
     for all_of_it, some in zip(
         whole.unroll(seen, tokens_BT, 3), narrow.unroll(seen, tokens_BT, 3), strict=True
     ):
         torch.testing.assert_close(all_of_it[:, :5], some[:, :5], rtol=1e-12, atol=1e-12)
         assert ((all_of_it - some)[:, 5:].abs().amax(-1) > 1e-3).all()
-    assert unservable(whole) is None and "window" in str(unservable(narrow))
+    assert support(whole, "vllm") is None and "window" in str(support(narrow, "vllm"))

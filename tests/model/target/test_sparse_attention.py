@@ -18,8 +18,9 @@ from oracle import Oracle
 from torch import Tensor, nn
 
 from headstart.inference import SpeculativeModel
-from headstart.inference.engine.loop import StopCriteria, decode, plain
-from headstart.inference.engine.sampler import Sampler
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.loop import decode
+from headstart.model.backends.visibility import tie_break_earliest
 from headstart.model.cache.kv_cache import BLOCK, KVLayer
 from headstart.model.checkpoint.adopt import adopt
 from headstart.model.checkpoint.fuse import fuse
@@ -32,9 +33,8 @@ from headstart.model.target.sparse_attention import (
     UnusedIndexer,
     indexers,
     override_topk,
-    tie_break_earliest,
 )
-from headstart.model.target.support import refuse_config
+from headstart.model.target.support import check_config
 from headstart.model.target.target import Target
 
 FAMILIES = ("deepseek_v32", "glm_moe_dsa")
@@ -69,7 +69,7 @@ def test_transformers_generates_the_same(family: str, length: int) -> None:
     target, ids_1T = target_of(family), prompts([length], seed=1)[0][None]
     expected = stock(target, ids_1T)
     assert len(set(expected)) > 3
-    steps = plain(target, ids_1T, sampler=Sampler(), stop=StopCriteria(NEW_TOKENS))
+    steps = decode(target, ids_1T, sampling=SamplingParams(NEW_TOKENS))
     assert answers(steps, 1) == [expected]
     for kind in kinds():
         model = SpeculativeModel(target, make_head(target, kind, {}))
@@ -88,10 +88,12 @@ def undecided(family: str) -> Target:
 def test_of_columns_with_the_same_score_the_earlier_is_chosen(family: str) -> None:
     """In a tree, where other columns lie in between, too. torch alone takes any."""
     target, ids_1T = undecided(family), prompts([30], seed=3)[0][None]
-    expected = answers(plain(target, ids_1T, sampler=Sampler(), stop=StopCriteria(NEW_TOKENS)), 1)
+    expected = answers(decode(target, ids_1T, sampling=SamplingParams(NEW_TOKENS)), 1)
     for shape in SHAPES.values():
-        stop, oracle = StopCriteria(NEW_TOKENS), Oracle(target, expected)
-        steps = decode(target, oracle, ids_1T, sampler=Sampler(), stop=stop, shape=shape)
+        sampling, oracle = SamplingParams(NEW_TOKENS), Oracle(target, expected)
+        steps = decode(
+            target, ids_1T, sampling=sampling, speculative=SpeculativeConfig(oracle, shape)
+        )
         assert answers(steps, 1) == expected
     chosen = tie_break_earliest(torch.zeros(1, 1, 1, 4000))[0, 0, 0].topk(2000).indices
     assert set(chosen.tolist()) == set(range(2000))
@@ -103,7 +105,7 @@ def test_what_an_indexer_remembers_moves_with_the_rest(monkeypatch: pytest.Monke
     whole = KVLayer.held
     monkeypatch.setattr(KVLayer, "held", lambda layer: whole(layer)[:2])
     for family in FAMILIES:
-        with pytest.raises(ValueError, match="reads a tree unlike the same text"):
+        with pytest.raises(ValueError, match="computes a tree unlike the same sequence"):
             wrap_target(build(family, SETTINGS[family]))
 
 
@@ -130,7 +132,7 @@ def test_what_cannot_be_had_is_refused() -> None:
     model = build("glm_moe_dsa", SETTINGS["glm_moe_dsa"])
     model.config.model_type = "another"
     with pytest.raises(ValueError, match=r"\(another\) has sparse attention whose indexer is not"):
-        refuse_config(model.config, "one")  # before its weights are read
+        check_config(model.config, "one")  # before its weights are read
     kind = target_of("deepseek_v32").config.layer_types[0]
     mixed = {"layer_types": [kind, "full_attention"]}
     with pytest.raises(ValueError, match=f"with layers of {kind}"):

@@ -141,7 +141,7 @@ def test_taps_and_logits_equal_the_models_own(family: str) -> None:
     with torch.no_grad():
         theirs = target.model(input_ids=tokens_BT, use_cache=False, output_hidden_states=True)
     layers = tuple(range(target.num_layers))
-    seen = target.forward(tokens_BT, layers=layers)
+    seen = target.forward(tokens_BT, taps=layers)
     assert set(seen.hidden_states) == set(layers)
     for layer in layers[:-1]:  # entry 0 is the embedding, the last one comes after the final norm
         assert_same(seen.hidden_states[layer], theirs.hidden_states[layer + 1])

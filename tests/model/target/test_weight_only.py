@@ -13,7 +13,8 @@ from families import FAMILIES, build
 from tiny_run import mixed_rows, write_rows
 
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import load_fused, read_head_file
+from headstart.model.checkpoint.fused import load_fused
+from headstart.model.checkpoint.head import read_head_file
 from headstart.model.heads.common.base import make_head
 from headstart.model.target.load import load_target
 from headstart.model.target.target import Target

@@ -197,7 +197,7 @@ def test_a_chain_needs_a_depth(depth: int) -> None:
         TreeShape.chain(depth)
 
 
-def test_the_likeliest_chain_comes_first() -> None:
+def test_the_top1_chain_comes_first() -> None:
     """Row 0: the chain 0, 2, 5 lies apart. Row 1: it lies in front already, the last is padding."""
     parents_BN = torch.tensor([[-1, 0, 0, 1, 2, 2], [-1, 0, 1, 0, 2, -1]])
     chances_BN = torch.tensor([[1, 0.3, 0.6, 0.2, 0.1, 0.5], [1, 0.9, 0.8, 0.1, 0.7, 0]])
@@ -210,14 +210,14 @@ def test_the_likeliest_chain_comes_first() -> None:
     assert first.depths_BN.max(1).values.tolist() == tree.depths_BN.max(1).values.tolist()
 
 
-def test_only_the_likeliest_chain() -> None:
+def test_only_the_top1_chain() -> None:
     parents_1N = torch.tensor([[-1, 0, 0, 1, 2, 2]])
     chances_1N = torch.tensor([[1, 0.3, 0.6, 0.2, 0.1, 0.5]])
     tree = Tree(torch.tensor([[10, 11, 12, 13, 14, 15]]), parents_1N, chances_1N.log())
-    chain = tree.likeliest_chain()
+    chain = tree.top1_chain()
     assert chain.tokens_BN.tolist() == [[10, 12, 15]]
     assert chain.parents_BN.tolist() == [[-1, 0, 1]]
     torch.testing.assert_close(chain.scores_BN.exp(), torch.tensor([[1, 0.6, 0.5]]))
-    again = chain.likeliest_chain()
+    again = chain.top1_chain()
     assert again.tokens_BN.tolist() == chain.tokens_BN.tolist()
-    assert Tree.root(torch.tensor([7])).likeliest_chain().nodes == 1
+    assert Tree.root(torch.tensor([7])).top1_chain().nodes == 1

@@ -77,7 +77,7 @@ def test_speculators_reads_what_our_batches_hold(target, recipe, prepared, tmp_p
         learned_T = data[number]["loss_mask"][1:-1]
         assert learned_T.equal(batch.loss_mask_BT[0, 2:length])
         assert prepared.counts[number] == (length, int(learned_T.sum())) and learned_T.any()
-        seen = target.forward(tokens_T[None], layers=layers)
+        seen = target.forward(tokens_T[None], taps=layers)
         hidden_TLD = file["hidden_states"]
         for place, tap in enumerate(layers):
             torch.testing.assert_close(hidden_TLD[:, place], seen.hidden_states[tap][0])

@@ -11,7 +11,8 @@ import pytest
 from tiny_run import mixed_rows, tiny_head, tiny_recipe, tiny_target, write_rows
 
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import load_head, read_head_file, rewrite_meta, save_head
+from headstart.model.checkpoint.fused import rewrite_meta
+from headstart.model.checkpoint.head import load_head, read_head_file, save_head
 from headstart.model.checkpoint.metadata import HeadMeta
 from headstart.model.checkpoint.model_card import model_card
 from headstart.model.target.target import Target
@@ -24,7 +25,7 @@ from headstart.training.trainer import train
 NOTED = {
     "temperatures": (1.25, 0.5),
     "rank_acceptance": ((0.5, 0.25), (0.4, 0.2)),
-    "calibration_rows": (1234, 567),
+    "calibration_positions": (1234, 567),
     "calibration_errors": ((0.1, 0.02), (0.2, 0.03)),
     "path_errors": (0.11, 0.012),
 }
@@ -150,7 +151,7 @@ def test_the_command_rewrites_only_what_is_known_of_the_head(target, saved, tmp_
     command(tmp_path / "fused", answers, limit=40, depth=2, width=3, dtype="auto")
     assert "acceptance by rank" in capsys.readouterr().out
     meta = read_head_file(tmp_path / "fused").meta
-    assert meta.calibration_rows[0] == sum(len(row) - 3 for row in mixed_rows(60)[:40])
+    assert meta.calibration_positions[0] == sum(len(row) - 3 for row in mixed_rows(60)[:40])
     after = files()
     changed = {name for name in before | after if before.get(name) != after.get(name)}
     assert changed == {"fused/README.md", "fused/draft_heads/config.json"}

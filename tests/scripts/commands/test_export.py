@@ -62,17 +62,17 @@ def test_the_command_and_the_verifier(pruned, plain, tmp_path):
     assert "num_hidden_layers" in refused(*given, "--verifier", tmp_path / "other")
     given = ("export", folder, out, "--to", "sglang")
     assert "num_hidden_layers" in refused(*given, "--verifier", tmp_path / "other")
-    assert "is a part of" in refused("export", folder, folder / "draft_heads", "--to", "vllm")
+    assert "is inside" in refused("export", folder, folder / "draft_heads", "--to", "vllm")
     sglang = ("export", folder, out, "--to", "sglang", "--format", "speculators")
-    assert "native form" in refused(*sglang)
+    assert "native format" in refused(*sglang)
     assert "not a fused checkpoint" in refused("export", plain, out, "--to", "vllm")
 
 
 @pytest.mark.parametrize(
     ("kind", "settings", "reason"),
     [
-        ("medusa", {}, "heads of kind medusa"),
-        ("eagle3", {"window": 4}, "has a window"),
+        ("medusa", {}, "this one is medusa"),
+        ("eagle3", {"window": 4}, "has an attention window"),
         ("eagle3", {"attention_layout": "kvshare"}, "layout"),
         ("eagle3", {"taps": (2,)}, "SGLang leaves out fc"),
         ("mtp", {}, "have no class"),

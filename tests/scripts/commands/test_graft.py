@@ -9,27 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarking import benchmark
 from chat_model import tokenizer, write_recipe
 from run_command import refused, run
 from safetensors.torch import load_file, save_file
 from tiny_run import tiny_head
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headstart.inference.benchmark.runner import PLAIN, Contestant, measure
+from headstart.inference.benchmark.metrics import AUTOREGRESSIVE
+from headstart.inference.config import SpeculativeConfig
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import (
-    load_fused,
-    load_head,
-    read_head_file,
-    save_head,
-    target_hash,
-)
+from headstart.model.checkpoint.fused import load_fused
+from headstart.model.checkpoint.head import load_head, read_head_file, save_head
 from headstart.model.checkpoint.metadata import HeadMeta, Lora, Measurement
 from headstart.model.checkpoint.model_card import model_card
-from headstart.model.hub.upload import _public
+from headstart.model.hub.upload import publishable
 from headstart.model.target.load import load_target
-from headstart.model.target.target import Target
-from headstart.scripts.commands.graft import MOST_LOST, lost_share
+from headstart.model.target.weights_hash import target_hash
+from headstart.scripts.commands.graft import MAX_LOSS, lost_share
 
 pytestmark = pytest.mark.usefixtures("wide")
 
@@ -46,7 +43,7 @@ META = HeadMeta(
     recipe={"train": {"lr": 0.5}},
     temperatures=(1.5,),
     rank_acceptance=((0.5, 0.25),),
-    calibration_rows=(100,),
+    calibration_positions=(100,),
     calibration_errors=((0.2, 0.1),),
     path_errors=(0.2, 0.1),
     measured=(OLD,),
@@ -148,7 +145,7 @@ def test_a_strong_change_costs_and_retraining_is_recommended(
     out = tmp_path / "out"
     output = run("graft", fused, changed, out, *settings).output
     assert compared(output) == ["original target 2/2", "changed target 2/2"]
-    assert "2 of 2 answers equal the changed target's own" in output
+    assert "2 of 2 responses equal the changed target's" in output
 
     target, head = load_fused(out)
     file = read_head_file(out)
@@ -159,15 +156,15 @@ def test_a_strong_change_costs_and_retraining_is_recommended(
         torch.equal(tensor, old.state_dict()[name]) for name, tensor in head.state_dict().items()
     )
     ids = [[5, 6, 7], [60, 2]]
-    found = measure(target, {"ours": Contestant(head)}, ids, max_new_tokens=20)
-    assert found["ours"].identical == found[PLAIN].prompts == 2
+    found = benchmark(target, {"ours": SpeculativeConfig(head)}, ids, max_new_tokens=20)
+    assert found["ours"].identical == found[AUTOREGRESSIVE].prompts == 2
 
     (graft,) = file.meta.grafts
     assert graft.source == file.meta.trained_on == "someone/tiny"
-    assert graft.before > 1.5 > graft.after and lost_share(graft.before, graft.after) > MOST_LOST
+    assert graft.before > 1.5 > graft.after and lost_share(graft.before, graft.after) > MAX_LOSS
     lost = lost_share(graft.before, graft.after)
-    assert f"Lost: {lost:.0%} of what the head gains" in output
-    assert f"{graft.before:.2f} before and {graft.after:.2f} now" in output
+    assert f"Lost: {lost:.0%} of the head's gain" in output
+    assert f"{graft.before:.2f} before, {graft.after:.2f} now" in output
     assert "RETRAIN IT" in output
     # The commands are what a user can run.
     recipe = write_recipe(tmp_path / "r.yaml", Path("none"), Path("none"), Path("none"), steps=2)
@@ -190,13 +187,19 @@ def test_what_was_of_the_old_target_is_dropped_and_the_training_kept(
     meta = read_head_file(out).meta
     for name in ("steps", "tokens", "data", "data_hash", "recipe"):
         assert getattr(meta, name) == getattr(META, name)
-    for name in ("temperatures", "rank_acceptance", "calibration_rows", "path_errors", "replaces"):
+    for name in (
+        "temperatures",
+        "rank_acceptance",
+        "calibration_positions",
+        "path_errors",
+        "replaces",
+    ):
         assert not getattr(meta, name)
     assert load_fused(out)[1].temperatures == ()
     (measured,) = meta.measured
     (graft,) = meta.grafts
     assert measured.acceptance_length == graft.after and measured.identical == 2
-    assert measured.prompts == "talk.jsonl, 2 prompts, 16 tokens each at most"
+    assert measured.prompts == "talk.jsonl, 2 prompts, at most 16 tokens each"
     card = (out / "README.md").read_text()
     assert "TRAINED ON ANOTHER TARGET, someone/tiny and" in card
     row = f"| someone/tiny | {changed} | {graft.before:.2f} | {graft.after:.2f} |"
@@ -209,7 +212,7 @@ def test_a_small_change_costs_nothing_to_speak_of(fused, source, settings, tmp_p
     changed = change(source, tmp_path / "tuned", SMALL)
     output = run("graft", fused, changed, tmp_path / "out", *settings).output
     (graft,) = read_head_file(tmp_path / "out").meta.grafts
-    assert graft.after > 1.5 and lost_share(graft.before, graft.after) <= MOST_LOST
+    assert graft.after > 1.5 and lost_share(graft.before, graft.after) <= MAX_LOSS
     assert "Nothing was lost" in output and "RETRAIN" not in output and "train.start" not in output
 
 
@@ -225,8 +228,8 @@ def test_a_head_alone_is_compared_where_its_target_is_on_disk(fused, source, set
     head = fused.parent / "head"
     output = run("graft", head, changed, tmp_path / "alone", *settings).output
     assert compared(output) == ["changed target 2/2"]
-    assert "What was lost is not known: someone/tiny" in output
-    assert "If that is too little, train the head on" in output
+    assert "The loss is unknown: the original target, someone/tiny" in output
+    assert "If that is too little, continue training the head" in output
     (graft,) = read_head_file(tmp_path / "alone").meta.grafts
     assert graft.before is None and graft.after > 0
     assert "| someone/tiny |" in (tmp_path / "alone" / "README.md").read_text()
@@ -247,7 +250,7 @@ def test_a_target_that_was_changed_in_its_place(fused, source, settings, tmp_pat
     message = refused("eval", place, *settings)
     assert "hash" in message and f"headstart graft {place} {place} OUT" in message
     output = run("graft", place, place, place, *settings).output
-    assert "What was lost is not known" in output
+    assert "The loss is unknown" in output
     assert load_fused(place)[1].kind == "mtp"
     assert read_head_file(place).meta.grafts[0].before is None
 
@@ -262,7 +265,7 @@ def test_every_change_is_told(fused, source, settings, tmp_path):
     assert meta.trained_on == "someone/tiny" and meta.target == str(second)
     card = (tmp_path / "two" / "README.md").read_text()
     assert f"| someone/tiny | {first} |" in card and f"| {first} | {second} |" in card
-    public = _public(meta, "someone/merged")
+    public = publishable(meta, "someone/merged")
     assert [one.source for one in public.grafts] == ["someone/tiny", "tuned"]
 
 
@@ -272,7 +275,7 @@ def test_an_original_that_is_no_longer_there(fused, source, settings, tmp_path):
     other = change(source, tmp_path / "other", STRONG)
     shutil.copy(other / "model.safetensors", broken / "model.safetensors")
     output = run("graft", broken, changed, tmp_path / "out", *settings).output
-    assert f"the weights of {broken} are no longer those that the head knew" in output
+    assert f"the weights of {broken} are no longer those that the head was trained on" in output
 
 
 def sized(folder: Path, **sizes: int) -> Path:
@@ -298,7 +301,7 @@ def test_other_sizes_are_refused_before_anything_is_loaded(
     fused, tmp_path, monkeypatch, sizes, says
 ):
     other = sized(tmp_path / "other", **sizes)
-    monkeypatch.setattr(Target, "load", None)
+    monkeypatch.setattr("headstart.scripts.commands.graft.load_target", None)
     message = refused("graft", fused, other, tmp_path / "out")
     assert re.search(says, message) and not (tmp_path / "out").exists()
 
@@ -310,7 +313,7 @@ def test_another_vocabulary_of_the_same_size_is_refused(fused, source, tmp_path,
     vocabulary = values["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(values))
-    monkeypatch.setattr(Target, "load", None)
+    monkeypatch.setattr("headstart.scripts.commands.graft.load_target", None)
     assert "2 tokens mean other text" in refused("graft", fused, other, tmp_path / "out")
 
 
@@ -324,12 +327,15 @@ def test_added_tokens_may_have_other_names(fused, source, settings, tmp_path):
 
 def test_what_is_not_changed_is_not_grafted(fused, source, settings, tmp_path):
     message = refused("graft", fused, source, tmp_path / "out", *settings)
-    assert "nothing to carry over" in message and f"headstart fuse {source} {fused} OUT" in message
+    assert (
+        "nothing has to be carried over" in message
+        and f"headstart fuse {source} {fused} OUT" in message
+    )
 
 
 def test_nothing_of_value_is_replaced(fused, source, tmp_path, monkeypatch):
     changed = change(source, tmp_path / "tuned", STRONG)
-    monkeypatch.setattr(Target, "load", None)
+    monkeypatch.setattr("headstart.scripts.commands.graft.load_target", None)
     assert "holds other files" in refused("graft", fused, changed, changed)
     assert "holds the original target" in refused("graft", fused, changed, fused)
     edited = Path(shutil.copytree(fused, tmp_path / "edited"))
@@ -349,7 +355,9 @@ def test_a_head_whose_target_is_not_made_yet_is_refused(fused, source, tmp_path)
 
 def test_the_card_does_not_say_that_the_new_target_was_adapted(fused, source):
     head = load_head(fused, load_target(source))
-    joint = META.model_copy(update={"joint": Lora(rank=4, alpha=8, keep=1, divergence=0.01)})
+    joint = META.model_copy(
+        update={"joint": Lora(rank=4, alpha=8, divergence_weight=1, divergence=0.01)}
+    )
     assert "someone/tiny, CHANGED jointly" in model_card(head, joint, fused)
     card = model_card(head, joint.grafted("me/new", 2.5, 2.0, OLD), fused)
     assert "The weights of me/new, unchanged, and" in card

@@ -77,7 +77,7 @@ def test_memory_is_what_a_step_takes(tmp_path, kind, recompute, length):
     batch = Batch(tokens_BT, torch.full((2048 // length,), length), mask_BT)
 
     def step() -> None:
-        seen = real.forward(tokens_BT, layers=real_head.taps, logits=False)
+        seen = real.forward(tokens_BT, taps=real_head.taps, logits=False)
         hidden = real_head.unroll(seen, tokens_BT, 3)
         loss_sum(recipe.loss, real_head, seen, hidden, batch).total.backward()
         for optimizer in optimizers:

@@ -10,8 +10,8 @@ import torch
 from tiny_run import VOCAB, mixed_rows, rule_rows, rule_target, tiny_head, tiny_target
 from torch import Tensor
 
-from headstart.inference.engine.loop import StopCriteria, decode, plain
-from headstart.inference.engine.sampler import Sampler
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.loop import decode
 from headstart.model.heads.common.base import DraftHead, kinds
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
@@ -207,7 +207,7 @@ def test_every_kind_is_calibrated(target, corpus, kind):
     found = calibrate(head, corpus, steps=6, width=8, batch_tokens=128)
     assert head.temperatures == ()
     # Random guesses are right by chance: as many paths as chance lets reach the next depth.
-    rows = found.calibration_rows
+    rows = found.calibration_positions
     assert rows[0] > 500 and 1 <= len(rows) < 6 and list(rows) == sorted(rows, reverse=True)
     assert min(rows) >= 100 and len(found.temperatures) == len(rows) == len(found.rank_acceptance)
     assert all(len(row) == 8 and sum(row) < 0.5 for row in found.rank_acceptance)
@@ -232,11 +232,11 @@ def test_no_deeper_than_the_head_and_only_what_is_asked_for(target, corpus):
         max_rows=300,
         report=lambda *at: told.append(at),
     )
-    assert len(few.temperatures) == 1 and 300 <= few.calibration_rows[0] < 400
+    assert len(few.temperatures) == 1 and 300 <= few.calibration_positions[0] < 400
     assert told[-1] == (300, 300) and told == sorted(told)
     ten = sum(len(row) - 3 for row in mixed_rows(60)[:10])
     part = calibrate(head, corpus, steps=1, conversations=10)
-    assert part.calibration_rows == (ten,)
+    assert part.calibration_positions == (ten,)
 
 
 @torch.no_grad()
@@ -280,7 +280,7 @@ def test_each_depth_has_its_temperature_and_the_last_one_goes_on(target, kind):
     head = random_head(target, kind).for_decoding(target)
     tokens_BT = torch.tensor([mixed_rows(1)[0]])
     places_BP = torch.arange(5)[None]
-    seen = target.forward(tokens_BT, layers=head.taps).gather(places_BP)
+    seen = target.forward(tokens_BT, taps=head.taps).at(places_BP)
     state = head.advance(head.start(1), seen, tokens_BT.gather(1, places_BP + 1), torch.tensor([5]))
     shape = TreeShape.chain(3)
 
@@ -302,7 +302,7 @@ def test_decoding_stays_exact(target, kind):
     head = random_head(target, kind).for_decoding(target)
     head.temperatures = (0.5, 2.5, 0.8)
     ids_BT = torch.tensor([row[:6] for row in mixed_rows(3)])
-    sampled = {"sampler": Sampler.of(1.0, seed=3), "stop": StopCriteria(20)}
+    sampling = SamplingParams(20, 1.0, seed=3)
 
     def text(steps) -> list[list[int]]:
         told: list[list[int]] = [[], [], []]
@@ -311,7 +311,7 @@ def test_decoding_stays_exact(target, kind):
                 answer += tokens
         return told
 
-    expected = text(plain(target, ids_BT, **sampled))
-    shape = TreeShape.dynamic(nodes=9, depth=3, width=3)
-    sampled["sampler"] = Sampler.of(1.0, seed=3)
-    assert text(decode(target, head, ids_BT, shape=shape, **sampled)) == expected
+    expected = text(decode(target, ids_BT, sampling=sampling))
+    config = SpeculativeConfig(head, TreeShape.dynamic(nodes=9, depth=3, width=3))
+    steps = decode(target, ids_BT, sampling=sampling, speculative=config)
+    assert text(steps) == expected
