@@ -1,16 +1,16 @@
-"""A target and its head as one model with transformers' own `generate`.
+"""A target and its draft head as one model, with the interface of transformers' `generate`.
 
-transformers prepares everything (settings, logits processors, stopping criteria, repeated rows) and
-hands it to our loop through `generate(custom_generate=...)`, so options mean what they mean there.
+transformers prepares the call (generation config, logits processors, stopping criteria, repeated
+prompts) and hands it to our decode loop through `generate(custom_generate=...)`, so that its
+options keep their meaning.
 
-Legend: B batch rows, T prompt positions, L positions of prompt and answer.
+Legend: B sequences, T prompt positions, L positions of prompt and response.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,16 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from headstart.inference.engine.loop import StepStream, decode, plain
-from headstart.inference.engine.sampler import Sampler
-from headstart.inference.engine.sequence import StopCriteria
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.loop import decode
+from headstart.inference.engine.measure_costs import measured_costs
 from headstart.inference.engine.stats import Stats
-from headstart.inference.tree_policy.adaptive import Budget
-from headstart.inference.tree_policy.defaults import DEFAULT_TREE, WIDEST_TREE, fixed_tree, usual
+from headstart.inference.tree_policy.defaults import fixed_tree
 from headstart.model.checkpoint.fused import load_fused
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.target import Target
-from headstart.model.tree.shape import TreeShape
 
-# Options of `generate` that ask for another way of decoding, or for inputs that are not ours.
+# Options of `generate` that ask for another decoding method, or for other inputs than token ids.
 REFUSED_OPTIONS = (
     "assistant_model",
     "assistant_tokenizer",
@@ -56,22 +54,10 @@ REFUSED_OPTIONS = (
 REFUSED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
-@dataclass(frozen=True)
-class _How:
-    """Our own arguments of `generate`, those that transformers does not know."""
-
-    tree: TreeShape | None
-    budget: Budget | None
-    lookup: bool | None
-    speculate: bool
-    seed: int | None
-    timing: bool
-
-
 class SpeculativeModel:
     """Decodes with a target and a draft head; every token is the target's own.
 
-    last_stats: what the latest call did (tokens, passes, acceptance, time by phase).
+    last_stats: counts and times of the latest call.
     """
 
     def __init__(self, target: Target, head: DraftHead):
@@ -88,9 +74,10 @@ class SpeculativeModel:
         revision: str | None = None,
         quantize: str | None = None,
     ) -> SpeculativeModel:
-        """Open a fused checkpoint: a target with its heads in `draft_heads/`.
+        """Load a fused checkpoint: a target with its heads in `draft_heads/`.
 
-        folder: where it is, or its name on the Hub (`owner/name`). Arguments as in `load_target`.
+        folder: its path, or its name on the Hub (`owner/name`). Other arguments as in
+        `load_target`.
         """
         return cls(
             *load_fused(folder, dtype=dtype, device=device, revision=revision, quantize=quantize)
@@ -101,88 +88,90 @@ class SpeculativeModel:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        tree: TreeShape | None = None,
-        budget: Budget | None = None,
-        lookup: bool | None = None,
-        speculate: bool = True,
+        speculative: SpeculativeConfig | None = None,
         seed: int | None = None,
         streamer: BaseStreamer | None = None,
         stop_strings: str | list[str] | None = None,
         timing: bool = False,
         **options: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Answer prompts, with the arguments and results of transformers' `generate`.
+        """Generate responses, with the arguments and results of transformers' `generate`.
 
-        input_ids: B x T prompts. attention_mask: 0 for padding. By default trees have 16 nodes on a
-        GPU; on a CPU as many as pay on this machine, which is measured once (`Budget.auto`, a few
-        seconds at the first call ever), and guesses come from the text itself too. tree: the shape
-        of the guesses; with a budget the largest one. lookup: whether to guess from the text.
-        speculate: False decodes plainly, with the same tokens as a result. seed: of the sampling;
-        None takes one from torch's global generator. timing: measure time by phase.
-        options: any other option of `generate`, e.g. max_new_tokens, do_sample, temperature, top_p,
-        top_k, eos_token_id, stopping_criteria, return_dict_in_generate. B x L ids, padded on the
-        right. Stopping criteria get no scores (None): a token that is accepted may not have any.
-        ValueError for what cannot be combined with a tree.
+        input_ids: B x T prompts.
+        attention_mask: 1 for tokens, 0 for padding; None: no padding.
+        speculative: where drafts come from; None: `default_speculative_config`, which on a CPU
+            measures this machine once (a few seconds). `SpeculativeConfig()` decodes
+            autoregressively, with the same tokens as a result.
+        seed: of the sampling noise; None: drawn from torch's global generator.
+        streamer: gets the tokens as they come; for one prompt.
+        stop_strings: texts that end a response.
+        timing: measure the time by phase.
+        options: any other option of `generate`, for example those of
+            `SamplingParams.generate_options`. Stopping criteria get None for the scores: an
+            accepted token may not have any.
+
+        Returns B x L token ids, padded on the right. ValueError for options that a tree cannot do.
         """
         if streamer is not None and len(input_ids) > 1:
             raise ValueError(
-                "A streamer takes one prompt at a time, because rows of a batch grow by different "
-                "numbers of tokens. Pass a batch of one, or no streamer."
+                "A streamer takes one prompt at a time, because the sequences of a batch grow by "
+                "different numbers of tokens. Pass a batch of one, or no streamer."
             )
-        how = _How(tree, budget, lookup, speculate, seed, timing)
-        request = self._request(input_ids, attention_mask, how, stop_strings, streamer, options)
-        answers: list[list[int]] = [[] for _ in range(request.rows)]
+        request = self._request(
+            input_ids, attention_mask, speculative, seed, timing, stop_strings, streamer, options
+        )
+        responses: list[list[int]] = [[] for _ in range(request.batch)]
         for step in request.steps:
-            for answer, tokens in zip(answers, step, strict=True):
-                answer += tokens
+            for response, tokens in zip(responses, step, strict=True):
+                response += tokens
             if streamer is not None:
                 streamer.put(torch.tensor(step[0]))
         if streamer is not None:
             streamer.end()
-        return request.result(answers)
+        return request.result(responses)
 
     def stream(
         self,
         input_ids: Tensor,
         *,
-        tree: TreeShape | None = None,
-        budget: Budget | None = None,
-        lookup: bool | None = None,
-        speculate: bool = True,
+        speculative: SpeculativeConfig | None = None,
         seed: int | None = None,
         stop_strings: str | list[str] | None = None,
         timing: bool = False,
         **options: Any,
     ) -> Iterator[list[int]]:
-        """Answer one prompt (1 x T); yields, after each pass, the tokens it gave.
+        """Generate a response to one prompt (1 x T); yields the tokens of each forward pass.
 
-        Arguments as in `generate`. What is wrong with them is said now, not at the first token.
+        Arguments as in `generate`. They are validated eagerly.
         """
         if len(input_ids) != 1:
             raise ValueError(
-                f"stream answers one prompt at a time, got {len(input_ids)}. Use generate for more."
+                f"stream takes one prompt at a time, got {len(input_ids)}. Use generate for more."
             )
-        how = _How(tree, budget, lookup, speculate, seed, timing)
-        request = self._request(input_ids, None, how, stop_strings, None, options)
+        request = self._request(
+            input_ids, None, speculative, seed, timing, stop_strings, None, options
+        )
         return (step[0] for step in request.steps)
 
     def _request(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        how: _How,
+        speculative: SpeculativeConfig | None,
+        seed: int | None,
+        timing: bool,
         stop_strings: str | list[str] | None,
         streamer: BaseStreamer | None,
         options: dict[str, Any],
     ) -> _Request:
         """Let transformers prepare the call. Nothing is decoded yet."""
-        _refuse(options)
+        _check_options(options)
         _check_prompts(input_ids, attention_mask)
         options, stops = self._stop_criteria(stop_strings, options)
-        self.last_stats = stats = Stats(timing=how.timing)
+        self.last_stats = stats = Stats(timing=timing)
 
         # A parameter of another name than those of transformers' own loops would be taken out of
-        # the options on the way, before they are prepared.
+        # the options before they are prepared.
         def start(
             model: PreTrainedModel,
             input_ids: Tensor,
@@ -191,16 +180,25 @@ class SpeculativeModel:
             generation_config: GenerationConfig,
             **model_kwargs: Any,
         ) -> _Request:
-            _refuse_config(generation_config)
+            _check_generation_config(generation_config)
             mask_BT = model_kwargs["attention_mask"]  # None where nothing is padded
             if len(input_ids) > 1 and generation_config._pad_token_tensor is None:
                 raise _no_padding(self.target.name)
-            sample = bool(generation_config.do_sample)
-            sampler = Sampler(
-                logits_processor, sample=sample, seed=_seed(how.seed) if sample else 0
+            sampling = _sampling_params(
+                logits_processor,
+                [*stopping_criteria, *stops],
+                prompt_length=input_ids.shape[1],
+                do_sample=bool(generation_config.do_sample),
+                seed=seed,
             )
-            stop = _stop([*stopping_criteria, *stops], input_ids.shape[1])
-            steps = self._steps(how, input_ids, mask_BT, sampler=sampler, stop=stop, stats=stats)
+            steps = decode(
+                self.target,
+                input_ids,
+                mask_BT,
+                sampling=sampling,
+                speculative=speculative or default_speculative_config(self.target, self.head),
+                stats=stats,
+            )
             return _Request(input_ids, steps, generation_config)
 
         request: _Request = self.target.model.generate(
@@ -212,34 +210,11 @@ class SpeculativeModel:
         )
         return request
 
-    def _steps(
-        self, how: _How, input_ids: Tensor, mask_BT: Tensor | None, **options: Any
-    ) -> StepStream:
-        if not how.speculate:
-            return plain(self.target, input_ids, mask_BT, **options)
-        tree, budget, lookup = how.tree, how.budget, how.lookup
-        if tree is None and budget is None:
-            tree = fixed_tree(self.target)
-            if tree is None:
-                budget = Budget.auto(self.target, self.head)
-                lookup = True if lookup is None else lookup
-        shape = usual(self.target, DEFAULT_TREE if budget is None else WIDEST_TREE)
-        return decode(
-            self.target,
-            self.head,
-            input_ids,
-            mask_BT,
-            shape=tree or shape,
-            budget=budget,
-            lookup=bool(lookup),
-            **options,
-        )
-
     def _stop_criteria(
         self, stop_strings: str | list[str] | None, options: dict[str, Any]
     ) -> tuple[dict[str, Any], list[StopStringCriteria]]:
-        """Stop strings as criteria of our own: transformers does not pass a tokenizer on to a
-        decoding function, and without one it refuses stop strings."""
+        """Turn stop strings into criteria here: transformers does not pass a tokenizer on to a
+        custom decoding function, and refuses stop strings without one."""
         options = dict(options)
         tokenizer = options.pop("tokenizer", None)
         given, own = options.get("generation_config"), self.target.model.generation_config
@@ -257,65 +232,73 @@ class SpeculativeModel:
         return options, [StopStringCriteria(tokenizer, stop_strings)]
 
 
-def sampling_options(
-    temperature: float, *, top_k: int | None = None, top_p: float | None = None
-) -> dict[str, Any]:
-    """The common settings as options of `generate`. Temperature 0 is greedy."""
-    if temperature == 0:
-        return {"do_sample": False}
-    # top_k 0 is off: transformers' own default would be 50.
-    return {
-        "do_sample": True,
-        "temperature": temperature,
-        "top_k": top_k or 0,
-        "top_p": top_p or 1.0,
-    }
+def default_speculative_config(target: Target, head: DraftHead) -> SpeculativeConfig:
+    """A fixed tree on a GPU. Elsewhere, and for recurrent targets, adaptive trees with n-gram
+    drafts, for which a decode step is timed once per machine (a few seconds)."""
+    tree = fixed_tree(target)
+    if tree is not None:
+        return SpeculativeConfig(head, tree)
+    return SpeculativeConfig(head, costs=measured_costs(target, head), ngram=True)
 
 
 def _no_padding(name: str) -> ValueError:
     return ValueError(
-        f"{name} has neither a padding nor an end-of-text token, so answers of different length "
+        f"{name} has neither a padding nor an end-of-text token, so responses of different length "
         "cannot be put in one tensor. Pass pad_token_id, or decode one prompt at a time."
     )
 
 
 class _Request:
-    """A prepared call: the loop, not yet begun, and how its answers are returned."""
+    """A prepared call: the steps, not yet begun, and how to return the responses.
+
+    batch: number of sequences.
+    """
 
     def __init__(
         self, input_ids_BT: Tensor, steps: Iterator[list[list[int]]], config: GenerationConfig
     ):
-        self.steps, self.rows = steps, len(input_ids_BT)
+        self.steps, self.batch = steps, len(input_ids_BT)
         self._input_ids_BT, self._config = input_ids_BT, config
 
-    def result(self, answers: list[list[int]]) -> Tensor | GenerateDecoderOnlyOutput:
-        longest = max(map(len, answers))
+    def result(self, responses: list[list[int]]) -> Tensor | GenerateDecoderOnlyOutput:
+        longest = max(map(len, responses))
         pad = self._config._pad_token_tensor
-        fill = 0 if pad is None else int(pad)  # None: one row, nothing to fill
-        filled = [answer + [fill] * (longest - len(answer)) for answer in answers]
-        answers_BT = torch.tensor(filled, device=self._input_ids_BT.device)
-        ids_BL = torch.cat([self._input_ids_BT, answers_BT], 1)
+        fill = 0 if pad is None else int(pad)  # None: one sequence, nothing to fill
+        filled = [response + [fill] * (longest - len(response)) for response in responses]
+        responses_BT = torch.tensor(filled, device=self._input_ids_BT.device)
+        ids_BL = torch.cat([self._input_ids_BT, responses_BT], 1)
         if self._config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=ids_BL.long())  # type: ignore[arg-type]
         return ids_BL
 
 
-def _stop(criteria: list[Any], prompt_columns: int) -> StopCriteria:
-    """Length and end tokens are checked by ourselves, cheaply; the rest asks the criteria."""
+def _sampling_params(
+    processors: LogitsProcessorList,
+    criteria: Sequence[Any],
+    *,
+    prompt_length: int,
+    do_sample: bool,
+    seed: int | None,
+) -> SamplingParams:
+    """What transformers prepared. The engine checks length and end tokens itself, which is cheap;
+    other criteria are called.
+
+    prompt_length: padding included. seed None: drawn here, so that torch.manual_seed repeats it.
+    """
     length = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
     eos = [one.eos_token_id.tolist() for one in criteria if type(one) is EosTokenCriteria]
     others = [one for one in criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)]
     assert length, "transformers always sets a length"
-    return StopCriteria(
-        min(length) - prompt_columns,
-        frozenset(token for tokens in eos for token in tokens),
-        tuple(others),
+    if do_sample and seed is None:
+        seed = int(torch.randint(1 << 62, ()))
+    return SamplingParams(
+        max_new_tokens=min(length) - prompt_length,
+        temperature=1.0 if do_sample else 0.0,  # that of the options is among the processors
+        logits_processors=tuple(processors),
+        seed=seed or 0,
+        stop_token_ids=frozenset(token for tokens in eos for token in tokens),
+        stopping_criteria=tuple(others),
     )
-
-
-def _seed(seed: int | None) -> int:
-    """None: a new one, which torch.manual_seed makes repeatable."""
-    return int(torch.randint(1 << 62, ())) if seed is None else seed
 
 
 def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -334,23 +317,23 @@ def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None) -> None:
         )
 
 
-def _refuse(options: dict[str, Any]) -> None:
+def _check_options(options: dict[str, Any]) -> None:
     for name in (*REFUSED_OPTIONS, *REFUSED_OUTPUTS):
         value = options.get(name)
         if value is not None and value is not False:
             raise ValueError(
-                f"{name} is not supported: tokens come from a tree of guesses, several per pass. "
-                "Leave it away, or call target.model.generate for plain transformers."
+                f"{name} is not supported: a forward pass verifies several draft tokens at once. "
+                "Leave it away, or call target.model.generate of transformers."
             )
 
 
-def _refuse_config(config: GenerationConfig) -> None:
-    """What a generation config can ask for, and this loop cannot do."""
+def _check_generation_config(config: GenerationConfig) -> None:
+    """ValueError for what the decode loop does not support."""
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
             f"{mode.value.replace('_', ' ')} is not supported: a tree is verified against one "
-            "continuation per row. Use greedy decoding (do_sample=False) or sampling "
+            "continuation per sequence. Use greedy decoding (do_sample=False) or sampling "
             "(do_sample=True) with num_beams=1 and without an assistant."
         )
     if config.return_dict_in_generate:

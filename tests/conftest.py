@@ -39,7 +39,7 @@ def _no_costs_are_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     """Tiny models would fill the user's folder of measured costs."""
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headstart.inference.tree_policy.cost_model.cache_folder", lambda: folder)
+        patch.setattr("headstart.inference.engine.measure_costs.cache_folder", lambda: folder)
         yield
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from headstart.inference.ngram import NgramDraft, alone, merge
-from headstart.inference.tree_policy.adaptive import Budget
+from headstart.inference.tree_policy.adaptive import AdaptivePolicy
+from headstart.inference.tree_policy.cost_model import Costs
 from headstart.model.cache.kv_cache import KVCache
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.output import TargetOutput
@@ -106,14 +107,14 @@ class Drafter:
         self,
         head: DraftHead | None,
         shape: TreeShape,
-        budget: Budget | None,
+        costs: Costs | None,
         rows: int,
         stats: Stats,
         chain: bool = False,
     ):
         self.head, self.shape, self.stats, self.chain = head, shape, stats, chain
         self.state: Any = None if head is None else head.start(rows)
-        self.spending = None if budget is None else budget.start()
+        self.policy = None if costs is None else AdaptivePolicy(costs)
         self.behind: list[AcceptedStep] = []  # not yet taken in by the head
         self.asked, self.depth = False, 0
 
@@ -130,14 +131,14 @@ class Drafter:
     def tree(self, read: AcceptedStep, rows: Sequence[SequenceState], depth: int) -> Tree:
         """Guess on behind what was just read, at most `depth` tokens."""
         candidates: list[list[NgramDraft]] = []
-        if self.spending is None or self.spending.looks_up(len(rows)):
+        if self.policy is None or self.policy.searches_ngrams(len(rows)):
             candidates = [
                 row.lookup.candidates(depth, CHAINS) for row in rows if row.lookup is not None
             ]
         tree = self._asked_head(read, candidates, depth)
-        if tree is None and self.spending is not None:
+        if tree is None and self.policy is not None:
             promised = sum(math.exp(logp) for row in candidates for one in row for logp in one.logp)
-            if not self.spending.could_pay(promised, len(rows)):
+            if not self.policy.could_pay(promised, len(rows)):
                 return Tree.root(read.root_B)
         if candidates:
             tree = alone(read.root_B, candidates) if tree is None else merge(tree, candidates)
@@ -146,16 +147,16 @@ class Drafter:
         if self.chain and candidates:
             tree = tree.top1_chain()
         nodes = self.shape.nodes
-        if self.spending is not None:
-            nodes = min(nodes, self.spending.nodes(tree.scores_BN))
+        if self.policy is not None:
+            nodes = min(nodes, self.policy.num_nodes(tree.scores_BN))
         return Tree.root(read.root_B) if nodes == 1 else tree.cut(nodes).chain_first()
 
-    def learn(self, tree: Tree, emitted: int) -> None:
+    def update_policy(self, tree: Tree, emitted: int) -> None:
         """What the tree was good for: tokens emitted in all rows."""
-        if self.spending is not None:
+        if self.policy is not None:
             rows, nodes = tree.tokens_BN.shape
             hoped = float(tree.scores_BN.exp().sum()) - rows
-            self.spending.learn(rows, emitted, nodes, self.depth if self.asked else 0, hoped)
+            self.policy.update(rows, emitted, nodes, self.depth if self.asked else 0, hoped)
 
     def _asked_head(
         self, read: AcceptedStep, candidates: Sequence[Sequence[NgramDraft]], depth: int
@@ -166,7 +167,7 @@ class Drafter:
             return None
         self.behind.append(read)
         known, rows = _expected(candidates), len(read.counts_B)
-        if self.spending is not None and not self.spending.asks_head(known, rows):
+        if self.policy is not None and not self.policy.uses_head(known, rows):
             return None
         self.stats.lap("host")
         read, self.behind, self.asked = AcceptedStep.joined(self.behind), [], True
@@ -178,7 +179,7 @@ class Drafter:
 
     def _goes_on(self, scores_BN: Tensor, deepest_BM: Tensor) -> bool:
         self.depth += 1
-        return self.spending is None or self.spending.should_deepen(scores_BN, deepest_BM)
+        return self.policy is None or self.policy.should_deepen(scores_BN, deepest_BM)
 
 
 def _expected(candidates: Sequence[Sequence[NgramDraft]]) -> float:

@@ -14,7 +14,7 @@ and the host waits once, for the numbers of `Plan.report`. What differs from the
 - A complete row stays in the batch, as one whose text is empty. Nothing that it says is used.
 - Where a tree would run past the context, or no row has room for it, a round is a plain step.
 - Draws are made step by step along the path, from noise that is laid out beforehand.
-- There are no looked up guesses and no processors that read the text: see `suits`.
+- There are no looked up guesses and no processors that read the text: see `supports_cuda_graphs`.
 
 Elsewhere the same functions are called as they are. Tests compare that with plain decoding.
 
@@ -30,7 +30,8 @@ from threading import RLock
 import torch
 from torch import Tensor
 
-from headstart.inference.tree_policy.adaptive import Budget
+from headstart.inference.tree_policy.adaptive import AdaptivePolicy
+from headstart.inference.tree_policy.cost_model import Costs
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
@@ -57,14 +58,14 @@ class GraphLoop:
         sampler: Sampler,
         stop: StopCriteria,
         shape: TreeShape,
-        budget: Budget | None,
+        costs: Costs | None,
         stats: Stats,
         graphs: Graphs,
     ):
         self.target, self.head, self.sampler, self.stop = target, head, sampler, stop
         self.rows, self.shape, self.stats, self.graphs = rows, shape, stats, graphs
         self.going = len(rows)  # rows that are not complete, as far as the plan knows
-        self.spending = None if budget is None or head is None else budget.start()
+        self.policy = None if costs is None or head is None else AdaptivePolicy(costs)
         self.begun: Begun | None = None  # until the first round
         self.plan: Plan | None = None
         self.scores: dict[int, list[float]] = {}  # of the last tree, by row number
@@ -136,9 +137,9 @@ class GraphLoop:
             count, _, *numbers = report[row.number]
             drawn[row.number] = [int(token) for token in numbers[: int(count)]]
             self.scores[row.number] = numbers[plan.places :]
-        if self.spending is not None:
+        if self.policy is not None:
             emitted = sum(map(len, drawn.values()))
-            self.spending.learn(len(alive), emitted, nodes, depth, read=read)
+            self.policy.update(len(alive), emitted, nodes, depth, verified_depth=read)
         return drawn, read, len(alive) * (nodes - 1)
 
     def _roomy(self, alive: Sequence[SequenceState]) -> Plan:
@@ -167,16 +168,16 @@ class GraphLoop:
         fits = limit is None or all(row.length + self.shape.depth <= limit for row in alive)
         if self.head is None or not fits or max(row.remaining_tokens for row in alive) == 1:
             return 0, 1
-        if self.spending is None:
+        if self.policy is None:
             return plan.depths[-1], plan.buckets[-1]
-        if not self.spending.asks_head(0.0, len(alive)):
+        if not self.policy.uses_head(0.0, len(alive)):
             return 0, 1
         nodes = plan.buckets[-1]
         if self.scores:
             scores_BN = torch.tensor([self.scores[row.number] for row in alive])
-            pays = self.spending.nodes(scores_BN)
+            pays = self.policy.num_nodes(scores_BN)
             nodes = next(count for count in plan.buckets if count >= pays)
-        pays = self.spending.depth(plan.depths[-1], len(alive))
+        pays = self.policy.depth(plan.depths[-1], len(alive))
         depth = next(depth for depth in plan.depths if depth >= pays)
         return depth, min(nodes, plan.count(depth))
 

@@ -20,10 +20,14 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from headstart.inference.tree_policy.adaptive import Budget
-from headstart.inference.tree_policy.defaults import DEFAULT_TREE, fitting, usual
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.tree_policy.defaults import (
+    DEFAULT_TREE,
+    WIDEST_TREE,
+    clamp_to_head,
+    for_target,
+)
 from headstart.model.cache.kv_cache import KVCache
-from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
 from headstart.model.tree.tree import Tree
@@ -33,84 +37,50 @@ from .graph_loop import GraphLoop
 from .sampler import Sampler
 from .sequence import SequenceState, StopCriteria, draws, make_sequences
 from .stats import Stats
-from .step_graphs import Graphs, suits
+from .step_graphs import Graphs, supports_cuda_graphs
 from .verify import Accepted, accept
 
 StepStream = Iterator[list[list[int]]]  # per pass, for every row of the batch, the tokens it gave
 
 
-def plain(
-    target: Target,
-    tokens_BT: Tensor,
-    mask_BT: Tensor | None = None,
-    *,
-    sampler: Sampler,
-    stop: StopCriteria,
-    stats: Stats | None = None,
-    eager: bool = False,
-) -> StepStream:
-    """One token per pass. Arguments and result as in `decode`, without a head."""
-    return decode(
-        target,
-        None,
-        tokens_BT,
-        mask_BT,
-        sampler=sampler,
-        stop=stop,
-        shape=TreeShape.chain(1),
-        stats=stats,
-        eager=eager,
-    )
-
-
-# Within a caller's inference mode too: a stream may go on after it, and then could not write to a
-# cache that was made in it.
+# Within a caller's inference mode too: a stream may outlive it, and then could not write to a cache
+# that was made in it.
 @torch.inference_mode(False)
 def decode(
     target: Target,
-    head: DraftHead | None,
     tokens_BT: Tensor,
     mask_BT: Tensor | None = None,
     *,
-    sampler: Sampler,
-    stop: StopCriteria,
-    shape: TreeShape | None = None,
-    budget: Budget | None = None,
-    lookup: bool = False,
+    sampling: SamplingParams,
+    speculative: SpeculativeConfig | None = None,
     stats: Stats | None = None,
-    eager: bool = False,
 ) -> StepStream:
-    """Answer prompts, several tokens per pass: exactly what `plain` would answer.
+    """Generate responses to prompts, several tokens per forward pass of the target.
 
-    tokens_BT: prompts. mask_BT: 1 for tokens and 0 for padding, which may be on either side; None
-    for no padding. shape: the trees; with a budget it says how large they may become. lookup: guess
-    from the text itself too; head None: only that. eager: on CUDA, start every kernel from here;
-    otherwise rounds are played back as CUDA graphs where they suit (graphs.py). Where the target
-    has recurrent layers, trees are chains and the prompts come one after the other. Yields once per
-    pass, for every row of the batch, the tokens that its answer grew by (none for rows that are
-    complete). ValueError for an empty prompt and for one that leaves no room in the target's
-    context: said now, not at the first token.
+    tokens_BT: prompts.
+    mask_BT: 1 for tokens and 0 for padding, which may be on either side; None: no padding.
+    sampling: how tokens are sampled, and when a response ends.
+    speculative: where drafts come from; None: autoregressive decoding. The tokens are the same.
+    stats: counts and times are added to it.
+
+    Yields once per forward pass, for each sequence, the tokens that its response grew by (none for
+    a finished one). Targets with recurrent layers verify chains, and one sequence after the other.
+    ValueError for an empty prompt and for one that leaves no room in the target's context, and for
+    sampling that a tree cannot do; all before the first token.
     """
-    if shape is None:
-        shape = usual(target, DEFAULT_TREE)
-    if head is not None:
-        shape = fitting(shape, head)
-    if mask_BT is None:
-        mask_BT = torch.ones_like(tokens_BT)
-    if tokens_BT.dim() != 2 or mask_BT.shape != tokens_BT.shape:
-        raise ValueError(
-            f"Prompts are a matrix of token ids with a mask of the same shape, got "
-            f"{tuple(tokens_BT.shape)} and {tuple(mask_BT.shape)}. Give one row per prompt."
-        )
-    tokens_BT = tokens_BT.long()  # int32 is common, and no index elsewhere
-    rows = make_sequences(target, tokens_BT, mask_BT, stop, lookup)
+    speculative = speculative or SpeculativeConfig()
+    stats = Stats() if stats is None else stats
+    sampler, stop = Sampler.of(sampling), StopCriteria.of(sampling, target)
+    shape = _shape(target, speculative)
+    head, budget = speculative.head, speculative.costs
+    tokens_BT, mask_BT = _checked(tokens_BT, mask_BT)
+    rows = make_sequences(target, tokens_BT, mask_BT, stop, speculative.ngram)
     lengths_B = torch.tensor([row.length for row in rows], device=target.device)
     # Tokens to the left in their order, padding behind them.
     order_BT = (mask_BT == 0).to(torch.uint8).argsort(dim=1, stable=True)
     packed_BT = tokens_BT.gather(1, order_BT)[:, : max(row.length for row in rows)]
-    stats = Stats() if stats is None else stats
     packed_BT = packed_BT.to(target.device)
-    if not eager and suits(target, head, sampler, lookup):
+    if not speculative.eager and supports_cuda_graphs(target, head, sampler, speculative.ngram):
         kept = Graphs.of(target)
         graphs = GraphLoop(target, head, rows, sampler, stop, shape, budget, stats, kept)
         return graphs.run(packed_BT, lengths_B)
@@ -123,6 +93,26 @@ def decode(
         loop = _Loop(target, drafter, some, len(rows), sampler, stop, stats)
         runs.append(loop.run(packed_BT[places, :longest], lengths_B[places]))
     return chain.from_iterable(runs)
+
+
+def _shape(target: Target, speculative: SpeculativeConfig) -> TreeShape:
+    if not speculative.drafts:
+        return TreeShape.chain(1)
+    default = DEFAULT_TREE if speculative.costs is None else WIDEST_TREE
+    shape = speculative.shape or for_target(target, default)
+    return shape if speculative.head is None else clamp_to_head(shape, speculative.head)
+
+
+def _checked(tokens_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Prompts and their mask; ValueError unless they fit together."""
+    if mask_BT is None:
+        mask_BT = torch.ones_like(tokens_BT)
+    if tokens_BT.dim() != 2 or mask_BT.shape != tokens_BT.shape:
+        raise ValueError(
+            f"Prompts are a matrix of token ids with a mask of the same shape, got "
+            f"{tuple(tokens_BT.shape)} and {tuple(mask_BT.shape)}. Give one row per prompt."
+        )
+    return tokens_BT.long(), mask_BT  # int32 is common, and no index elsewhere
 
 
 class _Loop:
@@ -159,7 +149,7 @@ class _Loop:
             read = self._commit(read)
             tree = self._draft(read)
             read, drawn = self._verify(tree)
-            self.drafter.learn(tree, sum(map(len, drawn)))
+            self.drafter.update_policy(tree, sum(map(len, drawn)))
 
     def _prompt(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[AcceptedStep, list[list[int]]]:
         """Read the prompts and draw the first token of each answer."""

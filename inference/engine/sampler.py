@@ -20,10 +20,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-from headstart.model.backends.kernels.cpu import build as kernels
+from headstart.inference.config import SamplingParams
+from headstart.model.backends.select import select_ops
 from headstart.model.tree.tree import Tree
 
 # These read the logits and nothing else.
@@ -79,27 +79,21 @@ class Sampler:
         self.reads_prefix = any(type(one) not in BLIND for one in self.processors)
 
     @staticmethod
-    def of(
-        temperature: float = 0.0,
-        *,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int = 0,
-    ) -> Sampler:
-        """The common settings, in the order in which `generate` applies them. Temperature 0 is
-        greedy."""
-        processors: LogitsProcessorList = LogitsProcessorList()
-        if repetition_penalty is not None:
-            processors.append(hf.RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
-        if temperature == 0:
+    def of(params: SamplingParams) -> Sampler:
+        """Processors in the order in which `generate` applies them."""
+        processors: list[object] = []
+        if params.repetition_penalty is not None:
+            processors.append(hf.RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))
+        processors += params.logits_processors
+        if params.is_greedy:
             return Sampler(processors)
-        processors.append(hf.TemperatureLogitsWarper(float(temperature)))
-        if top_k is not None:
-            processors.append(hf.TopKLogitsWarper(top_k))
-        if top_p is not None:
-            processors.append(hf.TopPLogitsWarper(float(top_p)))
-        return Sampler(processors, sample=True, seed=seed)
+        if params.temperature != 1:
+            processors.append(hf.TemperatureLogitsWarper(float(params.temperature)))
+        if params.top_k is not None:
+            processors.append(hf.TopKLogitsWarper(params.top_k))
+        if params.top_p is not None:
+            processors.append(hf.TopPLogitsWarper(float(params.top_p)))
+        return Sampler(processors, sample=True, seed=params.seed)
 
     def draw(
         self,
@@ -182,16 +176,8 @@ class Sampler:
 
 
 def likeliest(scores_RV: Tensor) -> Tensor:
-    """`argmax(-1)`, the first of equals. On a CPU in C, where a NaN is not the largest: PyTorch
-    compares one number after the other, 332 us for 8 rows of 49,152."""
-    built = kernels.functions() if scores_RV.is_cpu else None
-    if built is None or scores_RV.dtype not in (torch.float32, torch.bfloat16):
-        return scores_RV.argmax(-1)
-    scores_RV = scores_RV.float().contiguous()
-    places_R = torch.empty(scores_RV.shape[:-1], dtype=torch.int64)
-    vocabulary = scores_RV.shape[-1]
-    built.likeliest(places_R.numel(), vocabulary, scores_RV.data_ptr(), places_R.data_ptr())
-    return places_R
+    """The index of each row's largest score, by the device's kernels."""
+    return select_ops(scores_RV.device).argmax(scores_RV)
 
 
 def _mixed(*numbers: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from headstart.inference.config import SamplingParams
 from headstart.inference.ngram import Lookup
 from headstart.model.target.target import Target
 from headstart.model.tree.tree import Tree
@@ -21,16 +22,17 @@ from .sampler import Sampler
 
 @dataclass(frozen=True)
 class StopCriteria:
-    """When an answer ends: at `max_new_tokens`, after one of the tokens `eos`, or where one of
-    transformers' stopping criteria says so. The token that stops belongs to the answer.
-
-    Criteria are asked for one row at a time (1 x T ids: the prompt as given, then the answer), and
-    get None for the scores.
-    """
+    """When a response ends: see `SamplingParams`. The token that stops it belongs to it."""
 
     max_new_tokens: int
     eos: frozenset[int] = frozenset()
     criteria: tuple[StoppingCriteria, ...] = ()
+
+    @staticmethod
+    def of(params: SamplingParams, target: Target) -> StopCriteria:
+        eos = params.stop_token_ids
+        eos = frozenset(target.eos_ids) if eos is None else eos
+        return StopCriteria(params.max_new_tokens, eos, params.stopping_criteria)
 
 
 @dataclass
@@ -115,10 +117,6 @@ def _rows(
         raise ValueError(
             "A prompt is empty, so there is nothing to continue. Give at least one token, for "
             "example the tokenizer's beginning-of-text token."
-        )
-    if stop.max_new_tokens < 1:
-        raise ValueError(
-            f"max_new_tokens is {stop.max_new_tokens}, so there is nothing to do. Set at least 1."
         )
     limit = target.context_limit
     if limit is not None and max(lengths) >= limit:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from headstart.model.backends.linear import identity
+from headstart.model.backends.linear import weight_version
 from headstart.model.cache.kv_cache import KVCache
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.output import TargetOutput
@@ -32,9 +32,11 @@ DEPTHS = (1, 2, 4, 6, 8)  # that are drafted; the full depth is one more
 CAPACITY = 512  # columns of the smallest cache; each larger one has twice as many
 
 
-def suits(target: Target, head: DraftHead | None, sampler: Sampler, lookup: bool = False) -> bool:
+def supports_cuda_graphs(
+    target: Target, head: DraftHead | None, sampler: Sampler, ngram: bool = False
+) -> bool:
     """Whether a run can be decoded this way. Others take the loop of `decode`."""
-    if lookup or target.recurrent or target.device.type != "cuda":
+    if ngram or target.recurrent or target.device.type != "cuda":
         return False
     one_device = len({parameter.device for parameter in target.model.parameters()}) == 1
     known = all(type(processor) in CAPTURED for processor in sampler.processors)
@@ -56,9 +58,9 @@ class Setup:
         plan holds target and head, so their ids stay theirs."""
         settings = [(type(one), *vars(one).values()) for one in self.sampler.processors]
         head, sample = self.head, self.sampler.sample
-        weights = [identity(weight) for weight in self.target.model.parameters()]
+        weights = [weight_version(weight) for weight in self.target.model.parameters()]
         if head is not None:
-            weights += [identity(weight) for weight in head.parameters()]
+            weights += [weight_version(weight) for weight in head.parameters()]
         temperatures = None if head is None else head.temperatures
         known = id(self.target), id(head), hash(tuple(weights)), temperatures, self.shape
         return *known, sample, *settings, *sizes

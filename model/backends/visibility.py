@@ -120,6 +120,11 @@ class Visibility:
         return _causal(self.depths_BN) if self.tree is None else self.tree.ancestors_BNN
 
     @property
+    def windowed(self) -> bool:
+        """Whether some layers see only a part of the committed slots."""
+        return not self.windows.full_only
+
+    @property
     def all_visible(self) -> bool:
         """Whether each new position sees all slots in every layer: one more token, no windows."""
         one_more = self.cache.equal_lengths and self.depths_BN.shape[1] == 1

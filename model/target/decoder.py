@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +20,6 @@ from .modules import cache_kwarg
 
 # Input of the LM head, B x N x D, and the outputs of the tapped layers by their index.
 DecoderOutput = tuple[Tensor, dict[int, Tensor]]
-
-
-class FusedBackend(Protocol):
-    """A faster computation of the same layers behind a cache (model/backends/)."""
-
-    def accepts(self, ids_BN: Tensor, cache: KVCache) -> bool:
-        """Whether it computes such a pass."""
-        ...
-
-    def forward(
-        self,
-        ids_BN: Tensor,
-        positions_BN: Tensor,
-        cache: KVCache,
-        visibility: Visibility,
-        taps: Sequence[int] = (),
-    ) -> DecoderOutput:
-        """As `ModuleDecoder.forward`, behind a cache."""
-        ...
 
 
 class ModuleDecoder:

@@ -1,4 +1,4 @@
-"""`headstart generate`: stream an answer from a fused checkpoint, or chat with it."""
+"""`headstart generate`: stream a response from a fused checkpoint, or chat with it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headstart.scripts.console import check_top_p, coloured, console, legend, say
-from headstart.scripts.options.quantize_report import QUANTIZE_HELP, tell_quantized
-from headstart.scripts.options.tree_budget import HELP, check_budget, contestant
+from headstart.scripts.options.quantize_report import QUANTIZE_HELP, report_quantization
+from headstart.scripts.options.tree_budget import HELP, check_budget, speculative_config
 
 if TYPE_CHECKING:
-    from headstart.inference.benchmark.runner import Contestant
+    from headstart.inference.config import SamplingParams, SpeculativeConfig
     from headstart.inference.generate import SpeculativeModel
     from headstart.model.target.target import Target
 
@@ -24,27 +24,36 @@ def generate(
         typer.Argument(help="Fused checkpoint (folder or Hub id), else the shipped one."),
     ] = None,
     prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
-    chat: Annotated[bool, typer.Option(help="Keep a conversation; an empty line ends it.")] = False,
-    raw: Annotated[bool, typer.Option(help="Continue the text, without a chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option(help="Keep a conversation going; an empty line ends it.")
+    ] = False,
+    raw: Annotated[
+        bool, typer.Option(help="Continue the text as it is, without a chat template.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
     top_p: Annotated[float | None, typer.Option(callback=check_top_p)] = None,
     seed: int = 0,
-    plain: Annotated[bool, typer.Option(help="Without speculation, to compare.")] = False,
+    plain: Annotated[bool, typer.Option(help="Decode autoregressively, to compare.")] = False,
     budget: Annotated[str | None, typer.Option(callback=check_budget, help=HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     quantize: Annotated[str | None, typer.Option(help=QUANTIZE_HELP)] = None,
 ) -> None:
-    """Answer a prompt; the colour tells how many tokens one step of the target gave."""
+    """Generate a response; the colour shows how many tokens one decode step emitted."""
+    from headstart.inference.config import SamplingParams, SpeculativeConfig
     from headstart.inference.generate import SpeculativeModel
     from headstart.scripts.options.default_checkpoint import shipped_checkpoint
 
     folder, prompt = _arguments(folder_or_prompt, prompt, chat)
     folder = folder or shipped_checkpoint()
     model = SpeculativeModel.from_pretrained(folder, dtype=dtype, quantize=quantize)
-    tell_quantized(model.target)
-    candidates = None if plain else contestant(model.target, model.head, budget)
+    report_quantization(model.target)
+    if plain:
+        speculative = SpeculativeConfig()
+    else:
+        speculative = speculative_config(model.target, model.head, budget)
+    sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed=seed)
     messages: list[dict[str, str]] = []
     console.print(legend())
     while True:
@@ -54,17 +63,8 @@ def generate(
                 return
         messages.append({"role": "user", "content": prompt})
         ids = _prompt_ids(model, messages, prompt, raw)
-        answer = stream(
-            model,
-            ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            candidates=candidates,
-        )
-        messages.append({"role": "assistant", "content": answer})
+        response = stream(model, ids, sampling, speculative)
+        messages.append({"role": "assistant", "content": response})
         if not chat:
             return
         prompt = None
@@ -73,45 +73,33 @@ def generate(
 def stream(
     model: SpeculativeModel,
     ids: list[int],
-    *,
-    max_new_tokens: int,
-    candidates: Contestant | None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    sampling: SamplingParams,
+    speculative: SpeculativeConfig,
 ) -> str:
-    """Print an answer as it comes; its text. guesses: how; None decodes plainly."""
+    """Print a response as it comes; its text."""
     import torch
-
-    from headstart.inference.generate import sampling_options
 
     steps = model.stream(
         torch.tensor([ids]),
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        tree=candidates.shape if candidates else None,
-        budget=candidates.budget if candidates else None,
-        lookup=candidates is not None and candidates.lookup,
-        speculate=candidates is not None,
+        speculative=speculative,
         timing=True,
-        **sampling_options(temperature, top_k=top_k, top_p=top_p),
+        **sampling.generate_options(),
     )
-    answer = ""
+    response = ""
     for piece, tokens in pieces(model.target, steps):
         console.print(coloured(piece, tokens), end="")
-        answer += piece
+        response += piece
     stats = model.last_stats
     console.print()
     say(
         f"[dim]{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
         f"acceptance length {stats.acceptance_length:.2f}[/]"
     )
-    return answer
+    return response
 
 
 def pieces(target: Target, steps: Iterable[list[int]]) -> Iterable[tuple[str, int]]:
-    """The text that each step adds, and how many tokens it came from."""
+    """Yield the text that each step adds, and how many tokens it came from."""
     from headstart.inference.detokenizer import TextStream
 
     text = TextStream(target)
@@ -141,7 +129,7 @@ def _arguments(first: str | None, second: str | None, chat: bool) -> tuple[Path 
     if first is None:
         if not chat:
             raise ValueError(
-                'There is nothing to answer. Run `headstart generate "your prompt"`, or add --chat.'
+                'There is no prompt. Run `headstart generate "your prompt"`, or add --chat.'
             )
         return None, None
     if Path(first).is_dir():
@@ -162,7 +150,7 @@ def _prompt_ids(
     from headstart.inference.rollout import prompt_ids
 
     if not prompt.strip():
-        raise ValueError("The prompt is empty. Write what is to be answered.")
+        raise ValueError("The prompt is empty. Write a question or an instruction.")
     if raw:
         ids: list[int] = model.target.tokenizer(prompt)["input_ids"]
         return ids

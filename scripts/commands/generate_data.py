@@ -1,4 +1,4 @@
-"""`headstart data`: the target answers prompts, and its answers become training data."""
+"""`headstart data`: generate on-policy training data, the target's own responses to prompts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +15,11 @@ from headstart.model.target.load import load_target
 from headstart.scripts.console import check_top_p, progress, show
 
 if TYPE_CHECKING:
-    from headstart.inference.rollout import AnswerSettings, Prompt
+    from headstart.inference.config import SamplingParams
+    from headstart.inference.rollout import Prompt
     from headstart.model.target.target import Target
+
+SAMPLING_SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 
 
 def data(
@@ -25,7 +27,7 @@ def data(
         list[str], typer.Argument(help="JSONL files, local data sets or Hub data set names.")
     ],
     target: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
-    out: Annotated[Path, typer.Option(help="JSONL file to write; finished answers are kept.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write; finished responses are kept.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
@@ -37,11 +39,11 @@ def data(
     skip_broken: Annotated[bool, typer.Option(help="Leave broken lines out.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
 ) -> None:
-    """Let the target answer prompts with the sampling it will be served with."""
-    from headstart.inference.rollout import AnswerSettings
+    """Generate the target's responses to prompts, with the sampling it will be served with."""
+    from headstart.inference.config import SamplingParams
     from headstart.scripts.options.prompts import read_prompts
 
-    settings = AnswerSettings(max_new_tokens, temperature, top_k, top_p, seed)
+    sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed=seed)
     wanted, broken = read_prompts(
         prompts,
         split=split,
@@ -50,42 +52,43 @@ def data(
     )
     for note in broken:
         show(f"left out: {note}")
-    count = write_answers(
-        load_target(target, dtype=dtype), wanted[:limit], settings, out, batch_size=batch_size
+    count = write_responses(
+        load_target(target, dtype=dtype), wanted[:limit], sampling, out, batch_size=batch_size
     )
-    show(f"{count} answers in {out}")
+    show(f"{count} responses in {out}")
 
 
-def write_answers(
+def write_responses(
     target: Target,
     prompts: Sequence[Prompt],
-    settings: AnswerSettings,
+    sampling: SamplingParams,
     out: Path,
     *,
     batch_size: int,
     seconds: float | None = None,
 ) -> int:
-    """Answer what is not yet answered in `out`; the number of records there afterwards.
+    """Generate the responses that `out` does not have yet; the number of records there afterwards.
 
-    Settings are kept beside the file, and a file made with other settings is refused. seconds: no
-    batch is begun after that time, the first one excepted.
+    sampling: its settings are saved beside the file, and a file made with others is refused.
+    seconds: start no batch after that time, except the first one.
     """
-    from headstart.inference.rollout import answer
+    from headstart.inference.rollout import generate_responses
     from headstart.model.target.weights_hash import target_hash
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"target": target_hash(target), "dtype": str(target.dtype), **asdict(settings)}
-    _same_settings(out, facts)
+    settings = {"target": target_hash(target), "dtype": str(target.dtype)}
+    settings |= {name: getattr(sampling, name) for name in SAMPLING_SETTINGS}
+    _check_settings(out, settings)
     done = _finished(out)
     left = [one for one in prompts if f"{one.id}/{len(one.turns) - 1}" not in done]
     turns = sum(len(one.turns) for one in left)
     tokens = written = 0
     began = time.monotonic()
-    with out.open("a", encoding="utf-8") as file, progress("answering", turns) as update:
-        batches = answer(
+    with out.open("a", encoding="utf-8") as file, progress("generating", turns) as update:
+        batches = generate_responses(
             target,
             left,
-            settings,
+            sampling,
             batch_size=batch_size,
             skipped=lambda name, why: show(f"skipped {name}: {why}"),
         )
@@ -103,7 +106,7 @@ def write_answers(
     return len(done)
 
 
-def _same_settings(out: Path, settings: dict[str, Any]) -> None:
+def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     beside = out.with_name(f"{out.name}.settings.json")
     text = json.dumps(settings, indent=2) + "\n"
     if not out.exists():

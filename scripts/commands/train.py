@@ -160,8 +160,9 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
             "(data.holdout), not by decoding prompts."
         )
         return None
-    from headstart.inference.benchmark.runner import acceptance_length
-    from headstart.inference.tree_policy.defaults import usual
+    from headstart.inference.benchmark.acceptance import measure_acceptance
+    from headstart.inference.config import SamplingParams, SpeculativeConfig
+    from headstart.inference.tree_policy.defaults import for_target
     from headstart.model.tree.shape import TreeShape
     from headstart.scripts.options.prompts import decodable, first_turns
     from headstart.training.evaluation.samples import Sample
@@ -172,18 +173,16 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
     prompts = decodable(config.prompts, config.count, target)
     ids = first_turns(target, prompts)
     longer = {context: _filled(prompts, context, config, target) for context in config.contexts}
-    options: dict[str, Any] = {
-        "max_new_tokens": config.max_new_tokens,
-        "shape": usual(target, TreeShape.dynamic(config.nodes, config.depth, config.width)),
-        "temperature": config.temperature,
-    }
+    shape = for_target(target, TreeShape.dynamic(config.nodes, config.depth, config.width))
+    sampling = SamplingParams(config.max_new_tokens, config.temperature)
 
     def evaluate(head: DraftHead) -> dict[str, Any]:
-        stats, answers = acceptance_length(target, head, ids, **options)
+        speculative = SpeculativeConfig(head, shape)
+        stats, answers = measure_acceptance(target, speculative, ids, sampling)
         found: dict[str, Any] = {"acceptance_length": stats.acceptance_length}
         found |= {f"accepted_{d}": rate for d, rate in enumerate(stats.acceptance, start=1)}
         for context, filled in longer.items():
-            stats, _ = acceptance_length(target, head, filled, **options)
+            stats, _ = measure_acceptance(target, speculative, filled, sampling)
             found[f"accepted_length_{context}"] = stats.acceptance_length
         found["samples"] = [
             Sample(prompt.turns[0], tuple(pieces(target, steps)))
@@ -252,7 +251,7 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
                 show(at.message)
                 return
             if at.kind == "eval" and "acceptance_length" in at.metrics:
-                best = f"{at.metrics['accepted_length']:.3f}"
+                best = f"{at.metrics['acceptance_length']:.3f}"
                 say(f"step {at.step}: accepted length {best} on held-out prompts{_by_context(at)}")
             for sample in at.samples:
                 show_sample(sample)

@@ -1,4 +1,4 @@
-"""The commands, end to end on a tiny chat model, and what they say to a mistake."""
+"""The commands, end to end on a tiny chat model, and their error messages."""
 
 from __future__ import annotations
 
@@ -68,17 +68,20 @@ def test_main_job(kind, target, prompts, recipe, tmp_path):
     run("train", recipe(kind, "num_heads: 2" if kind == "medusa" else ""))
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_size > 0
     run("fuse", target, tmp_path / "run" / "best", tmp_path / "fused")
-    figures_file = tmp_path / "figures.json"
+    metrics_file = tmp_path / "metrics.json"
     run(
         "eval", tmp_path / "fused", "--prompts", prompts, "--limit", 3,
-        "--max-new-tokens", 12, "--out", figures_file, "--record",
+        "--max-new-tokens", 12, "--out", metrics_file, "--record",
     )  # fmt: skip
-    figures = json.loads(figures_file.read_text())["results"]
-    assert figures[kind]["identical"] == figures[kind]["prompts"] == 3
-    assert figures[kind]["acceptance_length"] >= 1
-    (kept,) = read_head_file(tmp_path / "fused").meta.measured
-    assert kept.acceptance_length == figures[kind]["acceptance_length"]
-    assert f"| {kept.prompts} | {kept.tokens} | 3/3 |" in (tmp_path / "fused/README.md").read_text()
+    metrics = json.loads(metrics_file.read_text())["results"][kind]
+    assert metrics["identical"] == metrics["compared"] == 3
+    assert metrics["acceptance_length"] >= 1
+    (stored,) = read_head_file(tmp_path / "fused").meta.measured
+    assert stored.acceptance_length == metrics["acceptance_length"]
+    assert (
+        f"| {stored.prompts} | {stored.tokens} | 3/3 |"
+        in (tmp_path / "fused/README.md").read_text()
+    )
     settings = ("--max-new-tokens", 12)
     fast = run("generate", tmp_path / "fused", "tell me", *settings).output
     slow = run("generate", tmp_path / "fused", "tell me", "--plain", *settings).output
@@ -254,7 +257,7 @@ def test_full_disk_keeps_what_is_there(target, prompts, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(data, "json", SimpleNamespace(dumps=full, loads=json.loads))
-        patch.setattr(data, "_same_settings", lambda *_: None)
+        patch.setattr(data, "_check_settings", lambda *_: None)
         assert "disk is full" in refused(*arguments)
     assert out.read_text() == before
     run(*arguments)
@@ -266,6 +269,6 @@ def test_interruption_says_how_to_go_on(target, prompts, tmp_path, monkeypatch):
     def stop(*_: object, **__: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "write_answers", stop)
+    monkeypatch.setattr(data, "write_responses", stop)
     result = run("data", prompts, "--target", target, "--out", tmp_path / "o.jsonl", ok=False)
     assert result.exit_code == ui.INTERRUPTED and "Stopped" in result.output

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headstart.inference.engine.loop import StopCriteria, decode
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.loop import decode
 from headstart.inference.engine.sampler import Sampler
 from headstart.inference.engine.stats import Stats
 from headstart.model.heads.common.base import DraftHead, make_head
@@ -95,11 +96,9 @@ def drawn(
         told: list[list[int]] = [[] for _ in range(BATCH)]
         for step in decode(
             target,
-            head,
             PROMPT.expand(BATCH, -1),
-            sampler=Sampler.of(**settings, seed=seed),
-            stop=StopCriteria(NEW_TOKENS),
-            shape=TreeShape.dynamic(nodes=5, depth=2, width=3),
+            sampling=SamplingParams(NEW_TOKENS, **settings, seed=seed),
+            speculative=SpeculativeConfig(head, TreeShape.dynamic(nodes=5, depth=2, width=3)),
             stats=stats,
         ):
             for answer, tokens in zip(told, step, strict=True):

@@ -11,7 +11,7 @@ import torch
 from decoding import (
     LENGTHS,
     NEW_TOKENS,
-    SAMPLERS,
+    SAMPLINGS,
     SHAPES,
     answers,
     batch,
@@ -22,8 +22,8 @@ from decoding import (
 from families import FAMILIES
 from oracle import Oracle
 
-from headstart.inference.engine.loop import StopCriteria, plain
-from headstart.inference.engine.sampler import Sampler
+from headstart.inference.config import SamplingParams
+from headstart.inference.engine.loop import decode
 from headstart.model.heads.common.base import kinds, make_head
 from headstart.model.tree.shape import TreeShape
 
@@ -61,15 +61,15 @@ def test_every_head_kind(family: str) -> None:
                 assert stats.tried[0] > 0, "nothing was drafted"
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek_v3", "glm_moe_dsa", "gpt2"])
-def test_seeded_sampling_is_an_equality_too(family: str, sampler: str) -> None:
+def test_seeded_sampling_is_an_equality_too(family: str, sampling: str) -> None:
     for rows in LENGTHS:
-        expected = reference(family, rows, sampler)
+        expected = reference(family, rows, sampling)
         assert expected != reference(family, rows)
         for shape in SHAPES.values():
             told, stats = speculative(
-                family, Oracle(target_of(family), expected), rows, shape, sampler=sampler
+                family, Oracle(target_of(family), expected), rows, shape, sampling=sampling
             )
             assert told == expected
             assert sum(stats.accepted) > 5
@@ -90,7 +90,5 @@ def test_a_row_of_a_batch_is_what_it_is_alone() -> None:
     ids_BT, mask_BT = batch("mistral", 3)
     for row, expected in enumerate(together):
         text_1T = ids_BT[row, mask_BT[row] == 1][None]
-        alone = plain(
-            target_of("mistral"), text_1T, sampler=Sampler(), stop=StopCriteria(NEW_TOKENS)
-        )
+        alone = decode(target_of("mistral"), text_1T, sampling=SamplingParams(NEW_TOKENS))
         assert answers(alone, 1) == [expected]

@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from headstart.inference import SpeculativeModel
-from headstart.inference.engine.loop import StopCriteria, decode
-from headstart.inference.engine.sampler import Sampler
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.loop import decode
 from headstart.model.checkpoint.adopt import adopt
 from headstart.model.checkpoint.fuse import fuse
 from headstart.model.checkpoint.head import load_head, save_head
@@ -58,7 +58,9 @@ def test_a_head_is_trained_on_such_a_target(kind: str, tmp_path: Path) -> None:
     best = run_recipe(make_recipe(values), target)
     head = load_head(best, target)
     ids_1T = prompts([7])[0][None]
-    steps = decode(target, head, ids_1T, sampler=Sampler(), stop=StopCriteria(NEW_TOKENS))
+    steps = decode(
+        target, ids_1T, sampling=SamplingParams(NEW_TOKENS), speculative=SpeculativeConfig(head)
+    )
     options: Any = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     expected = target.model.generate(ids_1T, **options)[0, ids_1T.shape[1] :].tolist()
     assert answers(steps)[0] == expected

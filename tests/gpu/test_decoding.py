@@ -8,18 +8,16 @@ import gc
 import pytest
 import torch
 from decoder_reads import reads
-from decoding import LENGTHS, NEW_TOKENS, SAMPLERS, SHAPES, answers, batch
+from decoding import LENGTHS, SHAPES, answers, batch, sampling_of
 from families import FAMILIES
 from graph_decoding import USED, Prophet, random_head, replayed
 from step_costs import USUAL
 
 from headstart.inference.engine.cuda_graph import Replay
-from headstart.inference.engine.loop import plain
-from headstart.inference.engine.sampler import Sampler
-from headstart.inference.engine.sequence import StopCriteria
+from headstart.inference.engine.loop import decode
 from headstart.inference.engine.step_graphs import Graphs
-from headstart.inference.tree_policy.defaults import fitting
-from headstart.model.backends.cuda_ops import Accelerated
+from headstart.inference.tree_policy.defaults import clamp_to_head
+from headstart.model.backends.cuda_ops import TritonOps
 from headstart.model.heads.common.base import kinds
 from headstart.model.target.load import wrap_target
 
@@ -57,17 +55,16 @@ def test_what_an_earlier_graph_leaves_is_not_collected_in_a_capture() -> None:
 @pytest.mark.parametrize("family", USED)
 def test_a_whole_decode_on_cuda(family: str, rows: int, sampled: bool) -> None:
     target, prompts = wrap_target(FAMILIES[family]().to("cuda")), batch(family, rows)
-    sampler, stop = "top-p" if sampled else "", StopCriteria(NEW_TOKENS)
-    drawn_by = SAMPLERS[sampler]() if sampler else Sampler()
-    truth = answers(plain(target, *prompts, sampler=drawn_by, stop=stop), rows)
+    sampling = sampling_of("top-p" if sampled else "")
+    truth = answers(decode(target, *prompts, sampling=sampling), rows)
     heads = [Prophet(target, LENGTHS[rows], truth)]
     heads += [random_head(target, kind) for kind in kinds()]
     for head in (None, *heads):
         kept = Graphs()
         for shape in (SHAPES["chain"], SHAPES["dynamic"]):
-            shape = shape if head is None else fitting(shape, head)
+            shape = shape if head is None else clamp_to_head(shape, head)
             for costs in (None, USUAL, None):  # the last one on graphs of the first
-                told, _ = replayed(target, head, prompts, shape, stop, sampler, costs, kept)
+                told, _ = replayed(target, head, prompts, shape, sampling, costs, kept)
                 assert told == truth, head
         for plan in kept.kept.values():
             verifies = [*plan.verifies.values()]
@@ -81,7 +78,7 @@ def test_half_precision_is_read_as_well_as_by_the_modules(family: str) -> None:
     model = FAMILIES[family]()
     exact = reads(wrap_target(copy.deepcopy(model).to("cuda")), 3)
     target = wrap_target(model.to("cuda", torch.bfloat16))
-    assert isinstance(target.backend, Accelerated)
+    assert target.backend is not None and isinstance(target.backend.ops, TritonOps)
     errors, shorter = [], target.backend
     for way in (shorter, None):
         target.backend = way

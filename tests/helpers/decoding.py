@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import torch
 from families import FAMILIES, padded, prompts
 from torch import Tensor
 
-from headstart.inference.engine.loop import StopCriteria, decode, plain
-from headstart.inference.engine.sampler import Sampler
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.loop import decode
 from headstart.inference.engine.stats import Stats
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.load import wrap_target
@@ -26,13 +27,19 @@ SHAPES = {
     ),
     "dynamic": TreeShape.dynamic(nodes=10, depth=4, width=3),
 }
-SAMPLERS = {
-    "temperature": lambda: Sampler.of(1.0, seed=5),
-    "top-k": lambda: Sampler.of(0.8, top_k=12, seed=6),
-    "top-p": lambda: Sampler.of(1.2, top_p=0.8, seed=7),
-    "penalty": lambda: Sampler.of(1.0, repetition_penalty=1.3, top_k=20, seed=8),
-    "greedy penalty": lambda: Sampler.of(0.0, repetition_penalty=1.5),
+SAMPLINGS = {
+    "temperature": SamplingParams(temperature=1.0, seed=5),
+    "top-k": SamplingParams(temperature=0.8, top_k=12, seed=6),
+    "top-p": SamplingParams(temperature=1.2, top_p=0.8, seed=7),
+    "penalty": SamplingParams(temperature=1.0, repetition_penalty=1.3, top_k=20, seed=8),
+    "greedy penalty": SamplingParams(repetition_penalty=1.5),
 }
+GREEDY = SamplingParams(NEW_TOKENS)
+
+
+def sampling_of(name: str, new_tokens: int = NEW_TOKENS) -> SamplingParams:
+    """One of SAMPLINGS; greedy without a name."""
+    return replace(SAMPLINGS[name] if name else GREEDY, max_new_tokens=new_tokens)
 
 
 @cache
@@ -50,9 +57,7 @@ def batch(family: str, rows: int) -> tuple[Tensor, Tensor]:
     for seed in range(40):
         ids_BT, lengths_B = padded(prompts(LENGTHS[rows], seed))
         mask_BT = (torch.arange(ids_BT.shape[1]) < lengths_B[:, None]).long()
-        steps = plain(
-            target_of(family), ids_BT, mask_BT, sampler=Sampler(), stop=StopCriteria(NEW_TOKENS)
-        )
+        steps = decode(target_of(family), ids_BT, mask_BT, sampling=GREEDY)
         told = answers(steps, rows)
         varied = all(len(set(answer)) > 3 for answer in told)
         if varied and smallest_margin(family, prompts(LENGTHS[rows], seed), told) > 1e-3:
@@ -81,11 +86,8 @@ def answers(steps: Iterator[list[list[int]]], rows: int) -> list[list[int]]:
 
 
 @cache
-def reference(family: str, rows: int, sampler: str = "") -> list[list[int]]:
-    drawn_by = SAMPLERS[sampler]() if sampler else Sampler()
-    steps = plain(
-        target_of(family), *batch(family, rows), sampler=drawn_by, stop=StopCriteria(NEW_TOKENS)
-    )
+def reference(family: str, rows: int, sampling: str = "") -> list[list[int]]:
+    steps = decode(target_of(family), *batch(family, rows), sampling=sampling_of(sampling))
     told = answers(steps, rows)
     assert all(len(answer) == NEW_TOKENS and len(set(answer)) > 3 for answer in told)
     return told
@@ -97,17 +99,15 @@ def speculative(
     rows: int,
     shape: TreeShape,
     *,
-    sampler: str = "",
+    sampling: str = "",
     new_tokens: int = NEW_TOKENS,
 ) -> tuple[list[list[int]], Stats]:
     stats = Stats()
     steps = decode(
         target_of(family),
-        head,
         *batch(family, rows),
-        sampler=SAMPLERS[sampler]() if sampler else Sampler(),
-        stop=StopCriteria(new_tokens),
-        shape=shape,
+        sampling=sampling_of(sampling, new_tokens),
+        speculative=SpeculativeConfig(head, shape),
         stats=stats,
     )
     return answers(steps, rows), stats

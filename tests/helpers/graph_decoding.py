@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-from decoding import SAMPLERS, answers
+from decoding import answers
 from oracle import Oracle
 from torch import Tensor
 
+from headstart.inference.config import SamplingParams
 from headstart.inference.engine.graph_loop import GraphLoop
 from headstart.inference.engine.sampler import Sampler
 from headstart.inference.engine.sequence import StopCriteria, make_sequences
 from headstart.inference.engine.stats import Stats
 from headstart.inference.engine.step_graphs import Graphs
-from headstart.inference.tree_policy.adaptive import Budget
 from headstart.inference.tree_policy.cost_model import Costs
 from headstart.model.cache.kv_cache import KVCache
 from headstart.model.heads.common.autoregressive import HeadState
@@ -91,16 +91,14 @@ def replayed(
     head: DraftHead | None,
     prompts: tuple[Tensor, Tensor],
     shape: TreeShape,
-    stop: StopCriteria,
-    sampler: str = "",
+    sampling: SamplingParams,
     costs: Costs | None = None,
     kept: Graphs | None = None,
 ) -> tuple[list[list[int]], Stats]:
-    """Answers by the loop of fixed shapes, and what it counted."""
-    rows, stats = make_sequences(target, *prompts, stop, False), Stats()
-    drawn_by = SAMPLERS[sampler]() if sampler else Sampler()
-    budget = None if costs is None else Budget(costs)
-    shared = (drawn_by, stop, shape, budget, stats, kept or Graphs())
+    """Responses by the loop of fixed shapes, and its counts."""
+    stop, stats = StopCriteria.of(sampling, target), Stats()
+    rows = make_sequences(target, *prompts, stop, False)
+    shared = (Sampler.of(sampling), stop, shape, costs, stats, kept or Graphs())
     loop = GraphLoop(target, head, rows, *shared)
     lengths_B = torch.tensor([row.length for row in rows], device=target.device)
     return answers(loop.run(prompts[0].to(target.device), lengths_B), len(rows)), stats

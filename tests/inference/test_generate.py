@@ -6,7 +6,6 @@ Legend: B batch rows, T prompt positions, L positions of prompt and answer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from headstart.inference.config import SpeculativeConfig
 from headstart.inference.engine.loop import decode
 from headstart.inference.generate import SpeculativeModel
 from headstart.inference.tree_policy.defaults import DEFAULT_TREE
@@ -84,11 +84,15 @@ def three() -> tuple[Tensor, Tensor]:
     return ids_BT, mask_BT
 
 
+AUTOREGRESSIVE = SpeculativeConfig()
+
+
 class WithTree(SpeculativeModel):
     """Always with the default tree: an oracle's guesses cost nothing that could be measured."""
 
-    generate = partialmethod(SpeculativeModel.generate, tree=DEFAULT_TREE)
-    stream = partialmethod(SpeculativeModel.stream, tree=DEFAULT_TREE)
+    def _request(self, input_ids: Tensor, mask: Any, speculative: Any, *given: Any) -> Any:
+        speculative = speculative or SpeculativeConfig(self.head, DEFAULT_TREE)
+        return super()._request(input_ids, mask, speculative, *given)
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +150,9 @@ def test_greedy_equals_transformers(
     expected = theirs(target, ids_BT, mask_BT, **options)
     model = informed(ids_BT, mask_BT, **options)
     asked = {"max_new_tokens": NEW_TOKENS, "pad_token_id": PAD} | options
-    for speculate in (True, False):
-        assert model.generate(ids_BT, mask_BT, speculate=speculate, **asked).equal(expected)
+    for speculative in (None, AUTOREGRESSIVE):
+        told = model.generate(ids_BT, mask_BT, speculative=speculative, **asked)
+        assert told.equal(expected)
     if name != "nothing more" and rows == 3:
         assert not expected.equal(theirs(target, ids_BT, mask_BT)), "the option did nothing"
 
@@ -165,7 +170,7 @@ def test_figures_of_the_latest_call(informed: Callable[..., SpeculativeModel], o
     assert model.last_stats.tokens == NEW_TOKENS and model.last_stats.acceptance_length > 1.2
     assert 0 < len(model.last_stats.tried) <= DEFAULT_TREE.depth
     assert model.last_stats.tokens_per_second > 0
-    model.generate(one, max_new_tokens=NEW_TOKENS, speculate=False)
+    model.generate(one, max_new_tokens=NEW_TOKENS, speculative=AUTOREGRESSIVE)
     assert model.last_stats.acceptance_length == 1 and model.last_stats.wall == 0
 
 
@@ -190,9 +195,11 @@ def test_a_seed_gives_the_same_answer_with_and_without_speculation(
         assert isinstance(ids_BL, Tensor)
         return ids_BL
 
-    expected = sampled(seed=3, speculate=False)
+    expected = sampled(seed=3, speculative=AUTOREGRESSIVE)
     assert sampled(seed=3).equal(expected)
-    assert sampled(seed=3, tree=TreeShape.chain(2)).equal(expected)
+    assert sampled(seed=3, speculative=SpeculativeConfig(model.head, TreeShape.chain(2))).equal(
+        expected
+    )
     assert not sampled(seed=4).equal(expected)
     torch.manual_seed(9)
     first, second = sampled(), sampled()
@@ -214,19 +221,19 @@ def test_the_usual_output_object(model: SpeculativeModel, one: Tensor) -> None:
     assert not isinstance(output, Tensor) and output.sequences.equal(plain)
 
 
-@pytest.mark.parametrize("speculate", [True, False])
+@pytest.mark.parametrize("speculative", [None, AUTOREGRESSIVE])
 def test_a_streamer_gets_the_answer_in_steps(
-    informed: Callable[..., SpeculativeModel], one: Tensor, speculate: bool
+    informed: Callable[..., SpeculativeModel], one: Tensor, speculative: SpeculativeConfig | None
 ) -> None:
     streamer = Remembering()
     ids_BL = informed(one).generate(
-        one, max_new_tokens=NEW_TOKENS, streamer=streamer, speculate=speculate
+        one, max_new_tokens=NEW_TOKENS, streamer=streamer, speculative=speculative
     )
     assert isinstance(ids_BL, Tensor)
     assert [token for tokens in streamer.given for token in tokens] == ids_BL[0].tolist()
     assert streamer.given[0] == one[0].tolist() and streamer.ended == 1
     sizes = {len(tokens) for tokens in streamer.given[1:]}
-    assert max(sizes) > 1 if speculate else sizes == {1}
+    assert max(sizes) > 1 if speculative is None else sizes == {1}
 
 
 def test_transformers_text_streamer(
@@ -268,8 +275,8 @@ def test_stop_strings(
     options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "stop_strings": words}
     if through_config:
         options = {"generation_config": GenerationConfig(**options)}
-    for speculate in (True, False):
-        ids_BL = model.generate(one, speculate=speculate, **options)
+    for speculative in (None, AUTOREGRESSIVE):
+        ids_BL = model.generate(one, speculative=speculative, **options)
         assert isinstance(ids_BL, Tensor)
         told = ids_BL[0, one.shape[1] :].tolist()
         assert told == answer[: len(told)] and len(told) < NEW_TOKENS
@@ -382,12 +389,12 @@ def test_trees_are_sized_by_what_pays_unless_they_have_one_size(
         return decode(*given, **options)
 
     monkeypatch.setattr("headstart.inference.generate.decode", watched)
-    for options in ({}, {"tree": DEFAULT_TREE}, {"lookup": False}):
+    for config in (None, SpeculativeConfig(model.head)):
         again = SpeculativeModel(model.target, model.head)
-        again.generate(one, max_new_tokens=4, **options)
+        again.generate(one, max_new_tokens=4, speculative=config)
     monkeypatch.setattr("headstart.inference.generate.fixed_tree", lambda _: TreeShape.chain(3))
     model.generate(one, max_new_tokens=4)  # as on a GPU
-    sized = [options["budget"] is not None for options in asked]
-    looked = [options["lookup"] for options in asked]
-    assert sized == [True, False, True, False] and looked == [True, False, False, False]
-    assert asked[-1]["shape"] == TreeShape.chain(3)
+    configs = [options["speculative"] for options in asked]
+    assert [config.costs is not None for config in configs] == [True, False, False]
+    assert [config.ngram for config in configs] == [True, False, False]
+    assert configs[-1].shape == TreeShape.chain(3)

@@ -14,6 +14,7 @@ from families import FAMILIES, build, prompts
 from torch import Tensor
 from transformers import GenerationConfig
 
+from headstart.inference.config import SpeculativeConfig
 from headstart.inference.generate import SpeculativeModel
 from headstart.model.heads.common.base import kinds, make_head
 from headstart.model.target.load import wrap_target
@@ -46,8 +47,9 @@ def test_the_models_own_stop_strings(ids_BT: Tensor, given: dict[str, Any]) -> N
     own.stop_strings = [next(filter(str.isalnum, map(model.target.text, zip(answer[4:]))))]
     expected = theirs(ids_BT, **options, tokenizer=model.target.tokenizer)
     assert expected.shape[1] < ids_BT.shape[1] + 12
-    for speculate in (True, False):
-        assert model.generate(ids_BT, **(given or options), speculate=speculate).equal(expected)
+    for speculative in (None, SpeculativeConfig()):
+        told = model.generate(ids_BT, **(given or options), speculative=speculative)
+        assert told.equal(expected)
     assert len(own.stop_strings) == 1
     with pytest.raises(ValueError, match="has no tokenizer"):
         bare = wrap_target(model.target.model)
@@ -98,12 +100,13 @@ def test_trees_that_do_not_fit_the_head(ids_BT: Tensor, kind: str) -> None:
     head = make_head(target, kind, {"draft_vocab": 5})
     head.set_draft_vocab(torch.arange(5) * 3 + 4)
     model = SpeculativeModel(target, head)
-    expected = model.generate(ids_BT, max_new_tokens=9, speculate=False)
+    expected = model.generate(ids_BT, max_new_tokens=9, speculative=SpeculativeConfig())
     for tree in (TreeShape.static([[4], [4, 4]]), TreeShape.dynamic(30, 3, 5)):
-        assert model.generate(ids_BT, max_new_tokens=9, tree=tree).equal(expected)
+        config = SpeculativeConfig(head, tree)
+        assert model.generate(ids_BT, max_new_tokens=9, speculative=config).equal(expected)
     for tree in (TreeShape.static([[0], [5]]), TreeShape.dynamic(30, 3, 6)):
         with pytest.raises(ValueError, match="the head knows only 5 tokens"):
-            model.generate(ids_BT, max_new_tokens=9, tree=tree)
+            model.generate(ids_BT, max_new_tokens=9, speculative=SpeculativeConfig(head, tree))
     for odd in ("chain", 4, [[0]]):
         with pytest.raises(ValueError, match="given as a TreeShape"):
-            model.generate(ids_BT, max_new_tokens=9, tree=odd)
+            SpeculativeConfig(head, odd)

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from chat_model import save
 
-from headstart.inference.rollout import AnswerSettings
+from headstart.inference.config import SamplingParams
 from headstart.model.target.load import load_target
 from headstart.model.target.target import Target
-from headstart.scripts.commands.generate_data import write_answers
+from headstart.scripts.commands.generate_data import write_responses
 from headstart.scripts.options.prompts import read_prompts
 
-SHORT = AnswerSettings(max_new_tokens=4)
+SHORT = SamplingParams(max_new_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_prompts_without_ids_of_several_files_are_all_answered(target, tmp_path)
     out = tmp_path / "answers.jsonl"
     for name, texts in (("a", ("alpha", "beta")), ("b", ("gamma", "delta", "beta"))):
         prompts, _ = read_prompts([prompt_file(tmp_path / name, *texts)])
-        write_answers(target, prompts, SHORT, out, batch_size=2)
+        write_responses(target, prompts, SHORT, out, batch_size=2)
     assert asked(out) == {"alpha", "beta", "gamma", "delta"}
     assert len(out.read_text().splitlines()) == 4
 
@@ -56,36 +56,36 @@ def test_a_prompt_that_comes_twice_is_asked_once_and_noted(tmp_path):
 def test_after_the_time_no_batch_is_begun(target, tmp_path):
     prompts, _ = read_prompts([prompt_file(tmp_path / "p", *"abcdefgh")])
     out = tmp_path / "answers.jsonl"
-    assert write_answers(target, prompts, SHORT, out, batch_size=3, seconds=0) == 3
-    assert write_answers(target, prompts, SHORT, out, batch_size=3) == 8
+    assert write_responses(target, prompts, SHORT, out, batch_size=3, seconds=0) == 3
+    assert write_responses(target, prompts, SHORT, out, batch_size=3) == 8
 
 
 def test_the_same_weights_elsewhere_go_on_and_others_do_not(target, folder, tmp_path):
     prompts, _ = read_prompts([prompt_file(tmp_path / "p", "one", "two")])
     out = tmp_path / "answers.jsonl"
-    write_answers(target, prompts[:1], SHORT, out, batch_size=1)
+    write_responses(target, prompts[:1], SHORT, out, batch_size=1)
     moved = load_target(shutil.copytree(folder, tmp_path / "moved"))
-    assert write_answers(moved, prompts, SHORT, out, batch_size=1) == 2
+    assert write_responses(moved, prompts, SHORT, out, batch_size=1) == 2
     other = load_target(save(tmp_path / "other", seed=1))
     with pytest.raises(ValueError, match="other settings"):
-        write_answers(other, prompts, SHORT, out, batch_size=1)
+        write_responses(other, prompts, SHORT, out, batch_size=1)
 
 
 def test_two_files_of_one_stem_keep_their_own_settings(target, tmp_path):
     prompts, _ = read_prompts([prompt_file(tmp_path / "p", "one")])
-    longer = AnswerSettings(max_new_tokens=6)
-    write_answers(target, prompts, SHORT, tmp_path / "data.train", batch_size=1)
-    write_answers(target, prompts, longer, tmp_path / "data.val", batch_size=1)
-    assert write_answers(target, prompts, SHORT, tmp_path / "data.train", batch_size=1) == 1
+    longer = SamplingParams(max_new_tokens=6)
+    write_responses(target, prompts, SHORT, tmp_path / "data.train", batch_size=1)
+    write_responses(target, prompts, longer, tmp_path / "data.val", batch_size=1)
+    assert write_responses(target, prompts, SHORT, tmp_path / "data.train", batch_size=1) == 1
 
 
 def test_a_broken_line_among_the_answers_is_named(target, tmp_path):
     prompts, _ = read_prompts([prompt_file(tmp_path / "p", "one", "two")])
     out = tmp_path / "answers.jsonl"
-    write_answers(target, prompts[:1], SHORT, out, batch_size=1)
+    write_responses(target, prompts[:1], SHORT, out, batch_size=1)
     out.write_text("{oops\n" + out.read_text())
     with pytest.raises(ValueError, match=r"answers\.jsonl:1 is no answer"):
-        write_answers(target, prompts, SHORT, out, batch_size=1)
+        write_responses(target, prompts, SHORT, out, batch_size=1)
 
 
 @pytest.mark.parametrize("message", ["hi", {"role": "user"}, {"role": 1, "content": "x"}])

@@ -15,8 +15,8 @@ from oracle import Oracle
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
-from headstart.inference.engine.loop import StopCriteria, _closed_up, decode, plain
-from headstart.inference.engine.sampler import Sampler
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.loop import _closed_up, decode
 from headstart.inference.engine.stats import PHASES, Stats
 from headstart.model.target.load import wrap_target
 from headstart.model.target.target import Target
@@ -49,7 +49,7 @@ def mask(ids: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def truth(target: Target, ids: Tensor, mask: Tensor) -> list[list[int]]:
-    return told(plain(target, ids, mask, sampler=Sampler(), stop=StopCriteria(NEW_TOKENS)))
+    return told(decode(target, ids, mask, sampling=SamplingParams(NEW_TOKENS)))
 
 
 def told(steps: Iterator[list[list[int]]]) -> list[list[int]]:
@@ -63,13 +63,20 @@ def both(
     ids: Tensor,
     mask: Tensor | None,
     truth: list[list[int]],
-    stop: StopCriteria,
+    sampling: SamplingParams,
     stats: Stats | None = None,
 ) -> list[list[int]]:
     """Plain and speculative decoding; they must agree."""
-    expected = told(plain(target, ids, mask, sampler=Sampler(), stop=stop))
+    expected = told(decode(target, ids, mask, sampling=sampling))
     head = Oracle(target, truth, right=1, first=1)
-    steps = decode(target, head, ids, mask, sampler=Sampler(), stop=stop, shape=CHAIN, stats=stats)
+    steps = decode(
+        target,
+        ids,
+        mask,
+        sampling=sampling,
+        speculative=SpeculativeConfig(head, CHAIN),
+        stats=stats,
+    )
     assert told(steps) == expected
     return expected
 
@@ -84,18 +91,20 @@ def test_the_prompts_side_of_padding_does_not_matter(
 ) -> None:
     right_BT, lengths_B = padded(prompts(LENGTHS))
     right_mask_BT = torch.arange(right_BT.shape[1]) < lengths_B[:, None]
-    stop = StopCriteria(NEW_TOKENS)
-    assert told(plain(target, right_BT, right_mask_BT, sampler=Sampler(), stop=stop)) == truth
+    sampling = SamplingParams(NEW_TOKENS)
+    assert told(decode(target, right_BT, right_mask_BT, sampling=sampling)) == truth
     for row, text in enumerate(prompts(LENGTHS)):
-        assert told(plain(target, text[None], sampler=Sampler(), stop=stop)) == [truth[row]]
+        assert told(decode(target, text[None], sampling=sampling)) == [truth[row]]
 
 
 def test_right_drafts_are_accepted_whole(
     target: Target, ids: Tensor, mask: Tensor, truth: list[list[int]]
 ) -> None:
     head = Oracle(target, truth, right=1, first=1)
-    stop = StopCriteria(NEW_TOKENS)
-    steps = list(decode(target, head, ids, mask, sampler=Sampler(), stop=stop, shape=CHAIN))
+    sampling = SamplingParams(NEW_TOKENS)
+    steps = list(
+        decode(target, ids, mask, sampling=sampling, speculative=SpeculativeConfig(head, CHAIN))
+    )
     sizes = [[len(tokens) for tokens in step] for step in steps]
     # The prompt's token, then 4 accepted guesses and a free token each time.
     assert sizes == [[1] * 3, [5] * 3, [5] * 3, [5] * 3, [4] * 3]
@@ -106,7 +115,7 @@ def test_right_drafts_are_accepted_whole(
 def test_the_length_limit_inside_a_path(
     target: Target, ids: Tensor, mask: Tensor, truth: list[list[int]], new_tokens: int
 ) -> None:
-    answers = both(target, ids, mask, truth, StopCriteria(new_tokens))
+    answers = both(target, ids, mask, truth, SamplingParams(new_tokens))
     assert answers == [answer[:new_tokens] for answer in truth]
 
 
@@ -115,7 +124,9 @@ def test_an_end_token_inside_a_path(
 ) -> None:
     place = first_place(truth[0], range(2, 5))  # inside the first path, which gives 1 to 5
     eos = truth[0][place]
-    answers = both(target, ids, mask, truth, StopCriteria(NEW_TOKENS, frozenset([eos])))
+    answers = both(
+        target, ids, mask, truth, SamplingParams(NEW_TOKENS, stop_token_ids=frozenset([eos]))
+    )
     assert answers[0] == truth[0][: place + 1]
     for answer, whole in zip(answers, truth, strict=True):
         cut = whole.index(eos) + 1 if eos in whole else NEW_TOKENS
@@ -128,7 +139,9 @@ def test_two_end_tokens_stop_at_whichever_comes_first(
     early, late = first_place(truth[0], range(2, 5)), first_place(truth[0], range(7, 10))
     other = first_place(truth[1], range(8, 12))
     ends = {truth[0][late], truth[0][early], truth[1][other]}
-    answers = both(target, ids, mask, truth, StopCriteria(NEW_TOKENS, frozenset(ends)))
+    answers = both(
+        target, ids, mask, truth, SamplingParams(NEW_TOKENS, stop_token_ids=frozenset(ends))
+    )
     assert len(answers[0]) <= early + 1 < late
     for answer, whole in zip(answers, truth, strict=True):
         assert answer == whole[: len(answer)]
@@ -140,7 +153,7 @@ def test_the_first_token_can_be_the_last(
     target: Target, ids: Tensor, mask: Tensor, truth: list[list[int]]
 ) -> None:
     ends = frozenset(answer[0] for answer in truth)
-    assert both(target, ids, mask, truth, StopCriteria(NEW_TOKENS, ends)) == [
+    assert both(target, ids, mask, truth, SamplingParams(NEW_TOKENS, stop_token_ids=ends)) == [
         answer[:1] for answer in truth
     ]
 
@@ -164,8 +177,8 @@ def test_a_criterion_of_ones_own_sees_every_prefix_once(
     one = ids[:1, -LENGTHS[0] :]
     criterion = Sum(one.shape[1], sum(truth[0][:8]) - truth[0][7] + 1)
     head = Oracle(target, truth[:1], right=1, first=1)
-    stop = StopCriteria(NEW_TOKENS, criteria=(criterion,))
-    steps = decode(target, head, one, sampler=Sampler(), stop=stop, shape=CHAIN)
+    sampling = SamplingParams(NEW_TOKENS, stopping_criteria=(criterion,))
+    steps = decode(target, one, sampling=sampling, speculative=SpeculativeConfig(head, CHAIN))
     assert told(steps) == [truth[0][:8]]
     assert criterion.asked == list(range(one.shape[1] + 1, one.shape[1] + 9))
 
@@ -176,12 +189,14 @@ def test_rows_end_when_they_end(
     """Rows leave the batch one after another, under drafts that are right now and then."""
     ends = frozenset([truth[0][first_place(truth[0], range(3, 8))]])
     ends |= {truth[2][first_place(truth[2], range(10, 15))]}
-    stop = StopCriteria(NEW_TOKENS, ends)
-    expected = told(plain(target, ids, mask, sampler=Sampler(), stop=stop))
+    sampling = SamplingParams(NEW_TOKENS, stop_token_ids=ends)
+    expected = told(decode(target, ids, mask, sampling=sampling))
     assert len({len(answer) for answer in expected}) > 1
     for shape in (CHAIN, TreeShape.dynamic(10, 4, 3)):
         head = Oracle(target, truth)
-        steps = decode(target, head, ids, mask, sampler=Sampler(), stop=stop, shape=shape)
+        steps = decode(
+            target, ids, mask, sampling=sampling, speculative=SpeculativeConfig(head, shape)
+        )
         assert told(steps) == expected
 
 
@@ -191,8 +206,8 @@ def test_sampled_rows_do_not_influence_each_other(
     """Row 0 keeps its draws, whatever its neighbours are."""
 
     def sampled(ids_BT: Tensor, mask_BT: Tensor) -> list[list[int]]:
-        sampler = Sampler.of(1.0, top_p=0.9, repetition_penalty=1.2, seed=4)
-        return told(plain(target, ids_BT, mask_BT, sampler=sampler, stop=StopCriteria(NEW_TOKENS)))
+        sampling = SamplingParams(NEW_TOKENS, 1.0, top_p=0.9, repetition_penalty=1.2, seed=4)
+        return told(decode(target, ids_BT, mask_BT, sampling=sampling))
 
     whole = sampled(ids, mask)
     assert sampled(ids[:1], mask[:1]) == whole[:1]
@@ -219,14 +234,14 @@ def test_stops_at_the_end_of_the_context() -> None:
     target = small_context(limit=16)
     ids_BT, lengths_B = padded(prompts([9, 5]))
     ids_BT, mask_BT = ids_BT % 50, torch.arange(9) < lengths_B[:, None]
-    truth = told(plain(target, ids_BT, mask_BT, sampler=Sampler(), stop=StopCriteria(100)))
+    truth = told(decode(target, ids_BT, mask_BT, sampling=SamplingParams(100)))
     assert [len(answer) for answer in truth] == [7, 11]  # prompt and answer are 16
-    both(target, ids_BT, mask_BT, truth, StopCriteria(100))
+    both(target, ids_BT, mask_BT, truth, SamplingParams(100))
     asked: list[int] = []
     target.model.get_decoder().rotary_emb.register_forward_pre_hook(
         lambda _, __, given: asked.append(int(given["position_ids"].max())), with_kwargs=True
     )
-    both(target, ids_BT, mask_BT, truth, StopCriteria(100))
+    both(target, ids_BT, mask_BT, truth, SamplingParams(100))
     assert asked and max(asked) < 16
 
 
@@ -248,7 +263,7 @@ def test_most_rows_stay_in_place(alive: list[bool], places: list[int]) -> None:
 def test_a_prompt_without_room_for_an_answer(length: int) -> None:
     target = small_context(limit=16)
     with pytest.raises(ValueError, match=rf"{length} tokens.* 16 in all.*Shorten"):
-        plain(target, torch.ones(1, length).long(), sampler=Sampler(), stop=StopCriteria(4))
+        decode(target, torch.ones(1, length).long(), sampling=SamplingParams(4))
 
 
 @pytest.mark.parametrize(
@@ -263,27 +278,21 @@ def test_an_empty_prompt_is_said_so_at_once(
     target: Target, ids_BT: Tensor, mask_BT: Tensor | None
 ) -> None:
     with pytest.raises(ValueError, match="empty"):
-        plain(target, ids_BT, mask_BT, sampler=Sampler(), stop=StopCriteria(4))
+        decode(target, ids_BT, mask_BT, sampling=SamplingParams(4))
 
 
 def test_a_mask_must_fit(target: Target) -> None:
     with pytest.raises(ValueError, match="same shape"):
-        plain(
-            target,
-            torch.ones(1, 3).long(),
-            torch.ones(1, 2),
-            sampler=Sampler(),
-            stop=StopCriteria(4),
-        )
+        decode(target, torch.ones(1, 3).long(), torch.ones(1, 2), sampling=SamplingParams(4))
     with pytest.raises(ValueError, match="max_new_tokens"):
-        plain(target, torch.ones(1, 3).long(), sampler=Sampler(), stop=StopCriteria(0))
+        decode(target, torch.ones(1, 3).long(), sampling=SamplingParams(0))
 
 
 def test_figures_of_right_drafts(
     target: Target, ids: Tensor, mask: Tensor, truth: list[list[int]]
 ) -> None:
     stats = Stats()
-    both(target, ids, mask, truth, StopCriteria(11), stats)
+    both(target, ids, mask, truth, SamplingParams(11), stats)
     # 1 from the prompt, then 5 and 5 in two rounds, for each of three rows.
     assert (stats.rows, stats.tokens, stats.rounds) == (3, 33, 6)
     assert stats.acceptance_length == 5
@@ -297,7 +306,12 @@ def test_figures_count_to_the_end_token_only(target: Target, truth: list[list[in
     place = first_place(truth[0], range(2, 4))
     stats = Stats()
     answer = both(
-        target, text, None, truth[:1], StopCriteria(NEW_TOKENS, frozenset([truth[0][place]])), stats
+        target,
+        text,
+        None,
+        truth[:1],
+        SamplingParams(NEW_TOKENS, stop_token_ids=frozenset([truth[0][place]])),
+        stats,
     )
     assert stats.tokens == len(answer[0]) == place + 1
     assert stats.rounds == 1 and stats.acceptance_length == place
@@ -309,7 +323,11 @@ def test_figures_of_wrong_drafts(target: Target, truth: list[list[int]]) -> None
     text, stats = prompts(LENGTHS)[0][None], Stats(timing=True)
     head = Oracle(target, truth[:1], right=0)
     steps = decode(
-        target, head, text, sampler=Sampler(), stop=StopCriteria(9), shape=CHAIN, stats=stats
+        target,
+        text,
+        sampling=SamplingParams(9),
+        speculative=SpeculativeConfig(head, CHAIN),
+        stats=stats,
     )
     assert told(steps) == [truth[0][:9]]
     assert stats.acceptance_length == 1 and stats.acceptance == [0, 0, 0, 0]
@@ -322,7 +340,7 @@ def test_figures_of_wrong_drafts(target: Target, truth: list[list[int]]) -> None
 
 
 def test_gradients_stay_on_for_the_caller(target: Target) -> None:
-    steps = plain(target, prompts(LENGTHS)[0][None], sampler=Sampler(), stop=StopCriteria(4))
+    steps = decode(target, prompts(LENGTHS)[0][None], sampling=SamplingParams(4))
     next(steps)
     assert torch.is_grad_enabled()
 
@@ -334,21 +352,21 @@ def test_longrope_answers_end_where_the_angles_change(family: str) -> None:
     target, ids_BT = wrap_target(model), prompts([11])[0][None]
     theirs = model.generate(ids_BT, max_new_tokens=NEW_TOKENS, do_sample=False)
     truth = [theirs[0, 11:].tolist()]
-    assert both(target, ids_BT, None, truth, StopCriteria(NEW_TOKENS)) == [truth[0][: 24 - 11]]
+    assert both(target, ids_BT, None, truth, SamplingParams(NEW_TOKENS)) == [truth[0][: 24 - 11]]
     with pytest.raises(ValueError, match="reads 24 in all"):
-        plain(target, prompts([24])[0][None], sampler=Sampler(), stop=StopCriteria(NEW_TOKENS))
+        decode(target, prompts([24])[0][None], sampling=SamplingParams(NEW_TOKENS))
 
 
 @pytest.mark.parametrize("odd", [-1, 96, 5000])
 def test_tokens_that_do_not_exist_are_refused(target: Target, odd: int) -> None:
     ids_BT = torch.tensor([[7, odd, 5]])
     with pytest.raises(ValueError, match=f"holds the token {odd}, but .* tokens 0 to 95"):
-        plain(target, ids_BT, sampler=Sampler(), stop=StopCriteria(4))
+        decode(target, ids_BT, sampling=SamplingParams(4))
     mask_BT = torch.tensor([[1, 0, 1]])  # padding may be anything
-    assert told(plain(target, ids_BT, mask_BT, sampler=Sampler(), stop=StopCriteria(4)))
+    assert told(decode(target, ids_BT, mask_BT, sampling=SamplingParams(4)))
 
 
 def test_narrow_token_ids_are_read(target: Target) -> None:
     ids_BT = prompts([7])[0][None]
-    truth = told(plain(target, ids_BT, sampler=Sampler(), stop=StopCriteria(9)))
-    assert both(target, ids_BT.int(), None, truth, StopCriteria(9)) == truth
+    truth = told(decode(target, ids_BT, sampling=SamplingParams(9)))
+    assert both(target, ids_BT.int(), None, truth, SamplingParams(9)) == truth

@@ -6,6 +6,7 @@ Legend: B batch rows, N tree nodes, M texts, T positions, V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from transformers import (
 )
 from transformers.generation.logits_process import LogitsProcessor
 
+from headstart.inference.config import SamplingParams
 from headstart.inference.engine.sampler import Sampler, likeliest
 from headstart.model.tree.tree import Tree
 
@@ -48,6 +50,10 @@ class Shifted(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores.scatter(1, (input_ids[:, -1:] + 1) % VOCAB, -math.inf)
+
+
+def sampler_of(temperature: float, **settings: Any) -> Sampler:
+    return Sampler.of(SamplingParams(temperature=temperature, **settings))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +108,7 @@ def test_draws_are_those_of_plain_steps() -> None:
     torch.manual_seed(3)
     deep = 0
     for seed in range(60):
-        sampler = Sampler.of(1.0, top_k=4, seed=seed)
+        sampler = sampler_of(1.0, top_k=4, seed=seed)
         logits_BNV = torch.randn(2, 5, VOCAB)
         draws_BN = sampler.draw(TREE, logits_BNV, [1, 0], [6, 9], PREFIXES)
         for row, (number, position) in enumerate([(1, 6), (0, 9)]):
@@ -118,8 +124,8 @@ def test_draws_are_those_of_plain_steps() -> None:
 
 
 def test_prefixes_are_read_only_where_they_matter() -> None:
-    assert not Sampler.of(0.7, top_k=3, top_p=0.9).reads_prefix
-    assert Sampler.of(0.7, repetition_penalty=1.2).reads_prefix
+    assert not sampler_of(0.7, top_k=3, top_p=0.9).reads_prefix
+    assert sampler_of(0.7, repetition_penalty=1.2).reads_prefix
     assert Sampler([Shifted()]).reads_prefix
 
 
@@ -165,11 +171,11 @@ def test_noise_depends_on_seed_row_and_position_only() -> None:
 def test_greedy_makes_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Sampler, "noise")
     logits_BNV = torch.randn(2, 5, VOCAB)
-    for greedy in (Sampler.of(0.0), Sampler.of(0.0, repetition_penalty=1.2)):
+    for greedy in (sampler_of(0.0), sampler_of(0.0, repetition_penalty=1.2)):
         assert greedy.draw(TREE, logits_BNV, [0, 1], [4, 8], PREFIXES).shape == (2, 5)
-    assert Sampler.of(0.0, top_k=3).processors == []
+    assert sampler_of(0.0, top_k=3).processors == []
     with pytest.raises(AttributeError):
-        Sampler.of(1.0).draw(TREE, logits_BNV, [0, 1], [4, 8], PREFIXES)
+        sampler_of(1.0).draw(TREE, logits_BNV, [0, 1], [4, 8], PREFIXES)
 
 
 def test_noise_is_gumbel() -> None:

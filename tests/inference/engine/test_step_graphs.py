@@ -8,13 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from decoding import LENGTHS, NEW_TOKENS, SHAPES, answers, batch, reference, target_of
+from decoding import (
+    GREEDY,
+    LENGTHS,
+    NEW_TOKENS,
+    SHAPES,
+    answers,
+    batch,
+    reference,
+    sampling_of,
+    target_of,
+)
 from families import FAMILIES
 from graph_decoding import USED, Prophet, random_head, replayed
 from oracle import Oracle
@@ -23,14 +34,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from headstart.inference.config import SamplingParams, SpeculativeConfig
 from headstart.inference.engine import graph_loop as graphs
 from headstart.inference.engine.cuda_graph import WARM_UPS, Replay
-from headstart.inference.engine.loop import decode, plain
+from headstart.inference.engine.loop import decode
 from headstart.inference.engine.sampler import Sampler
-from headstart.inference.engine.sequence import StopCriteria
-from headstart.inference.engine.step_graphs import Graphs, Plan, Setup, suits
+from headstart.inference.engine.step_graphs import Graphs, Plan, Setup, supports_cuda_graphs
 from headstart.inference.tree_policy.cost_model import Costs
-from headstart.inference.tree_policy.defaults import fitting
+from headstart.inference.tree_policy.defaults import clamp_to_head
 from headstart.model.heads.common.base import kinds, make_head
 from headstart.model.target.load import wrap_target
 from headstart.model.target.output import TargetOutput
@@ -41,16 +52,16 @@ SPARSE = "glm_moe_dsa"  # what it chooses from are all columns of a cache of fix
 LARGE = TreeShape.dynamic(nodes=20, depth=5, width=3)
 
 
-def prophet(family: str, rows: int, sampler: str = "") -> Prophet:
-    return Prophet(target_of(family), LENGTHS[rows], reference(family, rows, sampler))
+def prophet(family: str, rows: int, sampling: str = "") -> Prophet:
+    return Prophet(target_of(family), LENGTHS[rows], reference(family, rows, sampling))
 
 
-def ragged(truth: list[list[int]]) -> tuple[StopCriteria, list[list[int]]]:
+def ragged(truth: list[list[int]], sampling: str = "") -> tuple[SamplingParams, list[list[int]]]:
     """A token at which the rows end at different lengths, and the answers then."""
     eos = truth[0][5]
     cut = [answer[: answer.index(eos) + 1] if eos in answer else answer for answer in truth]
     assert len(truth) == 1 or len({len(answer) for answer in cut}) > 1
-    return StopCriteria(NEW_TOKENS, frozenset({eos})), cut
+    return replace(sampling_of(sampling), stop_token_ids=frozenset({eos})), cut
 
 
 @pytest.mark.parametrize("costs", [None, FREE, USUAL, DEAR], ids=["none", "free", "usual", "dear"])
@@ -59,13 +70,13 @@ def ragged(truth: list[list[int]]) -> tuple[StopCriteria, list[list[int]]]:
 def test_guesses_that_are_often_right(family: str, rows: int, costs: Costs | None) -> None:
     """Deep paths and side branches, rows that end early, and all sizes of trees."""
     target, prompts = target_of(family), batch(family, rows)
-    stop, truth = ragged(reference(family, rows))
+    sampling, truth = ragged(reference(family, rows))
     for shape in (*SHAPES.values(), LARGE):
-        told, stats = replayed(target, prophet(family, rows), prompts, shape, stop, "", costs)
+        told, stats = replayed(target, prophet(family, rows), prompts, shape, sampling, costs)
         assert told == truth
         assert stats.tokens == sum(map(len, truth)) and stats.rows == rows
         assert costs is DEAR or stats.acceptance_length > 1.2
-    told, stats = replayed(target, None, prompts, LARGE, stop)
+    told, stats = replayed(target, None, prompts, LARGE, sampling)
     assert told == truth and stats.acceptance_length == 1
 
 
@@ -77,8 +88,8 @@ def test_every_head_kind(family: str, kind: str) -> None:
     for rows in LENGTHS:
         truth = [answer[:10] for answer in reference(family, rows)]
         for shape in SHAPES.values():
-            shape, prompts = fitting(shape, head), batch(family, rows)
-            told, stats = replayed(target, head, prompts, shape, StopCriteria(10))
+            shape, prompts = clamp_to_head(shape, head), batch(family, rows)
+            told, stats = replayed(target, head, prompts, shape, SamplingParams(10))
             assert told == truth, (shape, rows)
             assert stats.tried[0] > 0, "nothing was drafted"
 
@@ -89,34 +100,34 @@ def test_a_head_drafts_what_it_drafts_in_caches_that_grow(kind: str) -> None:
     target = target_of("llama")
     head, shape = random_head(target, kind), TreeShape.dynamic(10, 3, 3)
     trees: list[list[Tree]] = [[], []]
-    drafted, prompts, stop = head.draft, batch("llama", 3), StopCriteria(NEW_TOKENS)
+    drafted, prompts = head.draft, batch("llama", 3)
 
     def draft(*given: Any) -> Tree:
         trees[-1].append(drafted(*given))
         return trees[-1][-1]
 
     head.draft = draft  # type: ignore[method-assign]
-    replayed(target, head, prompts, shape, stop)
+    replayed(target, head, prompts, shape, GREEDY)
     fixed = trees.pop()
-    list(decode(target, head, *prompts, sampler=Sampler(), stop=stop, shape=shape))
+    list(decode(target, *prompts, sampling=GREEDY, speculative=SpeculativeConfig(head, shape)))
     grown = trees.pop()
     assert min(len(grown), len(fixed)) > 14
     for one, other in zip(grown[:-4], fixed, strict=False):  # the last ones end with the answer
         torch.testing.assert_close(one.scores_BN, other.scores_BN, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("sampler", ["temperature", "top-k", "top-p"])
+@pytest.mark.parametrize("sampling", ["temperature", "top-k", "top-p"])
 @pytest.mark.parametrize("rows", LENGTHS)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_seeded_sampling(family: str, rows: int, sampler: str) -> None:
+def test_seeded_sampling(family: str, rows: int, sampling: str) -> None:
     target, prompts = target_of(family), batch(family, rows)
-    stop, truth = ragged(reference(family, rows, sampler))
-    head = prophet(family, rows, sampler)
+    params, truth = ragged(reference(family, rows, sampling), sampling)
+    head = prophet(family, rows, sampling)
     for shape in (*SHAPES.values(), LARGE):
         for costs in (None, USUAL):
-            told, stats = replayed(target, head, prompts, shape, stop, sampler, costs)
+            told, stats = replayed(target, head, prompts, shape, params, costs)
             assert told == truth and sum(stats.accepted) > 2
-    assert replayed(target, None, prompts, LARGE, stop, sampler)[0] == truth
+    assert replayed(target, None, prompts, LARGE, params)[0] == truth
 
 
 def test_noise_of_a_position_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +144,7 @@ def test_noise_of_a_position_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> N
     head = prophet("llama", 3, "temperature")
     for _ in range(2):
         drawn.clear()
-        replayed(target, head, prompts, LARGE, StopCriteria(NEW_TOKENS), "temperature", kept=kept)
+        replayed(target, head, prompts, LARGE, sampling_of("temperature"), kept=kept)
         assert 3 * NEW_TOKENS <= len(drawn) == len(set(drawn)) < 3 * (NEW_TOKENS + LARGE.depth + 1)
 
 
@@ -141,9 +152,10 @@ def test_noise_of_a_position_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> N
 def test_full_caches_are_replaced(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "CAPACITY", 8)
     monkeypatch.setattr(graphs, "AHEAD", 2)
-    target, kept, (stop, truth) = target_of(family), Graphs(9), ragged(reference(family, 3))
+    target, kept = target_of(family), Graphs(9)
+    sampling, truth = ragged(reference(family, 3))
     for head in (prophet(family, 3), *(random_head(target, kind) for kind in kinds())):
-        told, _ = replayed(target, head, batch(family, 3), SHAPES["chain"], stop, kept=kept)
+        told, _ = replayed(target, head, batch(family, 3), SHAPES["chain"], sampling, kept=kept)
         assert told == truth
         plans = [plan for plan in kept.kept.values() if plan.head is head]
         assert len(plans) > 1, "no cache was ever full"
@@ -153,23 +165,23 @@ def test_full_caches_are_replaced(family: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_up_to_the_end_of_the_context() -> None:
     """Learned positions: a node behind the last one would not be found."""
-    target, stop = target_of("gpt2"), StopCriteria(50)
+    target, sampling = target_of("gpt2"), SamplingParams(50)
     length = (target.context_limit or 0) - 9
     ids_BT = batch("gpt2", 3)[0][:, :4].repeat(1, length)[:, :length]
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, -3:] = 0
-    truth = answers(plain(target, ids_BT, mask_BT, sampler=Sampler(), stop=stop), 3)
+    truth = answers(decode(target, ids_BT, mask_BT, sampling=sampling), 3)
     assert [len(answer) for answer in truth] == [9, 12, 9]
     head = random_head(target, "mtp")
-    assert replayed(target, head, (ids_BT, mask_BT), SHAPES["chain"], stop)[0] == truth
+    assert replayed(target, head, (ids_BT, mask_BT), SHAPES["chain"], sampling)[0] == truth
 
 
 def test_a_plan_is_used_again_and_its_tensors_stay_where_they_are() -> None:
     """A graph knows them by address."""
     target, kept, places = target_of("llama"), Graphs(), []
-    head, (stop, truth) = random_head(target, "mtp"), ragged(reference("llama", 3))
+    head, (sampling, truth) = random_head(target, "mtp"), ragged(reference("llama", 3))
     for _ in range(2):
-        assert replayed(target, head, batch("llama", 3), LARGE, stop, kept=kept)[0] == truth
+        assert replayed(target, head, batch("llama", 3), LARGE, sampling, kept=kept)[0] == truth
         (plan,) = kept.kept.values()
         tensors = [*plan._passed(), plan.alive_B, plan.report, *plan.drafted]
         for cache in plan.caches:
@@ -184,7 +196,11 @@ def test_a_plan_in_use_is_not_lent_again() -> None:
     like = TargetOutput(None, torch.zeros(1, 1, target.hidden_size), {})
 
     def borrow(temperature: float = 0.0) -> Plan:
-        return kept.borrow(Setup(target, None, LARGE, Sampler.of(temperature)), like, 64)
+        return kept.borrow(
+            Setup(target, None, LARGE, Sampler.of(SamplingParams(temperature=temperature))),
+            like,
+            64,
+        )
 
     one, other = borrow(), borrow()
     kept.give_back(one)
@@ -195,15 +211,15 @@ def test_a_plan_in_use_is_not_lent_again() -> None:
 
 def test_plans_that_are_kept_take_no_more_memory_than_they_may() -> None:
     target, kept = target_of("llama"), Graphs(memory=0)
-    head, (stop, truth) = random_head(target, "mtp"), ragged(reference("llama", 3))
+    head, (sampling, truth) = random_head(target, "mtp"), ragged(reference("llama", 3))
     for shape in (LARGE, SHAPES["chain"]):
-        assert replayed(target, head, batch("llama", 3), shape, stop, kept=kept)[0] == truth
+        assert replayed(target, head, batch("llama", 3), shape, sampling, kept=kept)[0] == truth
         (plan,) = kept.kept.values()  # the latest stays, however large
     sizes = [cache.size for cache in plan.caches]
     assert plan.setup.shape == SHAPES["chain"] and min(sizes) > 0
     roomy = Graphs(memory=3 * sum(sizes))
     for shape in (LARGE, SHAPES["chain"]):
-        replayed(target, head, batch("llama", 3), shape, stop, kept=roomy)
+        replayed(target, head, batch("llama", 3), shape, sampling, kept=roomy)
     assert len(roomy.kept) == 2
     roomy.forget(head)
     assert not roomy.kept
@@ -235,9 +251,9 @@ class Tape(TorchDispatchMode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["", "top-p"])
+@pytest.mark.parametrize("sampling", ["", "top-p"])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_records_stay_right(family: str, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_stay_right(family: str, sampling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA: a few calls that leave no trace, one that is recorded, and then the record."""
     tapes: dict[int, Tape] = {}
 
@@ -251,14 +267,14 @@ def test_records_stay_right(family: str, sampler: str, monkeypatch: pytest.Monke
         tapes[id(replay)].play()
 
     monkeypatch.setattr(Replay, "__call__", call)
-    monkeypatch.setattr("headstart.model.backends.kernels.cpu.build.functions", lambda: None)
+    monkeypatch.setattr("headstart.model.backends.kernels.cpu.functions.load_kernels", lambda: None)
     target, kept, prompts = target_of(family), Graphs(plans=9), batch(family, 3)
-    monkeypatch.setattr(target, "backend", None)
-    stop, truth = ragged(reference(family, 3, sampler))
-    knows = prophet(family, 3, sampler)
+    monkeypatch.setattr(target, "_lean", None)
+    params, truth = ragged(reference(family, 3, sampling), sampling)
+    knows = prophet(family, 3, sampling)
     others = [(random_head(target, kind), None) for kind in kinds()]
     for head, costs in ((None, None), (knows, None), (knows, USUAL), *others):
-        told, _ = replayed(target, head, prompts, LARGE, stop, sampler, costs, kept)
+        told, _ = replayed(target, head, prompts, LARGE, params, costs, kept)
         assert told == truth
 
 
@@ -303,8 +319,8 @@ def test_no_part_of_a_round_waits_for_the_device(family: str, kind: str) -> None
     head = make_head(target, kind, {}).for_decoding(target)
     values = torch.empty(3, 1, target.hidden_size, device="meta", dtype=target.dtype)
     seen = TargetOutput(None, values, dict.fromkeys(head.taps, values))
-    hot = Sampler.of(0.8, top_k=5, top_p=0.9)
-    for shape in (SHAPES["chain"], fitting(SHAPES["static"], head), LARGE.limited(4)):
+    hot = Sampler.of(SamplingParams(temperature=0.8, top_k=5, top_p=0.9))
+    for shape in (SHAPES["chain"], clamp_to_head(SHAPES["static"], head), LARGE.limited(4)):
         plan = Plan(Setup(target, head, shape, hot), seen, 64, None)
         torch.no_grad()(plan.draft)(shape.depth)  # sends the numbers of a static tree, once
         with torch.no_grad(), on_no_device():
@@ -316,9 +332,11 @@ def test_no_part_of_a_round_waits_for_the_device(family: str, kind: str) -> None
 
 def test_what_suits() -> None:
     target, cold = wrap_target(FAMILIES["llama"]()), Sampler()
-    assert not suits(target, None, cold)  # nothing is gained on a CPU
+    warm = Sampler.of(SamplingParams(temperature=0.7, top_k=5, top_p=0.9))
+    penalty = Sampler.of(SamplingParams(temperature=0.7, repetition_penalty=1.2))
+    assert not supports_cuda_graphs(target, None, cold)  # nothing is gained on a CPU
     target.device = torch.device("cuda")
-    assert suits(target, None, cold) and suits(target, None, Sampler.of(0.7, top_k=5, top_p=0.9))
-    assert not suits(target, None, Sampler.of(0.7, repetition_penalty=1.2))
-    assert not suits(target, None, cold, lookup=True)
-    assert not suits(target, Oracle(target, [[1]]), cold)  # counts on the host
+    assert supports_cuda_graphs(target, None, cold) and supports_cuda_graphs(target, None, warm)
+    assert not supports_cuda_graphs(target, None, penalty)
+    assert not supports_cuda_graphs(target, None, cold, ngram=True)
+    assert not supports_cuda_graphs(target, Oracle(target, [[1]]), cold)  # counts on the host

@@ -16,17 +16,27 @@ from oracle import Oracle
 from step_costs import DEAR, FREE, USUAL, costs
 from torch import Tensor
 
-from headstart.inference.engine.loop import decode, plain
-from headstart.inference.engine.sampler import Sampler
-from headstart.inference.engine.sequence import StopCriteria
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.loop import decode
+from headstart.inference.engine.measure_costs import NODES, measure_graphs, measured_costs
 from headstart.inference.engine.stats import Stats
 from headstart.inference.engine.step_graphs import Graphs
-from headstart.inference.tree_policy.adaptive import BARREN, HOPELESS, PAUSE, Budget, Spending
-from headstart.inference.tree_policy.cost_model import NODES, Costs, measure_replayed
-from headstart.inference.tree_policy.defaults import WIDEST_TREE, fitting, fixed_tree
+from headstart.inference.tree_policy.adaptive import (
+    HEAD_BACKOFF,
+    NGRAM_BACKOFF,
+    REPROBE_STEPS,
+    AdaptivePolicy,
+)
+from headstart.inference.tree_policy.cost_model import Costs
+from headstart.inference.tree_policy.defaults import (
+    DEFAULT_TREE,
+    WIDEST_TREE,
+    clamp_to_head,
+    fixed_tree,
+)
 from headstart.model.heads.common.base import kinds, make_head
 from headstart.model.target.load import wrap_target
-from headstart.scripts.options.tree_budget import check_budget, usual_budget
+from headstart.scripts.options.tree_budget import check_budget, default_budget
 
 NEW_TOKENS = 24
 ARITHMETIC = Costs((1, 8, 64), (1.0, 1.2, 8.0), advance=0.1, deepen=0.1, rest=0.0)
@@ -38,21 +48,21 @@ def scores(*probabilities: list[float]) -> Tensor:
 
 def test_between_and_past_the_measured_counts() -> None:
     known = Costs((1, 4, 8), (10.0, 16.0, 20.0), advance=2.0, deepen=1.0, rest=0.5)
-    assert [known.read(n) for n in (1, 2, 4, 6, 8, 12)] == [10, 12, 16, 18, 20, 24]
+    assert [known.verify_seconds(n) for n in (1, 2, 4, 6, 8, 12)] == [10, 12, 16, 18, 20, 24]
     flat = Costs((1, 4, 8, 16), (10.0, 16.0, 22.0, 22.0), advance=2.0, deepen=1.0, rest=0.5)
-    assert flat.read(28) == 28  # nothing gets cheaper with its size
-    assert Costs((1, 4), (10.0, 16.0), advance=2.0, deepen=1.0, rest=0.5).read(8) == 24
-    assert known.round(4, depth=3) == 16 + 2 + 2 + 0.5
+    assert flat.verify_seconds(28) == 28  # nothing gets cheaper with its size
+    assert Costs((1, 4), (10.0, 16.0), advance=2.0, deepen=1.0, rest=0.5).verify_seconds(8) == 24
+    assert known.step_seconds(4, depth=3) == 16 + 2 + 2 + 0.5
 
 
 def test_where_rounds_are_played_back_trees_have_one_size() -> None:
     def target(device: str, recurrent: bool = False) -> Any:
         return SimpleNamespace(device=torch.device(device), recurrent=recurrent)
 
-    size = usual_budget(target("cuda"))
+    size = default_budget(target("cuda"))
     assert check_budget(size) == size == "16/5/4"
     for other in (target("cpu"), target("cuda", recurrent=True)):
-        assert fixed_tree(other) is None and usual_budget(other) == "auto+lookup"
+        assert fixed_tree(other) is None and default_budget(other) == "auto+ngram"
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -61,99 +71,104 @@ def test_nodes_are_read_while_they_pay(rows: int, speedup: float) -> None:
     """The best count by trying all of them, at the rate that is reached."""
     generator = torch.Generator().manual_seed(0)
     for per_node in (0.02, 0.1, 0.3):
-        spending = Spending(costs(per_node), speedup=speedup)
+        policy = AdaptivePolicy(costs(per_node), speedup=speedup)
         probabilities_BN = torch.rand(rows, 20, generator=generator) ** 3
         probabilities_BN[:, 0] = 1
         sorted_BN = probabilities_BN.sort(1, descending=True).values
-        rate = speedup * rows / spending.costs.read(rows)
+        rate = speedup * rows / policy.costs.verify_seconds(rows)
         values = [
-            float(sorted_BN[:, :count].sum()) - rate * spending.costs.read(rows * count)
+            float(sorted_BN[:, :count].sum()) - rate * policy.costs.verify_seconds(rows * count)
             for count in range(1, 21)
         ]
-        assert spending.nodes(probabilities_BN.log()) == values.index(max(values)) + 1
+        assert policy.num_nodes(probabilities_BN.log()) == values.index(max(values)) + 1
 
 
 def test_easy_text_gets_large_trees_and_hard_text_none() -> None:
     easy, hard = scores([1.0, 0.9, 0.8, 0.7, 0.6, 0.05]), scores([1.0, 0.08, 0.05, 0.01, 0.0, 0.0])
-    assert Spending(USUAL).nodes(easy) == 5
-    assert Spending(USUAL).nodes(hard) == 1
-    assert Spending(FREE).nodes(hard) > 3  # where reading costs nothing, everything helps
-    assert Spending(DEAR).nodes(easy) == 1
+    assert AdaptivePolicy(USUAL).num_nodes(easy) == 5
+    assert AdaptivePolicy(USUAL).num_nodes(hard) == 1
+    assert AdaptivePolicy(FREE).num_nodes(hard) > 3  # where reading costs nothing, everything helps
+    assert AdaptivePolicy(DEAR).num_nodes(easy) == 1
 
 
 def test_drafting_ends_where_a_guess_is_worth_less_than_its_time() -> None:
-    spending = Spending(USUAL)
+    policy = AdaptivePolicy(USUAL)
     likely, unlikely = scores([1.0, 0.9]), scores([1.0, 0.2])
-    assert spending.should_deepen(likely, likely[:, 1:])
-    assert not spending.should_deepen(unlikely, unlikely[:, 1:])
+    assert policy.should_deepen(likely, likely[:, 1:])
+    assert not policy.should_deepen(unlikely, unlikely[:, 1:])
 
 
 def test_a_head_that_costs_more_than_it_gives_is_left_alone_longer_and_longer() -> None:
-    spending = Spending(USUAL)
+    policy = AdaptivePolicy(USUAL)
     gaps, since = [], 0
     for _ in range(400):
-        asked = spending.asks_head(0.0)
+        asked = policy.uses_head(0.0)
         if asked:
             gaps.append(since)
         since = 0 if asked else since + 1
-        spending.learn(rows=1, emitted=1, nodes=4 if asked else 1, depth=2 if asked else 0)
+        policy.update(batch=1, emitted=1, nodes=4 if asked else 1, depth=2 if asked else 0)
     pauses = [gap for gap in gaps if gap]
-    assert pauses[:3] == [PAUSE[0], 2 * PAUSE[0], 4 * PAUSE[0]] and max(pauses) == PAUSE[1]
-    spending._paused = 0
+    assert (
+        pauses[:3] == [HEAD_BACKOFF[0], 2 * HEAD_BACKOFF[0], 4 * HEAD_BACKOFF[0]]
+        and max(pauses) == HEAD_BACKOFF[1]
+    )
+    policy._head_paused = 0
     for _ in range(5):  # the text gets easy
-        assert spending.asks_head(0.0)
-        spending.learn(rows=1, emitted=4, nodes=4, depth=3)
-    assert spending._pause == PAUSE[0] and spending.speedup > 1
+        assert policy.uses_head(0.0)
+        policy.update(batch=1, emitted=4, nodes=4, depth=3)
+    assert policy._head_backoff == HEAD_BACKOFF[0] and policy.speedup > 1
 
 
 def test_guesses_that_disappoint_count_for_less_until_they_come_true_again() -> None:
-    spending, easy = Spending(USUAL), scores([1.0, 0.9, 0.8, 0.7, 0.6, 0.2])
-    assert spending.nodes(easy) == 6
+    policy, easy = AdaptivePolicy(USUAL), scores([1.0, 0.9, 0.8, 0.7, 0.6, 0.2])
+    assert policy.num_nodes(easy) == 6
     for _ in range(20):  # three of four were to come, one does
-        spending.learn(rows=2, emitted=4, nodes=5, depth=4, hoped=6.0)
-    assert 1 < spending.nodes(easy) < 6
+        policy.update(batch=2, emitted=4, nodes=5, depth=4, expected=6.0)
+    assert 1 < policy.num_nodes(easy) < 6
     for _ in range(40):
-        spending.learn(rows=2, emitted=9, nodes=5, depth=4, hoped=6.0)
-    spending.speedup = 1.0
-    assert spending.nodes(easy) == 6
+        policy.update(batch=2, emitted=9, nodes=5, depth=4, expected=6.0)
+    policy.speedup = 1.0
+    assert policy.num_nodes(easy) == 6
 
 
 def test_the_head_is_not_asked_where_other_guesses_are_better() -> None:
-    spending = Spending(USUAL, given=1.5)
-    assert spending.asks_head(1.0) and not spending.asks_head(2.0)
+    policy = AdaptivePolicy(USUAL, accepted_per_step=1.5)
+    assert policy.uses_head(1.0) and not policy.uses_head(2.0)
 
 
 def test_where_reading_is_arithmetic_the_head_is_not_even_tried_at_first() -> None:
     """With many rows, each node costs as much as a row."""
-    few, many = Spending(ARITHMETIC), Spending(ARITHMETIC)
-    assert few.asks_head(0.0, 1)
-    assert not any(many.asks_head(0.0, 8) for _ in range(HOPELESS))
-    assert many.asks_head(0.0, 8)  # texts can be easier than that
-    late = Spending(ARITHMETIC)
-    assert not late.asks_head(0.0, 8) and late.asks_head(0.0, 1)  # the others are complete
+    few, many = AdaptivePolicy(ARITHMETIC), AdaptivePolicy(ARITHMETIC)
+    assert few.uses_head(0.0, 1)
+    assert not any(many.uses_head(0.0, 8) for _ in range(REPROBE_STEPS))
+    assert many.uses_head(0.0, 8)  # texts can be easier than that
+    late = AdaptivePolicy(ARITHMETIC)
+    assert not late.uses_head(0.0, 8) and late.uses_head(0.0, 1)  # the others are complete
 
 
 def test_texts_in_which_nothing_is_found_are_searched_less_often() -> None:
-    spending, searched = Spending(USUAL), []
+    policy, searched = AdaptivePolicy(USUAL), []
     for _ in range(100):
-        searched.append(spending.looks_up(8))
-        spending.learn(rows=8, emitted=8, nodes=1, depth=0)
-    assert all(searched[: BARREN[0]]) and not any(searched[BARREN[0] : BARREN[0] + BARREN[1]])
-    assert searched[BARREN[0] + BARREN[1]] and sum(searched[50:]) < 6
-    assert spending.looks_up(1)  # one text is searched at once
-    spending._unsearched = 0
-    spending.learn(rows=8, emitted=20, nodes=4, depth=0)  # something was found
+        searched.append(policy.searches_ngrams(8))
+        policy.update(batch=8, emitted=8, nodes=1, depth=0)
+    assert all(searched[: NGRAM_BACKOFF[0]]) and not any(
+        searched[NGRAM_BACKOFF[0] : NGRAM_BACKOFF[0] + NGRAM_BACKOFF[1]]
+    )
+    assert searched[NGRAM_BACKOFF[0] + NGRAM_BACKOFF[1]] and sum(searched[50:]) < 6
+    assert policy.searches_ngrams(1)  # one text is searched at once
+    policy._ngrams_paused = 0
+    policy.update(batch=8, emitted=20, nodes=4, depth=0)  # something was found
     found = []
-    for _ in range(BARREN[0]):
-        found.append(spending.looks_up(8))
-        spending.learn(rows=8, emitted=8, nodes=1, depth=0)
+    for _ in range(NGRAM_BACKOFF[0]):
+        found.append(policy.searches_ngrams(8))
+        policy.update(batch=8, emitted=8, nodes=1, depth=0)
     assert all(found)
 
 
 def test_guesses_that_promise_less_than_the_first_node_costs_are_dropped() -> None:
-    spending = Spending(USUAL)
-    most = USUAL.read(2) / USUAL.read(1) - 1
-    assert spending.could_pay(1.01 * most, 1) and not spending.could_pay(0.99 * most, 1)
+    policy = AdaptivePolicy(USUAL)
+    most = USUAL.verify_seconds(2) / USUAL.verify_seconds(1) - 1
+    assert policy.could_pay(1.01 * most, 1) and not policy.could_pay(0.99 * most, 1)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -163,22 +178,23 @@ def test_guesses_that_promise_less_than_the_first_node_costs_are_dropped() -> No
 def test_no_budget_changes_an_answer(family: str, price: Costs, lookup: bool, rows: int) -> None:
     target = target_of(family)
     ids_BT, mask_BT = batch(family, rows)
-    stop = StopCriteria(NEW_TOKENS)
-    truth = answers(plain(target, ids_BT, mask_BT, sampler=Sampler(), stop=stop), rows)
+    sampling = SamplingParams(NEW_TOKENS)
+    truth = answers(decode(target, ids_BT, mask_BT, sampling=sampling), rows)
     heads = [Oracle(target, truth, right=right) for right in (0.9, 0.2)]
     heads += [make_head(target, kind, {}) for kind in kinds()]
     for head in heads:
         stats = Stats()
         steps = decode(
             target,
-            head.for_decoding(target) if not isinstance(head, Oracle) else head,
             ids_BT,
             mask_BT,
-            sampler=Sampler(),
-            stop=stop,
-            shape=WIDEST_TREE,
-            budget=Budget(price),
-            lookup=lookup,
+            sampling=sampling,
+            speculative=SpeculativeConfig(
+                head.for_decoding(target) if not isinstance(head, Oracle) else head,
+                WIDEST_TREE,
+                costs=price,
+                ngram=lookup,
+            ),
             stats=stats,
         )
         assert answers(steps, rows) == truth
@@ -198,8 +214,8 @@ def test_a_head_that_was_away_has_missed_nothing(kind: str) -> None:
         seen: list[Tensor] = []
         rounds = 0
 
-        class Away(Spending):
-            def asks_head(self, known: float, rows: int = 1) -> bool:
+        class Away(AdaptivePolicy):
+            def uses_head(self, ngram_tokens: float, batch: int = 1) -> bool:
                 nonlocal rounds
                 rounds += 1
                 return rounds not in away
@@ -207,20 +223,14 @@ def test_a_head_that_was_away_has_missed_nothing(kind: str) -> None:
             def should_deepen(self, scores_BN: Tensor, deepest_BM: Tensor) -> bool:
                 return True
 
-            def nodes(self, scores_BN: Tensor) -> int:
+            def num_nodes(self, scores_BN: Tensor) -> int:
                 seen.append(scores_BN)
                 return 1
 
-        class Fixed(Budget):
-            def start(self) -> Spending:
-                return Away(self.costs)
-
-        list(
-            decode(
-                target, head, ids_BT, mask_BT, sampler=Sampler(), stop=StopCriteria(12),
-                budget=Fixed(FREE),
-            )
-        )  # fmt: skip
+        config = SpeculativeConfig(head, DEFAULT_TREE, FREE)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("headstart.inference.engine.draft.AdaptivePolicy", Away)
+            list(decode(target, ids_BT, mask_BT, sampling=SamplingParams(12), speculative=config))
         return seen
 
     always, sometimes = trees(range(0)), trees(range(2, 7))
@@ -233,55 +243,53 @@ def test_looked_up_guesses_alone_are_exact_and_help_with_repetitions() -> None:
     target = target_of("llama")
     ids_BT, _ = padded(prompts([12, 7]))
     ids_BT = torch.cat([ids_BT[:, :7]] * 5, 1)  # the same again and again
-    stop = StopCriteria(32)
-    truth = answers(plain(target, ids_BT, sampler=Sampler(), stop=stop), 2)
+    sampling = SamplingParams(32)
+    truth = answers(decode(target, ids_BT, sampling=sampling), 2)
     stats = Stats()
-    steps = decode(
-        target, None, ids_BT, sampler=Sampler(), stop=stop, shape=WIDEST_TREE, lookup=True,
-        stats=stats,
-    )  # fmt: skip
+    config = SpeculativeConfig(shape=WIDEST_TREE, ngram=True)
+    steps = decode(target, ids_BT, sampling=sampling, speculative=config, stats=stats)
     assert answers(steps, 2) == truth and stats.rounds <= stats.tokens
 
 
 def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headstart.inference.tree_policy.cost_model.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("headstart.inference.engine.measure_costs.cache_folder", lambda: tmp_path)
     monkeypatch.setattr(
-        "headstart.inference.tree_policy.cost_model.BUSY", 1e9
+        "headstart.inference.engine.measure_costs.BUSY_RATIO", 1e9
     )  # whatever else runs beside the tests
     target = wrap_target(FAMILIES["llama"]())
     head = make_head(target, "eagle3", {}).for_decoding(target)
-    first = Costs.of(target, head)
+    first = measured_costs(target, head)
     assert first.nodes == NODES[: len(first.verify)] and len(first.verify) > 1
     assert list(first.verify) == sorted(first.verify) and first.verify[0] > 0
     assert min(first.advance, first.rest) > 0 and first.deepen >= 0
     (file,) = (tmp_path / "costs").glob("*.json")
-    assert Costs.of(target, head) == first
+    assert measured_costs(target, head) == first
     kept = json.loads(file.read_text())
     kept["costs"]["advance"] = 7.0
     file.write_text(json.dumps(kept))
-    assert Costs.of(target, head) == replace(first, advance=7.0)
+    assert measured_costs(target, head) == replace(first, advance=7.0)
     other = make_head(target, "medusa", {}).for_decoding(target)
-    Costs.of(target, other)
+    measured_costs(target, other)
     assert len(list((tmp_path / "costs").glob("*.json"))) == 2
     file.write_text("{")  # damaged
-    assert Costs.of(target, head).advance < 7.0
+    assert measured_costs(target, head).advance < 7.0
 
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_costs_of_a_busy_moment_are_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool
 ) -> None:
-    monkeypatch.setattr("headstart.inference.tree_policy.cost_model.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("headstart.inference.engine.measure_costs.cache_folder", lambda: tmp_path)
     target = wrap_target(FAMILIES["llama"]())
     head = make_head(target, "eagle3", {}).for_decoding(target)
-    Costs.of(target, head)
+    measured_costs(target, head)
     (file,) = (tmp_path / "costs").glob("*.json")
     kept = json.loads(file.read_text())
     # A plain step that takes far longer or shorter than it can.
     verify = [seconds * (1e4 if busy else 1e-4) for seconds in kept["costs"]["verify"]]
     kept["costs"] |= {"verify": verify, "advance": 7.0}
     file.write_text(json.dumps(kept))
-    again = Costs.of(target, head)
+    again = measured_costs(target, head)
     assert (again.advance < 7.0) == busy
     assert (json.loads(file.read_text())["costs"]["advance"] < 7.0) == busy
 
@@ -289,20 +297,11 @@ def test_costs_of_a_busy_moment_are_measured_again(
 def test_a_budget_for_sampling_keeps_every_draw() -> None:
     target = target_of("llama")
     ids_BT, mask_BT = batch("llama", 3)
-    stop = StopCriteria(NEW_TOKENS)
-
-    def drawn(head: Oracle | None, budget: Budget | None) -> list[list[int]]:
-        sampler = Sampler.of(1.0, seed=3)
-        if head is None:
-            return answers(plain(target, ids_BT, mask_BT, sampler=sampler, stop=stop), 3)
-        steps = decode(
-            target, head, ids_BT, mask_BT, sampler=sampler, stop=stop, shape=WIDEST_TREE,
-            budget=budget,
-        )  # fmt: skip
-        return answers(steps, 3)
-
-    truth = drawn(None, None)
-    assert drawn(Oracle(target, truth), Budget(USUAL)) == truth
+    sampling = SamplingParams(NEW_TOKENS, 1.0, seed=3)
+    truth = answers(decode(target, ids_BT, mask_BT, sampling=sampling), 3)
+    config = SpeculativeConfig(Oracle(target, truth), costs=USUAL)
+    steps = decode(target, ids_BT, mask_BT, sampling=sampling, speculative=config)
+    assert answers(steps, 3) == truth
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -310,17 +309,17 @@ def test_costs_of_rounds_that_are_played_back(kind: str) -> None:
     """Here their parts are called as they are."""
     target = wrap_target(FAMILIES["llama"]())
     head = make_head(target, kind, {}).for_decoding(target)
-    costs = measure_replayed(target, head)
+    costs = measure_graphs(target, head)
     assert costs.nodes[0] == 1 and len(costs.nodes) == len(costs.verify) > 4
     assert sorted(costs.verify) == [*costs.verify] and costs.verify[0] > 0 < costs.advance
     (plan,) = Graphs.of(target).kept.values()
-    deepest = fitting(WIDEST_TREE, head).depth
+    deepest = clamp_to_head(WIDEST_TREE, head).depth
     assert plan.depths[-1] == deepest and [*plan.drafts] == [deepest, 1]
 
 
 def test_depths_are_chosen_beforehand() -> None:
-    spending = Budget(replace(USUAL, advance=0.0, deepen=0.05)).start()
+    policy = AdaptivePolicy(replace(USUAL, advance=0.0, deepen=0.05))
     depths = []
-    for spending.hits in (0.1, 0.5, 0.8, 0.99):
-        depths.append(spending.depth(8, 1))
+    for policy.next_depth_rate in (0.1, 0.5, 0.8, 0.99):
+        depths.append(policy.depth(8, 1))
     assert depths == sorted(depths) and depths[0] == 1 and depths[-1] == 8 and depths[1] < depths[2]

@@ -9,7 +9,7 @@ from math import prod
 
 import pytest
 
-from headstart.inference.tree_policy.static import best_for, best_static
+from headstart.inference.tree_policy.static import best_static, fastest_static_tree
 from headstart.model.tree.shape import TreeShape
 
 Path = tuple[int, ...]
@@ -77,21 +77,23 @@ def test_nothing_to_choose_from(acceptance):
     with pytest.raises(ValueError, match="headstart calibrate"):
         best_static(acceptance, 8)
     with pytest.raises(ValueError, match="headstart calibrate"):
-        best_for(acceptance, lambda nodes, depth: 1.0)
+        fastest_static_tree(acceptance, lambda nodes, depth: 1.0)
 
 
 @pytest.mark.parametrize(("nodes", "depth"), [(1, None), (8, 0)])
 def test_impossible_sizes(nodes, depth):
-    with pytest.raises(ValueError, match="plain decoding"):
+    with pytest.raises(ValueError, match="autoregressive decoding"):
         best_static(FALLING, nodes, depth)
 
 
 def test_the_cost_decides_the_size():
-    free = best_for(FALLING, lambda nodes, depth: 1.0)
+    free = fastest_static_tree(FALLING, lambda nodes, depth: 1.0)
     assert free == best_static(FALLING, 64)
-    dear = best_for(FALLING, lambda nodes, depth: 1.0 * nodes)
+    dear = fastest_static_tree(FALLING, lambda nodes, depth: 1.0 * nodes)
     assert dear.ranks == ((0,),)
-    flat = best_for(FALLING, lambda nodes, depth: 0.5 + depth)  # nodes are free, passes are not
+    flat = fastest_static_tree(
+        FALLING, lambda nodes, depth: 0.5 + depth
+    )  # nodes are free, passes are not
     assert flat.depth == 1 and flat.nodes == 4
 
 
@@ -105,6 +107,6 @@ def test_no_tree_gives_more_for_its_cost():
         return expected_length(acceptance, tree) / cost(tree.nodes, tree.depth)
 
     best = max(speed(tree) for paths in range(1, 7) for tree in all_trees(3, 2, paths))
-    found = best_for(acceptance, cost, nodes=7)
+    found = fastest_static_tree(acceptance, cost, nodes=7)
     assert speed(found) == pytest.approx(best)
     assert 1 < found.depth and 2 < found.nodes < 7

@@ -23,11 +23,9 @@ from processes import HELPERS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headstart.inference.engine.loop import decode, plain
-from headstart.inference.engine.sampler import Sampler
-from headstart.inference.engine.sequence import StopCriteria
-from headstart.inference.tree_policy.cost_model import _about
-from headstart.inference.tree_policy.defaults import fitting
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.loop import decode
+from headstart.inference.engine.measure_costs import costs_key
 from headstart.model.backends import cuda_ops as accelerated
 from headstart.model.backends.cuda_ops import Accelerated
 from headstart.model.backends.fused_head import SWIFT_ON_A_GPU, cached_attention, speed_up_blocks
@@ -188,25 +186,26 @@ def test_a_whole_decode(family: str, kind: str, shape: str) -> None:
     assert isinstance(target.backend, Accelerated)
     ids_BT, mask_BT = torch.stack(prompts([11, 11])), torch.ones(2, 11, dtype=torch.int64)
     mask_BT[1, :4] = 0
-    options = {"sampler": Sampler(), "stop": StopCriteria(9)}
-    told = answers(plain(target, ids_BT, mask_BT, **options), 2)
+    sampling = SamplingParams(9)
+    told = answers(decode(target, ids_BT, mask_BT, sampling=sampling), 2)
     head = make_head(target, kind, {})
     head.init_from_target()
     head = head.for_decoding(target)
-    tree = fitting(SHAPES[shape], head)
-    assert answers(decode(target, head, ids_BT, mask_BT, shape=tree, **options), 2) == told
-    target.backend = None  # and what its modules say
-    assert answers(plain(target, ids_BT, mask_BT, **options), 2) == told
+    config = SpeculativeConfig(head, SHAPES[shape])
+    steps = decode(target, ids_BT, mask_BT, sampling=sampling, speculative=config)
+    assert answers(steps, 2) == told
+    target._lean = None  # and what its modules say
+    assert answers(decode(target, ids_BT, mask_BT, sampling=sampling), 2) == told
 
 
 def test_costs_are_measured_again_when_the_functions_change(tmp_path: Path) -> None:
     target = wrap_target(FAMILIES["llama"]().to(DEVICE))
     head = make_head(target, "medusa", {}).for_decoding(target)
-    now = _about(target, head)["kernels"]
+    now = costs_key(target, head)["kernels"]
     assert now == accelerated.digest(target.device) is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accelerated, "version", lambda name: "another")
-        assert _about(target, head)["kernels"] != now
+        assert costs_key(target, head)["kernels"] != now
 
 
 def test_they_compile_for_a_gpu(tmp_path: Path) -> None:

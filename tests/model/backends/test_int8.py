@@ -13,8 +13,8 @@ from oracle import Oracle
 from run_command import pickled
 from torch import Tensor, nn
 
-from headstart.inference.engine.loop import StopCriteria, decode, plain
-from headstart.inference.engine.sampler import Sampler
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.loop import decode
 from headstart.model.backends.int8 import (
     Int8,
     QuantizedLinear,
@@ -155,17 +155,15 @@ def test_trees_write_what_plain_decoding_writes(family):
     for seed, lengths in enumerate([[13], [11, 4, 17], [70]]):
         ids_BT, lengths_B = padded(prompts(lengths, seed))
         mask_BT = (torch.arange(ids_BT.shape[1]) < lengths_B[:, None]).long()
-        expected = told(plain(target, ids_BT, mask_BT, sampler=Sampler(), stop=StopCriteria(20)))
+        expected = told(decode(target, ids_BT, mask_BT, sampling=SamplingParams(20)))
         for shape in SHAPES.values():
             oracle = Oracle(target, expected)
             steps = decode(
                 target,
-                oracle,
                 ids_BT,
                 mask_BT,
-                sampler=Sampler(),
-                stop=StopCriteria(20),
-                shape=shape,
+                sampling=SamplingParams(20),
+                speculative=SpeculativeConfig(oracle, shape),
             )
             passes = list(steps)
             assert told(passes) == expected
@@ -267,7 +265,8 @@ def test_without_a_compiler_it_is_refused_and_heads_draft_in_floats(monkeypatch)
 
 @pytest.mark.slow
 def test_a_real_model_stays_itself_and_exact(smollm2):
-    from headstart.inference.benchmark.runner import Contestant, measure
+    from benchmarking import benchmark
+
     from headstart.model.checkpoint.head import load_head
     from headstart.scripts.options.default_checkpoint import shipped_head
     from headstart.scripts.options.prompts import decodable, first_turns
@@ -277,6 +276,6 @@ def test_a_real_model_stays_itself_and_exact(smollm2):
     ids = first_turns(target, decodable("heldout", 3, target))
     report = quantization_report(target.model, [torch.tensor(one) for one in ids])
     assert report.agreement > 0.93 and report.divergence < 0.02
-    results = measure(target, {"mtp": Contestant(head)}, ids, max_new_tokens=16)
+    results = benchmark(target, {"mtp": SpeculativeConfig(head)}, ids, max_new_tokens=16)
     assert results["mtp"].identical == 3, results["mtp"].differences
     assert results["mtp"].stats.acceptance_length > 1.3

@@ -17,20 +17,21 @@ from recurrent_decoding import NEW_TOKENS, SETTINGS, answers
 from torch import Tensor
 
 from headstart.inference import SpeculativeModel
-from headstart.inference.benchmark.runner import acceptance_length
-from headstart.inference.engine.loop import StopCriteria, decode, plain
-from headstart.inference.engine.sampler import Sampler
+from headstart.inference.benchmark.acceptance import measure_acceptance
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.loop import decode
 from headstart.inference.engine.stats import Stats
 from headstart.model.heads.common.base import kinds, make_head
 from headstart.model.target.load import wrap_target
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
 from headstart.model.tree.tree import Tree
-from headstart.scripts.options.tree_budget import contestant
+from headstart.scripts.options.tree_budget import speculative_config
 
-SAMPLERS = {
-    "temperature": lambda: Sampler.of(1.0, seed=5),
-    "penalty": lambda: Sampler.of(1.0, repetition_penalty=1.3, top_k=20, seed=8),
+GREEDY = SamplingParams(NEW_TOKENS)
+SAMPLINGS = {
+    "temperature": SamplingParams(NEW_TOKENS, 1.0, seed=5),
+    "penalty": SamplingParams(NEW_TOKENS, 1.0, repetition_penalty=1.3, top_k=20, seed=8),
 }
 families = pytest.mark.parametrize("family", SETTINGS)
 
@@ -40,9 +41,8 @@ def target_of(family: str) -> Target:
     return wrap_target(build(family, SETTINGS[family]))
 
 
-def alone(family: str, ids_1T: Tensor, sampler: Sampler | None = None) -> list[int]:
-    stop, sampler = StopCriteria(NEW_TOKENS), sampler or Sampler()
-    return answers(plain(target_of(family), ids_1T, sampler=sampler, stop=stop))[0]
+def alone(family: str, ids_1T: Tensor, sampling: SamplingParams = GREEDY) -> list[int]:
+    return answers(decode(target_of(family), ids_1T, sampling=sampling))[0]
 
 
 def stock(family: str, ids_1T: Tensor, new_tokens: int = NEW_TOKENS) -> list[int]:
@@ -77,13 +77,9 @@ def test_a_head_that_is_often_right(family: str, depth: int) -> None:
         def count(_: object, __: object, named: dict[str, Tensor], p: list[int] = passes) -> None:
             p.append(named["input_ids"].shape[1])
 
-        hook = target.decoder.module.register_forward_pre_hook(count, with_kwargs=True)
-        steps = list(
-            decode(
-                target, oracle, ids_1T, sampler=Sampler(), stop=StopCriteria(NEW_TOKENS),
-                shape=TreeShape.chain(depth), stats=stats,
-            )
-        )  # fmt: skip
+        hook = target._decoder.register_forward_pre_hook(count, with_kwargs=True)
+        config = SpeculativeConfig(oracle, TreeShape.chain(depth))
+        steps = list(decode(target, ids_1T, sampling=GREEDY, speculative=config, stats=stats))
         hook.remove()
         assert answers(iter(steps))[0] == expected
         assert len(passes) == stats.rounds + 1 < NEW_TOKENS
@@ -103,24 +99,20 @@ def test_every_head_kind(family: str) -> None:
         head.init_from_target()
         for depth in (1, 2, 3, 4):
             ids_1T, stats = prompts([10], seed=depth)[0][None], Stats()
-            steps = decode(
-                target, head, ids_1T, sampler=Sampler(), stop=StopCriteria(12),
-                shape=TreeShape.chain(depth), stats=stats,
-            )  # fmt: skip
+            config, twelve = SpeculativeConfig(head, TreeShape.chain(depth)), SamplingParams(12)
+            steps = decode(target, ids_1T, sampling=twelve, speculative=config, stats=stats)
             assert answers(steps)[0] == stock(family, ids_1T, 12), (kind, depth)
             assert stats.tried[0] > 0
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_seeded_sampling_is_an_equality_too(sampler: str) -> None:
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_seeded_sampling_is_an_equality_too(sampling: str) -> None:
     ids_1T, stats = prompts([11])[0][None], Stats()
-    expected = alone("qwen3_next", ids_1T, SAMPLERS[sampler]())
+    expected = alone("qwen3_next", ids_1T, SAMPLINGS[sampling])
     assert expected != alone("qwen3_next", ids_1T)
     target = target_of("qwen3_next")
-    steps = decode(
-        target, Oracle(target, [expected]), ids_1T, sampler=SAMPLERS[sampler](),
-        stop=StopCriteria(NEW_TOKENS), shape=TreeShape.chain(4), stats=stats,
-    )  # fmt: skip
+    config = SpeculativeConfig(Oracle(target, [expected]), TreeShape.chain(4))
+    steps = decode(target, ids_1T, sampling=SAMPLINGS[sampling], speculative=config, stats=stats)
     assert answers(steps)[0] == expected and sum(stats.accepted) > 5
 
 
@@ -137,14 +129,17 @@ def test_rows_of_a_batch_are_answered_in_turn(left: bool) -> None:
     expected = [alone("qwen3_5_text", text[None]) for text in texts]
     head = make_head(target, "mtp", {}).eval()
     steps = decode(
-        target, head, ids_BT, mask_BT, sampler=Sampler(), stop=StopCriteria(NEW_TOKENS), stats=stats
+        target,
+        ids_BT,
+        mask_BT,
+        sampling=SamplingParams(NEW_TOKENS),
+        speculative=SpeculativeConfig(head),
+        stats=stats,
     )
     assert answers(steps, 3) == expected
     assert stats.rows == 3 and stats.tokens == 3 * NEW_TOKENS
     drawn = [
-        answers(
-            plain(target, ids_BT, mask_BT, sampler=Sampler.of(1.0, seed=3), stop=StopCriteria(8)), 3
-        )
+        answers(decode(target, ids_BT, mask_BT, sampling=SamplingParams(8, 1.0, seed=3)), 3)
         for _ in range(2)
     ]
     assert drawn[0] == drawn[1] and drawn[0][0] != drawn[0][1]
@@ -198,10 +193,10 @@ def test_states_are_those_of_the_text_that_was_kept(family: str) -> None:
 def test_what_has_branches_is_refused() -> None:
     target = target_of("qwen3_next")
     head = make_head(target, "mtp", {}).eval()
-    ids_1T, how = prompts([5])[0][None], {"sampler": Sampler(), "stop": StopCriteria(4)}
+    ids_1T = prompts([5])[0][None]
     for shape in (TreeShape.dynamic(8, 4, 3), TreeShape.static([[0], [1]])):
         with pytest.raises(ValueError, match=r"state cannot branch. Use a chain.*--budget \d/\d/1"):
-            decode(target, head, ids_1T, shape=shape, **how)  # type: ignore[arg-type]
+            decode(target, ids_1T, sampling=GREEDY, speculative=SpeculativeConfig(head, shape))
     tree = Tree(torch.tensor([[5, 6, 7]]), torch.tensor([[-1, 0, 0]]), torch.zeros(1, 3))
     with pytest.raises(ValueError, match="cannot verify a tree with branches"):
         target.forward(tree)
@@ -219,20 +214,20 @@ def test_defaults_are_chains() -> None:
     repeated = torch.cat([prompts([6])[0]] * 3)[None]
     expected = [*repeated[0].tolist(), *stock("qwen3_5_text", repeated)]
     options: Any = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-    for how in ({}, {"lookup": False}, {"tree": TreeShape.chain(2), "lookup": True}):
-        assert model.generate(repeated, **how, **options)[0].tolist() == expected
-    for budget in ("auto+lookup", "off", "lookup", "5", "5/4/1", "4+lookup"):
-        one, stats = contestant(target, model.head, budget), Stats()
+    chain = SpeculativeConfig(model.head, TreeShape.chain(2), ngram=True)
+    for how in (None, SpeculativeConfig(model.head), chain):
+        assert model.generate(repeated, speculative=how, **options)[0].tolist() == expected
+    for budget in ("auto+ngram", "off", "ngram", "5", "5/4/1", "4+ngram"):
+        one, stats = speculative_config(target, model.head, budget), Stats()
         assert one.shape.width == 1
-        assert one.shape.depth == {"4+lookup": 3, "5": 4, "5/4/1": 4, "off": 4}.get(budget, 8)
-        steps = one.decode(
-            target, repeated, sampler=Sampler(), stop=StopCriteria(NEW_TOKENS), stats=stats
-        )
+        assert one.shape.depth == {"4+ngram": 3, "5": 4, "5/4/1": 4, "off": 4}.get(budget, 8)
+        steps = decode(target, repeated, sampling=GREEDY, speculative=one, stats=stats)
         assert answers(steps)[0] == expected[repeated.shape[1] :]
     model.head.rank_acceptance = ((0.9, 0.5), (0.8, 0.5), (0.7, 0.5))
-    assert contestant(target, model.head, "static").shape.width == 1
-    stats, told = acceptance_length(target, model.head, [repeated[0].tolist()], max_new_tokens=8)
-    assert [token for step in told[0] for token in step] == expected[repeated.shape[1] :][:8]
+    assert speculative_config(target, model.head, "static").shape.width == 1
+    config, ids = SpeculativeConfig(model.head), repeated[0].tolist()
+    _, [steps] = measure_acceptance(target, config, [ids], SamplingParams(8))
+    assert [token for step in steps for token in step] == expected[repeated.shape[1] :][:8]
 
 
 def test_guesses_from_the_text_come_true() -> None:
@@ -247,11 +242,9 @@ def test_guesses_from_the_text_come_true() -> None:
     expected = alone("qwen3_next", text_1T)
     steps = decode(
         target,
-        None,
         text_1T,
-        sampler=Sampler(),
-        stop=StopCriteria(NEW_TOKENS),
-        lookup=True,
+        sampling=SamplingParams(NEW_TOKENS),
+        speculative=SpeculativeConfig(ngram=True),
         stats=stats,
     )
     assert answers(steps)[0] == expected and stats.drafted > 0

@@ -18,8 +18,8 @@ from oracle import Oracle
 from torch import Tensor, nn
 
 from headstart.inference import SpeculativeModel
-from headstart.inference.engine.loop import StopCriteria, decode, plain
-from headstart.inference.engine.sampler import Sampler
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.loop import decode
 from headstart.model.backends.visibility import tie_break_earliest
 from headstart.model.cache.kv_cache import BLOCK, KVLayer
 from headstart.model.checkpoint.adopt import adopt
@@ -69,7 +69,7 @@ def test_transformers_generates_the_same(family: str, length: int) -> None:
     target, ids_1T = target_of(family), prompts([length], seed=1)[0][None]
     expected = stock(target, ids_1T)
     assert len(set(expected)) > 3
-    steps = plain(target, ids_1T, sampler=Sampler(), stop=StopCriteria(NEW_TOKENS))
+    steps = decode(target, ids_1T, sampling=SamplingParams(NEW_TOKENS))
     assert answers(steps, 1) == [expected]
     for kind in kinds():
         model = SpeculativeModel(target, make_head(target, kind, {}))
@@ -88,10 +88,12 @@ def undecided(family: str) -> Target:
 def test_of_columns_with_the_same_score_the_earlier_is_chosen(family: str) -> None:
     """In a tree, where other columns lie in between, too. torch alone takes any."""
     target, ids_1T = undecided(family), prompts([30], seed=3)[0][None]
-    expected = answers(plain(target, ids_1T, sampler=Sampler(), stop=StopCriteria(NEW_TOKENS)), 1)
+    expected = answers(decode(target, ids_1T, sampling=SamplingParams(NEW_TOKENS)), 1)
     for shape in SHAPES.values():
-        stop, oracle = StopCriteria(NEW_TOKENS), Oracle(target, expected)
-        steps = decode(target, oracle, ids_1T, sampler=Sampler(), stop=stop, shape=shape)
+        sampling, oracle = SamplingParams(NEW_TOKENS), Oracle(target, expected)
+        steps = decode(
+            target, ids_1T, sampling=sampling, speculative=SpeculativeConfig(oracle, shape)
+        )
         assert answers(steps, 1) == expected
     chosen = tie_break_earliest(torch.zeros(1, 1, 1, 4000))[0, 0, 0].topk(2000).indices
     assert set(chosen.tolist()) == set(range(2000))

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarking import benchmark
 from chat_model import tokenizer, write_recipe
 from run_command import refused, run
 from safetensors.torch import load_file, save_file
 from tiny_run import tiny_head
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headstart.inference.benchmark.runner import PLAIN, Contestant, measure
+from headstart.inference.benchmark.metrics import AUTOREGRESSIVE
+from headstart.inference.config import SpeculativeConfig
 from headstart.model.checkpoint.fuse import fuse
 from headstart.model.checkpoint.fused import load_fused
 from headstart.model.checkpoint.head import load_head, read_head_file, save_head
@@ -25,7 +27,7 @@ from headstart.model.hub.upload import publishable
 from headstart.model.target.load import load_target
 from headstart.model.target.target import Target
 from headstart.model.target.weights_hash import target_hash
-from headstart.scripts.commands.graft import MOST_LOST, lost_share
+from headstart.scripts.commands.graft import MAX_LOSS, lost_share
 
 pytestmark = pytest.mark.usefixtures("wide")
 
@@ -144,7 +146,7 @@ def test_a_strong_change_costs_and_retraining_is_recommended(
     out = tmp_path / "out"
     output = run("graft", fused, changed, out, *settings).output
     assert compared(output) == ["original target 2/2", "changed target 2/2"]
-    assert "2 of 2 answers equal the changed target's own" in output
+    assert "2 of 2 responses equal the changed target's" in output
 
     target, head = load_fused(out)
     file = read_head_file(out)
@@ -155,15 +157,15 @@ def test_a_strong_change_costs_and_retraining_is_recommended(
         torch.equal(tensor, old.state_dict()[name]) for name, tensor in head.state_dict().items()
     )
     ids = [[5, 6, 7], [60, 2]]
-    found = measure(target, {"ours": Contestant(head)}, ids, max_new_tokens=20)
-    assert found["ours"].identical == found[PLAIN].prompts == 2
+    found = benchmark(target, {"ours": SpeculativeConfig(head)}, ids, max_new_tokens=20)
+    assert found["ours"].identical == found[AUTOREGRESSIVE].prompts == 2
 
     (graft,) = file.meta.grafts
     assert graft.source == file.meta.trained_on == "someone/tiny"
-    assert graft.before > 1.5 > graft.after and lost_share(graft.before, graft.after) > MOST_LOST
+    assert graft.before > 1.5 > graft.after and lost_share(graft.before, graft.after) > MAX_LOSS
     lost = lost_share(graft.before, graft.after)
-    assert f"Lost: {lost:.0%} of what the head gains" in output
-    assert f"{graft.before:.2f} before and {graft.after:.2f} now" in output
+    assert f"Lost: {lost:.0%} of the head's gain" in output
+    assert f"{graft.before:.2f} before, {graft.after:.2f} now" in output
     assert "RETRAIN IT" in output
     # The commands are what a user can run.
     recipe = write_recipe(tmp_path / "r.yaml", Path("none"), Path("none"), Path("none"), steps=2)
@@ -198,7 +200,7 @@ def test_what_was_of_the_old_target_is_dropped_and_the_training_kept(
     (measured,) = meta.measured
     (graft,) = meta.grafts
     assert measured.acceptance_length == graft.after and measured.identical == 2
-    assert measured.prompts == "talk.jsonl, 2 prompts, 16 tokens each at most"
+    assert measured.prompts == "talk.jsonl, 2 prompts, at most 16 tokens each"
     card = (out / "README.md").read_text()
     assert "TRAINED ON ANOTHER TARGET, someone/tiny and" in card
     row = f"| someone/tiny | {changed} | {graft.before:.2f} | {graft.after:.2f} |"
@@ -211,7 +213,7 @@ def test_a_small_change_costs_nothing_to_speak_of(fused, source, settings, tmp_p
     changed = change(source, tmp_path / "tuned", SMALL)
     output = run("graft", fused, changed, tmp_path / "out", *settings).output
     (graft,) = read_head_file(tmp_path / "out").meta.grafts
-    assert graft.after > 1.5 and lost_share(graft.before, graft.after) <= MOST_LOST
+    assert graft.after > 1.5 and lost_share(graft.before, graft.after) <= MAX_LOSS
     assert "Nothing was lost" in output and "RETRAIN" not in output and "train.start" not in output
 
 
@@ -227,8 +229,8 @@ def test_a_head_alone_is_compared_where_its_target_is_on_disk(fused, source, set
     head = fused.parent / "head"
     output = run("graft", head, changed, tmp_path / "alone", *settings).output
     assert compared(output) == ["changed target 2/2"]
-    assert "What was lost is not known: someone/tiny" in output
-    assert "If that is too little, train the head on" in output
+    assert "The loss is unknown: the original target, someone/tiny" in output
+    assert "If that is too little, continue training the head" in output
     (graft,) = read_head_file(tmp_path / "alone").meta.grafts
     assert graft.before is None and graft.after > 0
     assert "| someone/tiny |" in (tmp_path / "alone" / "README.md").read_text()

@@ -155,6 +155,6 @@ def test_the_command(tmp_path, monkeypatch):
     assert index["layers"] == [] and f"{tokens * 32 * 4 / 1e9:.3f} GB" in told
     run_command("train", recipe, f"data.features={features}")
     assert (tmp_path / "run" / "best" / "config.json").exists()
-    assert "no kind 'int3'" in refused("features", recipe, "--out", features, "--kind", "int3")
+    assert "--dtype is 'int3'" in refused("features", recipe, "--out", features, "--dtype", "int3")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "runs in one process" in refused("features", recipe, "--out", features)

@@ -10,8 +10,8 @@ import torch
 from tiny_run import VOCAB, mixed_rows, rule_rows, rule_target, tiny_head, tiny_target
 from torch import Tensor
 
-from headstart.inference.engine.loop import StopCriteria, decode, plain
-from headstart.inference.engine.sampler import Sampler
+from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.loop import decode
 from headstart.model.heads.common.base import DraftHead, kinds
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
@@ -302,7 +302,7 @@ def test_decoding_stays_exact(target, kind):
     head = random_head(target, kind).for_decoding(target)
     head.temperatures = (0.5, 2.5, 0.8)
     ids_BT = torch.tensor([row[:6] for row in mixed_rows(3)])
-    sampled = {"sampler": Sampler.of(1.0, seed=3), "stop": StopCriteria(20)}
+    sampling = SamplingParams(20, 1.0, seed=3)
 
     def text(steps) -> list[list[int]]:
         told: list[list[int]] = [[], [], []]
@@ -311,7 +311,7 @@ def test_decoding_stays_exact(target, kind):
                 answer += tokens
         return told
 
-    expected = text(plain(target, ids_BT, **sampled))
-    shape = TreeShape.dynamic(nodes=9, depth=3, width=3)
-    sampled["sampler"] = Sampler.of(1.0, seed=3)
-    assert text(decode(target, head, ids_BT, shape=shape, **sampled)) == expected
+    expected = text(decode(target, ids_BT, sampling=sampling))
+    config = SpeculativeConfig(head, TreeShape.dynamic(nodes=9, depth=3, width=3))
+    steps = decode(target, ids_BT, sampling=sampling, speculative=config)
+    assert text(steps) == expected

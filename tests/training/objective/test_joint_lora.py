@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarking import benchmark
 from chat_model import save
 from joint_run import JOINT, STEPS, recipe_for, run
 from processes import launch_together
 from safetensors.torch import load_file
 from tiny_run import learned, mixed_rows, tiny_head, tiny_target, write_rows
 
-from headstart.inference.benchmark.runner import PLAIN, Contestant, measure
+from headstart.inference.benchmark.metrics import AUTOREGRESSIVE
+from headstart.inference.config import SpeculativeConfig
 from headstart.model.checkpoint.fuse import fuse
 from headstart.model.checkpoint.fused import load_fused
 from headstart.model.checkpoint.head import load_head, read_head_file
@@ -186,8 +188,10 @@ def test_fused_it_is_a_model_of_its_own_that_is_kept_exactly(dtype, tmp_path, ca
     card = (tmp_path / "fused" / "README.md").read_text()
     assert "CHANGED jointly with the head (LoRA of rank 4; on held-out responses" in card
     assert read_head_file(tmp_path / "fused").meta.joint.divergence > 0
-    results = measure(target, {"ours": Contestant(head)}, [rows[0], rows[1]], max_new_tokens=24)
-    assert results["ours"].identical == results[PLAIN].prompts == 2
+    results = benchmark(
+        target, {"ours": SpeculativeConfig(head)}, [rows[0], rows[1]], max_new_tokens=24
+    )
+    assert results["ours"].identical == results[AUTOREGRESSIVE].prompts == 2
 
 
 def test_damaged_adapters_are_refused(tmp_path):

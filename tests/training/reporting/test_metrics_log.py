@@ -14,7 +14,9 @@ from chat_model import save
 from rich.console import Console
 from tiny_run import mixed_rows, tiny_head, tiny_recipe, tiny_target, write_rows
 
-from headstart.inference.benchmark import runner as measure
+from headstart.inference.benchmark import acceptance
+from headstart.inference.benchmark.acceptance import measure_acceptance
+from headstart.inference.config import SamplingParams, SpeculativeConfig
 from headstart.inference.rollout import prompt_ids
 from headstart.model.heads.common.base import DraftHead, make_head
 from headstart.model.target.load import load_target
@@ -136,8 +138,11 @@ def test_samples_are_the_answers_step_by_step(chatty, head, prompts):
     assert [one.prompt for one in found["samples"]] == ["tell a", "tell bc"]
     for sample in found["samples"]:
         tokens = prompt_ids(chatty, [{"role": "user", "content": sample.prompt}])
-        stats, [steps] = measure.acceptance_length(
-            chatty, head, [tokens], max_new_tokens=24, shape=TreeShape.dynamic(8, 4, 4)
+        stats, [steps] = measure_acceptance(
+            chatty,
+            SpeculativeConfig(head, TreeShape.dynamic(8, 4, 4)),
+            [tokens],
+            SamplingParams(24),
         )
         answer = [token for step in steps for token in step]
         assert len(answer) == stats.tokens and max(len(step) for step in steps) <= 5
@@ -149,13 +154,13 @@ def test_samples_are_the_answers_step_by_step(chatty, head, prompts):
 
 def test_longer_prompts_have_figures_of_their_own(chatty, head, prompts, monkeypatch):
     lengths: list[list[int]] = []
-    real = measure.acceptance_length
+    real = measure_acceptance
 
-    def seen(target, head, ids, **options):
+    def seen(target, speculative, ids, sampling):
         lengths.append([len(one) for one in ids])
-        return real(target, head, ids, **options)
+        return real(target, speculative, ids, sampling)
 
-    monkeypatch.setattr(measure, "acceptance_length", seen)
+    monkeypatch.setattr(acceptance, "measure_acceptance", seen)
     config = EvalConfig(prompts=prompts, max_new_tokens=8, contexts=[100, 300])
     found = evaluator(config, chatty)(head)
     assert {name for name in found if name.startswith("acceptance_length")} == {
