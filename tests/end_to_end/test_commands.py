@@ -143,7 +143,7 @@ def test_chat_keeps_the_conversation(target, prompts, recipe, tmp_path, monkeypa
     monkeypatch.setattr(
         generate,
         "stream",
-        lambda model, ids, **how: seen.append(len(ids)) or stream(model, ids, **how),
+        lambda model, ids, *given: seen.append(len(ids)) or stream(model, ids, *given),
     )
     run("generate", tmp_path / "fused", "--chat", "--max-new-tokens", 5)
     assert len(seen) == 2 and seen[1] > seen[0] + 5
@@ -233,7 +233,7 @@ def test_head_of_another_target(recipe, tmp_path):
 
 
 def test_generate_without_a_prompt_or_checkpoint(target):
-    assert "nothing to answer" in refused("generate")
+    assert "There is no prompt" in refused("generate")
     assert "fuse" in refused("generate", target, "hello")
     assert "no prompt follows" in refused("generate", target)
 

@@ -372,7 +372,7 @@ def test_commands_do_not_change_a_checkpoint_on_the_hub(
     hub: Hub, worker: Worker, made: Path, tmp_path: Path, name: str
 ) -> None:
     worker.run("push", made / "fused", name)
-    for command in (["eval", name, "--record"], ["calibrate", name, "--answers", tmp_path / "a"]):
+    for command in (["eval", name, "--record"], ["calibrate", name, "--responses", tmp_path / "a"]):
         assert "takes a folder" in worker.refused(*command)
     assert "no repository of this name" in worker.refused("generate", "me/typo", "hello")
     private = hub.repos[name]
