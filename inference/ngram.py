@@ -1,8 +1,8 @@
 """Guesses for free: what followed earlier in the text where it read as it reads now.
 
-Code, summaries and lists repeat what the prompt or the answer said before. `Lookup` finds earlier
-occurrences of the text's last tokens and proposes what came after them (prompt lookup; with the
-longest match first as in SuffixDecoding, arXiv 2411.04975, and SAM-Decoding, arXiv 2411.10666).
+Code, summaries and lists repeat what the prompt or the answer said before. `NgramIndex` finds
+earlier occurrences of the text's last tokens and proposes what came after them (prompt lookup; with
+the longest match first as in SuffixDecoding, arXiv 2411.04975, and SAM-Decoding, arXiv 2411.10666).
 `merge` adds the guesses to the tree that a head drafted; `alone` makes a tree of nothing else.
 
 How likely a guess is depends on how long the match is. A guessed token that is right makes the
@@ -71,7 +71,7 @@ def _by_length(chances: Sequence[float]) -> list[_Rate]:
     return [rates[bisect_right(LENGTHS, length) - 1] for length in range(LENGTHS[-1] + 1)]
 
 
-class Lookup:
+class NgramIndex:
     """One row's text so far, prompt and answer, and where each run of its tokens came last.
 
     Lives on the host. Time per token and per guess does not grow with the text; memory is about a
@@ -111,7 +111,7 @@ class Lookup:
                 break  # chances of other guesses are those after a miss of the ones before
         self._asked = []
 
-    def candidates(self, depth: int, chains: int) -> list[NgramDraft]:
+    def drafts(self, depth: int, chains: int) -> list[NgramDraft]:
         """Up to `chains` continuations of `depth` tokens, each with a first token of its own.
 
         The longest match comes first, among equals (and all of LONGEST and more) the latest. None
@@ -174,12 +174,12 @@ def _ends(text: list[int]) -> list[tuple[int, ...]]:
     return [last[start:] for start in range(len(last) - 1, -1, -1)]
 
 
-def alone(root_B: Tensor, guesses_B: Sequence[Sequence[NgramDraft]]) -> Tree:
+def ngram_tree(root_B: Tensor, guesses_B: Sequence[Sequence[NgramDraft]]) -> Tree:
     """A tree of guesses only. root_B: the last committed tokens. guesses_B: each row's guesses."""
-    return merge(Tree.root(root_B), guesses_B)
+    return merge_ngrams(Tree.root(root_B), guesses_B)
 
 
-def merge(tree: Tree, guesses_B: Sequence[Sequence[NgramDraft]]) -> Tree:
+def merge_ngrams(tree: Tree, guesses_B: Sequence[Sequence[NgramDraft]]) -> Tree:
     """The tree with the guesses in it, `guesses_B[b]` in row b.
 
     A guessed token that the tree has at that place already is not added again: the node takes the

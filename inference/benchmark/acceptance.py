@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.graph_pool import graph_pool
 from headstart.inference.engine.loop import decode
 from headstart.inference.engine.stats import Stats
-from headstart.inference.engine.step_graphs import Graphs
 from headstart.model.target.target import Target
 
 
@@ -33,5 +33,5 @@ def measure_acceptance(
         steps = decode(target, tokens_BT, sampling=sampling, speculative=speculative, stats=stats)
         responses.append([emitted[0] for emitted in steps])
     if speculative.head is not None:
-        Graphs.of(target).forget(speculative.head)  # the next evaluation brings another head
+        graph_pool(target).forget(speculative.head)  # the next evaluation brings another head
     return stats, responses

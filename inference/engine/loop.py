@@ -1,15 +1,12 @@
-"""The decode loop, and plain decoding beside it: the reference that it must equal.
+"""The decode loop: `decode` for any target, head and source of drafts.
 
-`plain` is the same loop with a tree of one node, so both share the engine, the sampler and the
-stopping rules, and a comparison of their speed is a fair one.
+A decode step drafts a tree of candidates, verifies it in one forward pass of the target, and
+accepts a path of it. A `StepRunner` computes the step; the loop cuts the emitted tokens at the
+first stop, updates the adaptive policy and the statistics, and limits how deep drafts may become.
+Autoregressive decoding is the same loop with trees of one node, so both share the engine, the
+sampler and the stopping rules, and a comparison of their speed is a fair one.
 
-A round: the head drafts a tree, the target reads it in one pass, `accept` keeps a path, the host
-cuts what the path emits at the first stop, finished rows leave the batch, and cache and head take
-in the path. The prompt is a round too: its root is the last prompt token. Here the loop waits for
-the device once per round, for the numbers of `_emitted`.
-
-Legend: B batch rows, N tree nodes, T prompt positions, P places of a path, D hidden size,
-V vocabulary.
+Legend: B sequences, T prompt positions.
 """
 
 from __future__ import annotations
@@ -21,26 +18,25 @@ import torch
 from torch import Tensor
 
 from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.tree_policy.adaptive import AdaptivePolicy
 from headstart.inference.tree_policy.defaults import (
     DEFAULT_TREE,
     WIDEST_TREE,
     clamp_to_head,
     for_target,
 )
-from headstart.model.cache.kv_cache import KVCache
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
-from headstart.model.tree.tree import Tree
 
-from .draft import AcceptedStep, Drafter, read_prompts
-from .graph_loop import GraphLoop
+from .eager_runner import EagerRunner
+from .graph_pool import graph_pool
+from .graph_runner import GraphRunner, supports_cuda_graphs
 from .sampler import Sampler
-from .sequence import SequenceState, StopCriteria, draws, make_sequences
+from .sequence import SequenceState, StopCriteria, make_sequences
 from .stats import Stats
-from .step_graphs import Graphs, supports_cuda_graphs
-from .verify import Accepted, accept
+from .step_runner import DraftLimits, StepOutput, StepRunner
 
-StepStream = Iterator[list[list[int]]]  # per pass, for every row of the batch, the tokens it gave
+StepStream = Iterator[list[list[int]]]  # per forward pass, the tokens that each response grew by
 
 
 # Within a caller's inference mode too: a stream may outlive it, and then could not write to a cache
@@ -71,31 +67,101 @@ def decode(
     speculative = speculative or SpeculativeConfig()
     stats = Stats() if stats is None else stats
     sampler, stop = Sampler.of(sampling), StopCriteria.of(sampling, target)
-    shape = _shape(target, speculative)
-    head, budget = speculative.head, speculative.costs
-    tokens_BT, mask_BT = _checked(tokens_BT, mask_BT)
-    rows = make_sequences(target, tokens_BT, mask_BT, stop, speculative.ngram)
-    lengths_B = torch.tensor([row.length for row in rows], device=target.device)
-    # Tokens to the left in their order, padding behind them.
-    order_BT = (mask_BT == 0).to(torch.uint8).argsort(dim=1, stable=True)
-    packed_BT = tokens_BT.gather(1, order_BT)[:, : max(row.length for row in rows)]
-    packed_BT = packed_BT.to(target.device)
-    if not speculative.eager and supports_cuda_graphs(target, head, sampler, speculative.ngram):
-        kept = Graphs.of(target)
-        graphs = GraphLoop(target, head, rows, sampler, stop, shape, budget, stats, kept)
-        return graphs.run(packed_BT, lengths_B)
-    together = [[row] for row in rows] if target.recurrent else [rows]
+    head, shape = speculative.head, _tree_shape(target, speculative)
+    tokens_BT, mask_BT = _check_prompts(tokens_BT, mask_BT)
+    sequences = make_sequences(target, tokens_BT, mask_BT, stop, speculative.ngram)
+    packed_BT, lengths_B = _pack(target, tokens_BT, mask_BT, sequences)
+    batches = [[one] for one in sequences] if target.recurrent else [sequences]
+    use_graphs = not speculative.eager
+    use_graphs = use_graphs and supports_cuda_graphs(target, head, sampler, speculative.ngram)
     runs: list[StepStream] = []
-    for some in together:
-        drafter = Drafter(head, shape, budget, len(some), stats, chain=target.recurrent)
-        places = [row.number for row in some]
-        longest = max(row.length for row in some)
-        loop = _Loop(target, drafter, some, len(rows), sampler, stop, stats)
-        runs.append(loop.run(packed_BT[places, :longest], lengths_B[places]))
+    for batch in batches:
+        policy = None if speculative.costs is None else AdaptivePolicy(speculative.costs)
+        runner: StepRunner
+        if use_graphs:
+            pool = graph_pool(target)
+            runner = GraphRunner(target, head, shape, sampler, batch, policy, stats, pool)
+        else:
+            runner = EagerRunner(target, head, shape, sampler, batch, policy, stats)
+        loop = DecodeLoop(target, runner, batch, len(sequences), stop, policy, stats)
+        rows, longest = [one.number for one in batch], max(one.length for one in batch)
+        runs.append(loop.run(packed_BT[rows, :longest], lengths_B[rows]))
     return chain.from_iterable(runs)
 
 
-def _shape(target: Target, speculative: SpeculativeConfig) -> TreeShape:
+class DecodeLoop:
+    """Decodes one batch with a runner.
+
+    sequences: of this batch.
+    total: sequences of the whole call; what is yielded has one list for each of them.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        runner: StepRunner,
+        sequences: Sequence[SequenceState],
+        total: int,
+        stop: StopCriteria,
+        policy: AdaptivePolicy | None,
+        stats: Stats,
+    ):
+        self.target, self.runner, self.sequences, self.total = target, runner, sequences, total
+        self.stop, self.policy, self.stats = stop, policy, stats
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def run(self, tokens_BT: Tensor, lengths_B: Tensor) -> StepStream:
+        """tokens_BT: prompts, padded on the right. lengths_B: their lengths."""
+        self.stats.begin(len(self.sequences), self.target.device)
+        try:
+            output = self.runner.prefill(tokens_BT, lengths_B)
+            while True:
+                emitted = self._append_tokens(output)
+                self.stats.lap("host")
+                yield emitted
+                self.stats.pause()
+                active = [one for one in self.sequences if one.remaining_tokens]
+                if not active:
+                    return
+                self.runner.draft(self._limits(active))
+                output = self.runner.verify()
+                self._update_policy(output)
+        finally:
+            self.runner.close()
+
+    def _append_tokens(self, output: StepOutput) -> list[list[int]]:
+        """Add the emitted tokens to the responses, up to a stop; those of each sequence."""
+        emitted: list[list[int]] = [[] for _ in range(self.total)]
+        kept: list[int] = []
+        for sequence, tokens in zip(output.sequences, output.tokens, strict=True):
+            emitted[sequence.number] = sequence.append_tokens(tokens, self.stop)
+            kept.append(len(emitted[sequence.number]))
+        sampled = [len(tokens) for tokens in output.tokens]
+        self.stats.count(kept, sampled, output.tree_depth, output.num_draft_tokens)
+        return emitted
+
+    def _limits(self, active: Sequence[SequenceState]) -> DraftLimits:
+        remaining = max(one.remaining_tokens for one in active) - 1
+        limit = self.target.context_limit
+        if limit is None:
+            return DraftLimits(remaining, None)
+        return DraftLimits(remaining, min(limit - one.length for one in active))
+
+    def _update_policy(self, output: StepOutput) -> None:
+        if self.policy is None:
+            return
+        self.policy.update(
+            batch=len(output.sequences),
+            emitted=sum(map(len, output.tokens)),
+            nodes=output.num_nodes,
+            depth=output.drafted_depth,
+            full_depth=output.full_depth,
+            expected=output.expected,
+        )
+
+
+def _tree_shape(target: Target, speculative: SpeculativeConfig) -> TreeShape:
     if not speculative.drafts:
         return TreeShape.chain(1)
     default = DEFAULT_TREE if speculative.costs is None else WIDEST_TREE
@@ -103,7 +169,7 @@ def _shape(target: Target, speculative: SpeculativeConfig) -> TreeShape:
     return shape if speculative.head is None else clamp_to_head(shape, speculative.head)
 
 
-def _checked(tokens_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+def _check_prompts(tokens_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """Prompts and their mask; ValueError unless they fit together."""
     if mask_BT is None:
         mask_BT = torch.ones_like(tokens_BT)
@@ -115,130 +181,11 @@ def _checked(tokens_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]
     return tokens_BT.long(), mask_BT  # int32 is common, and no index elsewhere
 
 
-class _Loop:
-    """Rows of one batch on their way: what the rounds share. batch: rows that it has in all."""
-
-    def __init__(
-        self,
-        target: Target,
-        drafter: Drafter,
-        rows: list[SequenceState],
-        batch: int,
-        sampler: Sampler,
-        stop: StopCriteria,
-        stats: Stats,
-    ):
-        self.target, self.drafter, self.sampler = target, drafter, sampler
-        self.stop, self.stats = stop, stats
-        self.rows, self.batch = rows, batch
-        self.cache: KVCache = target.new_cache(len(rows))
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def run(self, tokens_BT: Tensor, lengths_B: Tensor) -> StepStream:
-        self.stats.begin(len(self.rows), self.target.device)
-        read, drawn = self._prompt(tokens_BT, lengths_B)
-        tree: Tree | None = None
-        while True:
-            emitted = self._take(drawn, tree)
-            self.stats.lap("host")
-            yield emitted
-            self.stats.pause()
-            if not any(row.remaining_tokens for row in self.rows):
-                return
-            read = self._commit(read)
-            tree = self._draft(read)
-            read, drawn = self._verify(tree)
-            self.drafter.update_policy(tree, sum(map(len, drawn)))
-
-    def _prompt(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[AcceptedStep, list[list[int]]]:
-        """Read the prompts and draw the first token of each answer."""
-        layers = self.drafter.taps
-        read = read_prompts(self.target, self.cache, layers, tokens_BT, lengths_B, self._draw)
-        drawn = read.root_B[:, None].tolist()
-        self.stats.lap("prefill")
-        return read, drawn
-
-    def _take(self, drawn: list[list[int]], tree: Tree | None) -> list[list[int]]:
-        """Add what was drawn to the answers; the part of it that belongs there, by batch place."""
-        emitted: list[list[int]] = [[] for _ in range(self.batch)]
-        kept = [
-            row.append_tokens(tokens, self.stop)
-            for row, tokens in zip(self.rows, drawn, strict=True)
-        ]
-        for row, tokens in zip(self.rows, kept, strict=True):
-            emitted[row.number] = tokens
-        counts = [len(tokens) for tokens in kept], [len(tokens) for tokens in drawn]
-        if tree is None:
-            self.stats.count(*counts, None)
-        elif tree.nodes == 1:
-            self.stats.count(*counts, 0)
-        else:
-            drafted = int(tree.valid_BN.sum()) - len(kept)
-            self.stats.count(*counts, int(tree.depths_BN.max()), drafted)
-        return emitted
-
-    def _commit(self, read: AcceptedStep) -> AcceptedStep:
-        """Write the path down, and let the complete rows go."""
-        self.cache.commit(read.path_BP, read.counts_B)
-        alive = _closed_up([row.remaining_tokens > 0 for row in self.rows])
-        if len(alive) == len(self.rows):
-            return read
-        self.rows = [self.rows[index] for index in alive]
-        rows = torch.tensor(alive, device=self.target.device)
-        self.cache.select_rows(rows)
-        self.drafter.select_rows(rows)
-        return read.select_rows(rows)
-
-    def _draft(self, read: AcceptedStep) -> Tree:
-        # Deeper guesses than any row has room for could not be used.
-        depth = min(self.drafter.shape.depth, max(row.remaining_tokens for row in self.rows) - 1)
-        limit = self.target.context_limit
-        if limit is not None:
-            depth = min(depth, min(limit - row.length for row in self.rows))
-        if depth == 0:  # every row ends in this round
-            return Tree.root(read.root_B)
-        tree = self.drafter.tree(read, self.rows, depth)
-        self.stats.lap("host")
-        return tree
-
-    def _verify(self, tree: Tree) -> tuple[AcceptedStep, list[list[int]]]:
-        """Let the target read the tree, and keep a path of it."""
-        seen = self.target.forward(tree, self.cache, taps=self.drafter.taps)
-        self.stats.lap("verify")
-        assert seen.logits_BTV is not None
-        accepted = accept(tree, self._draw(tree, seen.logits_BTV))
-        drawn = _emitted(accepted)
-        if self.stats.timing and tree.nodes > 1:
-            self.stats.lap("host")
-            _judge(self.stats, tree, accepted)
-            self.stats.pause()
-        accepted = accepted.first(max(map(len, drawn)))
-        path_BP = accepted.path_BP
-        return AcceptedStep(
-            path_BP, accepted.counts_B, seen.gather(path_BP), accepted.tokens_BP
-        ), drawn
-
-    def _draw(self, tree: Tree, logits_BNV: Tensor) -> Tensor:
-        return draws(self.sampler, self.rows, tree, logits_BNV)
-
-
-def _judge(stats: Stats, tree: Tree, accepted: Accepted) -> None:
-    """What the draft had said of the nodes, and which of them came true."""
-    came_BN = torch.zeros_like(tree.valid_BN).scatter(1, accepted.path_BP, True)
-    guessed_BN = tree.valid_BN.clone()
-    guessed_BN[:, 0] = False
-    stats.judge(tree.scores_BN.exp()[guessed_BN].tolist(), came_BN[guessed_BN].tolist())
-
-
-def _closed_up(alive: Sequence[bool]) -> list[int]:
-    """The places that are alive, the last of them moved into the gaps: most stay where they are."""
-    count = sum(alive)
-    last = [place for place in range(count, len(alive)) if alive[place]]
-    return [place if alive[place] else last.pop() for place in range(count)]
-
-
-def _emitted(accepted: Accepted) -> list[list[int]]:
-    """Every row's drawn tokens, on the host."""
-    packed_BP = torch.cat([accepted.counts_B[:, None], accepted.tokens_BP], 1)
-    return [numbers[1 : 1 + numbers[0]] for numbers in packed_BP.tolist()]
+def _pack(
+    target: Target, tokens_BT: Tensor, mask_BT: Tensor, sequences: Sequence[SequenceState]
+) -> tuple[Tensor, Tensor]:
+    """Prompts with all padding on the right, and their lengths, on the target's device."""
+    lengths_B = torch.tensor([one.length for one in sequences], device=target.device)
+    order_BT = (mask_BT == 0).to(torch.uint8).argsort(dim=1, stable=True)
+    packed_BT = tokens_BT.gather(1, order_BT)[:, : max(one.length for one in sequences)]
+    return packed_BT.to(target.device), lengths_B

@@ -33,8 +33,11 @@ from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
 from headstart.model.tree.tree import Tree
 
+from .cuda_graph import CAPTURE_LOCK
+from .graph_pool import graph_pool
+from .graph_runner import MIN_CAPACITY, supports_cuda_graphs
 from .sampler import Sampler
-from .step_graphs import CAPACITY, Begun, Graphs, Setup, supports_cuda_graphs
+from .step_graphs import PrefillState, StepGraphs
 from .verify import accept
 
 CONTEXT = 256  # tokens before what is timed
@@ -102,30 +105,35 @@ def measure_eager(target: Target, head: DraftHead) -> Costs:
 @torch.no_grad()
 def measure_graphs(target: Target, head: DraftHead) -> Costs:
     """Time the captured parts of a step, as the host sees them."""
-    timer, shape = _Timer(target, head), clamp_to_head(WIDEST_TREE, head)
-    begun = Begun(timer.cache, timer.state, timer.ends, timer.ids_1T[:, :1])
-    plan = Graphs.of(target).borrow(Setup(target, head, shape, Sampler()), begun.ends, CAPACITY)
+    with CAPTURE_LOCK:
+        timer, shape = _Timer(target, head), clamp_to_head(WIDEST_TREE, head)
+        start = PrefillState(timer.cache, timer.state, timer.last_output, timer.ids_1T[:, :1])
+        pool = graph_pool(target)
+        graphs = pool.acquire(target, head, shape, Sampler(), start.last_output, MIN_CAPACITY)
+        costs = _time_graphs(graphs, start, timer)
+        pool.release(graphs)
+        return costs
 
+
+def _time_graphs(graphs: StepGraphs, start: PrefillState, timer: _Timer) -> Costs:
     def seconds(part: Callable[[], None]) -> float:
         best = math.inf
         for _ in range(REPEATS + 1):  # the first one captures
-            plan.begin(begun)
+            graphs.start(start)
             timer.wait()
-            start = time.perf_counter()
+            begin = time.perf_counter()
             part()
-            plan.report.tolist()
-            best = min(best, time.perf_counter() - start)
+            graphs.report.tolist()
+            best = min(best, time.perf_counter() - begin)
         return best
 
-    counts = plan.buckets
-    deepest = plan.depths[-1]
-    plan.begin(begun)
-    plan.draft(deepest)
-    by_count = [seconds(partial(plan.verify, nodes)) for nodes in counts]
+    counts, deepest = graphs.node_counts, graphs.depths[-1]
+    graphs.start(start)
+    graphs.draft(deepest)
+    by_count = [seconds(partial(graphs.verify, nodes)) for nodes in counts]
     verify = [min(by_count[place:]) for place in range(len(counts))]
     nothing = seconds(lambda: None)
-    first, last = (seconds(partial(plan.draft, depth)) - nothing for depth in (1, deepest))
-    Graphs.of(target).give_back(plan)
+    first, last = (seconds(partial(graphs.draft, depth)) - nothing for depth in (1, deepest))
     deepen = max(last - first, 0.0) / max(deepest - 1, 1)
     return Costs(counts, tuple(verify), first, deepen, rest=0.0)
 
@@ -148,7 +156,7 @@ class _Timer:
         counts_B = torch.tensor([length], device=target.device)
         self.cache.commit(None, counts_B)
         self.state = head.advance(head.start(1), output, self.ids_1T, counts_B)
-        self.ends = output.gather(counts_B[:, None] - 1)
+        self.last_output = output.gather(counts_B[:, None] - 1)
         self.best: dict[int, float] = {}
 
     @torch.no_grad()
@@ -191,12 +199,12 @@ class _Timer:
     def rest(self) -> float:
         """Seconds to accept a path of a tree and to move its keys."""
         tree = _comb(self.ids_1T[:, 0], 8)
-        draws_BN = tree.tokens_BN.roll(-1, 1)
+        sampled_BN = tree.tokens_BN.roll(-1, 1)
         counts_B = torch.tensor([2], device=self.target.device)
         path_BP = torch.tensor([[0, 2]], device=self.target.device)
 
         def after() -> None:
-            accept(tree.cut(7).chain_first(), draws_BN[:, :7]).tokens_BP.tolist()
+            accept(tree.cut(7).chain_first(), sampled_BN[:, :7]).sampled_tokens_BP.tolist()
             if not self.target.recurrent:  # whose chains are in place
                 self.cache.reserve(8)
                 self.cache.commit(path_BP, counts_B)

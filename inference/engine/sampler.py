@@ -1,15 +1,14 @@
-"""From the target's logits to draws, with the meanings of transformers' `generate`.
+"""From the target's logits to sampled tokens, as transformers' `generate` defines them.
 
 Whatever `generate` builds (temperature, top-k, top-p, penalties, forbidden tokens) is a list of
-logits processors over (prefix, logits). A tree node stands for a prefix of its own: the row's
-tokens so far and the path to the node. Processing costs much more than reading off the largest
-logit (top-p sorts the vocabulary), so it is done for the nodes that the accepted path comes to, and
-for no others.
+logits processors over (prefix, logits). A tree node stands for a prefix of its own: the sequence's
+tokens and the path to the node. Processing costs much more than an argmax (top-p sorts the
+vocabulary), so it is done only for the nodes on the accepted path.
 
-A draw is the largest of log p + Gumbel noise, with noise fixed by (seed, row, absolute position):
-whoever gets to a position, by plain steps or by a tree, draws the same token there.
+A sampled token is the argmax of log p + Gumbel noise, with noise fixed by (seed, sequence, absolute
+position): autoregressive steps and trees sample the same token at a position.
 
-Legend: B batch rows, N tree nodes, M nodes of different rows, T positions, V vocabulary,
+Legend: B sequences, N tree nodes, M nodes of different sequences, T positions, V vocabulary,
 R any leading dimensions.
 """
 
@@ -26,8 +25,8 @@ from headstart.inference.config import SamplingParams
 from headstart.model.backends.select import select_ops
 from headstart.model.tree.tree import Tree
 
-# These read the logits and nothing else.
-BLIND: tuple[type, ...] = (
+# These read only the logits.
+LOGITS_ONLY: tuple[type, ...] = (
     hf.TemperatureLogitsWarper,
     hf.TopKLogitsWarper,
     hf.TopPLogitsWarper,
@@ -51,17 +50,19 @@ REFUSED: tuple[type, ...] = (
     hf.WhisperTimeStampLogitsProcessor,
     hf.WhisperNoSpeechDetection,
 )
-NOT_DRAWN = -1
+NOT_SAMPLED = -1
 MASK64 = (1 << 64) - 1
 
 
 class Sampler:
-    """How the next token is drawn.
+    """How the next token is sampled.
 
     processors: as `generate` prepares them. A processor of your own must be a function of
-    (input_ids, scores) only: of no earlier call, and not of the row's number in its input, because
-    rows are regrouped by prefix length. sample: draw, or take the largest (greedy). seed: of
-    the noise. ValueError for processors that cannot work on a tree.
+        (input_ids, scores) only: not of earlier calls, and not of the row index in its input,
+        because rows are regrouped by prefix length.
+    sample: whether to sample; False: greedy.
+    seed: of the noise.
+    ValueError for processors that cannot work on a tree.
     """
 
     def __init__(
@@ -73,10 +74,10 @@ class Sampler:
             if isinstance(processor, REFUSED):
                 raise ValueError(
                     f"{type(processor).__name__} cannot be used here: it keeps state between calls "
-                    "or runs a second model, but a tree asks for many continuations at once. Leave "
+                    "or runs a second model, but a tree has many continuations at once. Leave "
                     "the option away, or decode with transformers' own generate."
                 )
-        self.reads_prefix = any(type(one) not in BLIND for one in self.processors)
+        self.reads_prefix = any(type(one) not in LOGITS_ONLY for one in self.processors)
 
     @staticmethod
     def of(params: SamplingParams) -> Sampler:
@@ -95,68 +96,74 @@ class Sampler:
             processors.append(hf.TopPLogitsWarper(float(params.top_p)))
         return Sampler(processors, sample=True, seed=params.seed)
 
-    def draw(
+    def sample_tree(
         self,
         tree: Tree,
         logits_BNV: Tensor,
-        rows: Sequence[int],
+        numbers: Sequence[int],
         positions: Sequence[int],
         prefixes: Sequence[Tensor],
     ) -> Tensor:
-        """B x N: the token drawn after each node that a row comes to by its draws.
+        """Sample B x N: the token after each node on the path that the samples take.
 
-        Nodes that are not come to hold -1, which no token equals (where a draw is simply the
-        largest logit, all nodes are drawn at). rows: the number that each row had in the batch at
-        the start. positions: of the token after the root. prefixes: each row's tokens so far (1-D,
-        the root is the last); read only where `reads_prefix`.
+        numbers: of each sequence, its place in the batch at the start.
+        positions: of the token after the root.
+        prefixes: each sequence's tokens so far (1-D, the root is the last); read only where
+            `reads_prefix`.
+
+        Other nodes hold -1, which no token equals; greedy decoding without processors samples at
+        all nodes.
         """
         if not self.processors and not self.sample:
-            return likeliest(logits_BNV)
-        draws_BN = torch.full_like(tree.tokens_BN, NOT_DRAWN)
-        walking = list(range(len(rows)))
-        at_M = torch.zeros_like(tree.tokens_BN[:, 0])
-        texts = list(prefixes)
+            return argmax(logits_BNV)
+        sampled_BN = torch.full_like(tree.tokens_BN, NOT_SAMPLED)
+        active = list(range(len(numbers)))
+        node_M = torch.zeros_like(tree.tokens_BN[:, 0])
+        ids = list(prefixes)
         for depth in range(tree.nodes):
-            numbers = [rows[row] for row in walking]
-            ids = [texts[row] for row in walking] if self.reads_prefix else []
-            scores_MV = self.scores(logits_BNV[walking, at_M], ids, numbers)
+            own_numbers = [numbers[row] for row in active]
+            own_ids = [ids[row] for row in active] if self.reads_prefix else []
+            scores_MV = self.scores(logits_BNV[active, node_M], own_ids, own_numbers)
             if self.sample:
-                places = [positions[row] + depth for row in walking]
-                scores_MV = scores_MV + self.noise(numbers, places, scores_MV)
-            drawn_M = likeliest(scores_MV)
-            draws_BN[walking, at_M] = drawn_M
+                own_positions = [positions[row] + depth for row in active]
+                scores_MV = scores_MV + self.noise(own_numbers, own_positions, scores_MV)
+            token_M = argmax(scores_MV)
+            sampled_BN[active, node_M] = token_M
             if tree.nodes == 1:
                 break
-            right_MN = tree.tokens_BN[walking] == drawn_M[:, None]
-            met_MN = right_MN & (tree.parents_BN[walking] == at_M[:, None])
-            going = [place for place, met in enumerate(met_MN.any(1).tolist()) if met]
-            if not going:
+            equal_MN = tree.tokens_BN[active] == token_M[:, None]
+            child_MN = equal_MN & (tree.parents_BN[active] == node_M[:, None])
+            kept = [place for place, found in enumerate(child_MN.any(1).tolist()) if found]
+            if not kept:
                 break
-            at_M = met_MN[going].int().argmax(1)
-            walking = [walking[place] for place in going]
+            node_M = child_MN[kept].int().argmax(1)
+            active = [active[place] for place in kept]
             if self.reads_prefix:
-                for row, drawn_1 in zip(walking, drawn_M[going].split(1), strict=True):
-                    texts[row] = torch.cat([texts[row], drawn_1])
-        return draws_BN
+                for row, token_1 in zip(active, token_M[kept].split(1), strict=True):
+                    ids[row] = torch.cat([ids[row], token_1])
+        return sampled_BN
 
-    def scores(self, logits_MV: Tensor, prefixes: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-        """Processed logits: log-probabilities up to a constant per row, float32.
+    def scores(
+        self, logits_MV: Tensor, prefixes: Sequence[Tensor], numbers: Sequence[int]
+    ) -> Tensor:
+        """Processed logits M x V: log-probabilities up to a constant per row, float32.
 
-        prefixes: the M texts; read only where `reads_prefix`. rows: as in `draw`.
+        prefixes: token ids of the M nodes; read only where `reads_prefix`.
+        numbers: of their sequences, as in `sample_tree`.
         """
         scores_MV = logits_MV.float()
         groups = _by_length(prefixes)
-        nothing_M0 = torch.empty(len(rows), 0, dtype=torch.int64, device=logits_MV.device)
+        empty_M0 = torch.empty(len(numbers), 0, dtype=torch.int64, device=logits_MV.device)
         for processor in self.processors:
-            if type(processor) in BLIND:
-                scores_MV = _process(processor, nothing_M0, scores_MV, rows)
+            if type(processor) in LOGITS_ONLY:
+                scores_MV = _process(processor, empty_M0, scores_MV, numbers)
                 continue
             parts = [
                 _process(
                     processor,
                     torch.stack([prefixes[place] for place in group]),
                     scores_MV[group],
-                    [rows[place] for place in group],
+                    [numbers[place] for place in group],
                 )
                 for group in groups
             ]
@@ -165,18 +172,18 @@ class Sampler:
             scores_MV[order] = torch.cat(parts)
         return scores_MV
 
-    def noise(self, rows: Sequence[int], positions: Sequence[int], like_MV: Tensor) -> Tensor:
-        """Gumbel noise M x V for the tokens at absolute positions of rows."""
-        waiting_MV = torch.empty_like(like_MV)
+    def noise(self, numbers: Sequence[int], positions: Sequence[int], like_MV: Tensor) -> Tensor:
+        """Gumbel noise M x V for the tokens at absolute positions of sequences."""
+        exponential_MV = torch.empty_like(like_MV)
         generator = torch.Generator(like_MV.device)
-        for waiting_V, row, position in zip(waiting_MV, rows, positions, strict=True):
-            generator.manual_seed(_mixed(self.seed, row, position))
-            waiting_V.exponential_(generator=generator)
-        return -waiting_MV.clamp_min(torch.finfo(torch.float32).tiny).log()
+        for row_V, number, position in zip(exponential_MV, numbers, positions, strict=True):
+            generator.manual_seed(_mixed(self.seed, number, position))
+            row_V.exponential_(generator=generator)
+        return -exponential_MV.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
-def likeliest(scores_RV: Tensor) -> Tensor:
-    """The index of each row's largest score, by the device's kernels."""
+def argmax(scores_RV: Tensor) -> Tensor:
+    """`argmax(-1)`, the first of equals, by the device's kernels."""
     return select_ops(scores_RV.device).argmax(scores_RV)
 
 
@@ -192,24 +199,26 @@ def _mixed(*numbers: int) -> int:
 
 
 def _by_length(prefixes: Sequence[Tensor]) -> list[list[int]]:
-    """Places of prefixes that have one length: processors want a matrix."""
+    """Indices of prefixes of equal length: processors take a matrix."""
     groups: dict[int, list[int]] = defaultdict(list)
     for place, prefix_T in enumerate(prefixes):
         groups[len(prefix_T)].append(place)
     return list(groups.values())
 
 
-def _process(processor: object, ids_MT: Tensor, scores_MV: Tensor, rows: Sequence[int]) -> Tensor:
-    """Apply a processor; those of transformers that know their row by number get the right one."""
+def _process(
+    processor: object, ids_MT: Tensor, scores_MV: Tensor, numbers: Sequence[int]
+) -> Tensor:
+    """Apply a processor; those that index by batch row get the number of the sequence."""
     if isinstance(processor, hf.RepetitionPenaltyLogitsProcessor):
         ignored = processor.prompt_ignore_length
-        if isinstance(ignored, Tensor):  # left padding of each row
+        if isinstance(ignored, Tensor):  # left padding of each sequence
             processor = hf.RepetitionPenaltyLogitsProcessor(
-                processor.penalty, prompt_ignore_length=ignored[list(rows)]
+                processor.penalty, prompt_ignore_length=ignored[list(numbers)]
             )
     elif isinstance(processor, hf.PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
         processor = hf.PrefixConstrainedLogitsProcessor(
-            lambda index, ids_T: allowed(rows[index], ids_T), 1
+            lambda index, ids_T: allowed(numbers[index], ids_T), 1
         )
     return processor(ids_MT, scores_MV)  # type: ignore[operator]

@@ -71,7 +71,7 @@ class Stats:
         apart = sum(abs(said - hits) for _, said, hits in self.reliability)
         return round(apart / total, 4) if total else None
 
-    def judge(self, chances: Sequence[float], came: Sequence[bool]) -> None:
+    def record_reliability(self, chances: Sequence[float], came: Sequence[bool]) -> None:
         """Guesses that were read: the probability of each path, and whether it was accepted."""
         for chance, true in zip(chances, came, strict=True):
             place = min(int(chance * BINS), BINS - 1)

@@ -1,7 +1,6 @@
-"""The parts of a round of fixed shape, and the tensors that they pass on: see graphs.py.
+"""The two parts of a decode step as CUDA graphs, with the tensors that they share.
 
-Legend: B batch rows, N tree nodes, P places of a path, T prompt positions, D hidden size,
-V vocabulary.
+Legend: B sequences, N tree nodes, P positions of a path, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from headstart.model.backends.linear import weight_version
 from headstart.model.cache.kv_cache import KVCache
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.output import TargetOutput
@@ -22,144 +20,146 @@ from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
 from headstart.model.tree.tree import NO_PARENT, Tree
 
-from .cuda_graph import CAPTURED, Replay, walk
+from .cuda_graph import CapturedFunction, sample_along_path
 from .sampler import Sampler
 from .sequence import SequenceState
 from .verify import accept_on_device
 
-BUCKETS = (1, 4, 8, 16, 32, 48, 64, 96, 128)  # node counts; the whole tree is one more
-DEPTHS = (1, 2, 4, 6, 8)  # that are drafted; the full depth is one more
-CAPACITY = 512  # columns of the smallest cache; each larger one has twice as many
-
-
-def supports_cuda_graphs(
-    target: Target, head: DraftHead | None, sampler: Sampler, ngram: bool = False
-) -> bool:
-    """Whether a run can be decoded this way. Others take the loop of `decode`."""
-    if ngram or target.recurrent or target.device.type != "cuda":
-        return False
-    one_device = len({parameter.device for parameter in target.model.parameters()}) == 1
-    known = all(type(processor) in CAPTURED for processor in sampler.processors)
-    state = () if head is None else vars(head.start(1)).values()
-    return one_device and known and all(isinstance(one, KVCache | None) for one in state)
+NODE_COUNTS = (1, 4, 8, 16, 32, 48, 64, 96, 128)  # that are captured; the whole tree is one more
+DEPTHS = (1, 2, 4, 6, 8)  # of drafts that are captured; the full depth is one more
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What a plan is made for. head None: plain steps."""
+class PrefillState:
+    """A batch after its prefill, in caches that grow.
 
-    target: Target
-    head: DraftHead | None
-    shape: TreeShape
-    sampler: Sampler
-
-    def key(self, *sizes: int) -> tuple[Any, ...]:
-        """All that a plan depends on: whose weights were replaced or written to is another one. A
-        plan holds target and head, so their ids stay theirs."""
-        settings = [(type(one), *vars(one).values()) for one in self.sampler.processors]
-        head, sample = self.head, self.sampler.sample
-        weights = [weight_version(weight) for weight in self.target.model.parameters()]
-        if head is not None:
-            weights += [weight_version(weight) for weight in head.parameters()]
-        temperatures = None if head is None else head.temperatures
-        known = id(self.target), id(head), hash(tuple(weights)), temperatures, self.shape
-        return *known, sample, *settings, *sizes
-
-
-@dataclass(frozen=True)
-class Begun:
-    """A batch whose prompts are read, in caches that grow.
-
-    state: of the head, all of them taken in. ends: what was seen last. first_B1: the tokens after.
+    cache: of the target.
+    head_state: after all positions of the prompts; None: no head.
+    last_output: of the target at the last position of each prompt.
+    first_B1: the tokens that follow.
     """
 
     cache: KVCache
-    state: Any
-    ends: TargetOutput
+    head_state: Any
+    last_output: TargetOutput
     first_B1: Tensor
 
 
-class Plan:
-    """The parts of a round, and the tensors that they pass on, for one batch size and capacity.
+class StepGraphs:
+    """`draft` and `verify` of one batch size and cache capacity.
 
-    seen, next_BP, counts_B: what was accepted last, as `DraftHead.advance` takes it in. drafted:
-    the last tree, as its three tensors. alive_B: 0 for complete rows. noise_BPV: of the next draws.
-    report: per row the number of tokens emitted, the depth of the tree that was read, P emitted
-    tokens, and the scores of all nodes that were drafted.
+    output, next_tokens_BP, num_accepted_B: what was accepted last, as `DraftHead.advance` takes it.
+    tree_parts: tokens, parents and scores of the last draft tree.
+    active_B: 0 for finished sequences.
+    noise_BPV: of the next tokens; None: greedy.
+    report: per sequence the number of emitted tokens, the depth of the verified tree, P emitted
+        tokens, and the scores of all drafted nodes.
+    max_path: nodes of the longest path.
+    node_counts: that `verify` can take, ascending; the first is 1.
 
-    like: what is seen of some position of each row. The head keeps only KVCaches between rounds.
+    like: output of the target at some position of each sequence.
+    The head must keep only KV caches between steps.
     """
 
-    def __init__(self, setup: Setup, like: TargetOutput, capacity: int, pool: Any):
-        target, head, shape, sampler = setup.target, setup.head, setup.shape, setup.sampler
-        self.setup, self.target, self.head, self.sampler = setup, target, head, sampler
-        self.batch, self.capacity, self.pool = len(like.lm_head_input_BTD), capacity, pool
+    def __init__(
+        self,
+        target: Target,
+        head: DraftHead | None,
+        shape: TreeShape,
+        sampler: Sampler,
+        like: TargetOutput,
+        capacity: int,
+        mempool: Any,
+    ):
+        self.attach(target, head)
+        self.shape, self.sampler, self.capacity = shape, sampler, capacity
+        self.batch, self.mempool = len(like.lm_head_input_BTD), mempool
         self.cache = target.new_cache(self.batch)
         self.state = None if head is None else head.start(self.batch)
         self.caches = [self.cache, *_caches(self.state)]
         for cache in self.caches:
             cache.preallocate(capacity)
-        self.places, nodes = (1, 1) if head is None else (shape.depth + 1, _drafted(shape))
-        self.buckets = (*(count for count in BUCKETS if count < nodes), nodes)
-        self.counts_B = torch.ones_like(self.cache.lengths_B)
-        self.alive_B = torch.ones_like(self.counts_B)
-        self.next_BP = self.counts_B.new_zeros(self.batch, self.places)
-        self.seen = like.gather(self.next_BP)  # that is, of the right size
-        tokens_BN = self.counts_B.new_zeros(self.batch, nodes)
-        self.drafted = (tokens_BN, tokens_BN + NO_PARENT, tokens_BN.float())
-        self.report = tokens_BN.new_zeros(self.batch, 2 + self.places + nodes, dtype=torch.float64)
+        self.max_path, nodes = (1, 1) if head is None else (shape.depth + 1, _drafted_nodes(shape))
+        self.node_counts = (*(count for count in NODE_COUNTS if count < nodes), nodes)
+        self._allocate(like, nodes)
+        self.advance = self._capture(self._advance)
+        self.draft_graphs: dict[int, CapturedFunction] = {}  # by depth
+        self.verify_graphs: dict[int, CapturedFunction] = {}  # by number of nodes
+
+    def _allocate(self, like: TargetOutput, nodes: int) -> None:
+        self.num_accepted_B = torch.ones_like(self.cache.lengths_B)
+        self.active_B = torch.ones_like(self.num_accepted_B)
+        self.next_tokens_BP = self.num_accepted_B.new_zeros(self.batch, self.max_path)
+        self.output = like.gather(self.next_tokens_BP)  # of the right size
+        tokens_BN = self.num_accepted_B.new_zeros(self.batch, nodes)
+        self.tree_parts = (tokens_BN, tokens_BN + NO_PARENT, tokens_BN.float())
+        width = 2 + self.max_path + nodes
+        self.report = tokens_BN.new_zeros(self.batch, width, dtype=torch.float64)
         self.noise_BPV: Tensor | None = None
-        if sampler.sample:
-            size = (self.batch, self.places, target.vocab_size)
+        if self.sampler.sample:
+            size = (self.batch, self.max_path, self.target.vocab_size)
             self.noise_BPV = tokens_BN.new_zeros(size, dtype=torch.float32)
-        self.noise_from: Tensor | None = None  # of each row, the position of the first noise
-        self.advance = self._replay(self._advance)
-        self.drafts: dict[int, Replay] = {}  # by depth
-        self.verifies: dict[int, Replay] = {}  # by count of nodes
+        self.noise_from: Tensor | None = None  # for each sequence, the position of the first noise
 
-    def begin(self, begun: Begun) -> None:
-        """Start with a batch whose prompts are read."""
-        self._take([begun.cache, *_caches(begun.state)])
+    @property
+    def target(self) -> Target:
+        assert self._target is not None, "attach comes first"
+        return self._target
+
+    def attach(self, target: Target, head: DraftHead | None) -> None:
+        """Use the graphs for a run. Their target and head must be those they were made for."""
+        self._target: Target | None = target
+        self.head = head
+
+    def detach(self) -> None:
+        """Drop target and head, so that graphs which are kept do not keep them in memory."""
+        self._target, self.head = None, None
+
+    def start(self, prefilled: PrefillState) -> None:
+        """Start with a new batch."""
+        self._copy_caches([prefilled.cache, *_caches(prefilled.head_state)])
         for cache in self.caches[1:]:
-            cache.lengths_B -= 1  # the head takes in the last position with the first round
-        for ours, theirs in zip(_tensors(self.seen), _tensors(begun.ends), strict=True):
+            cache.lengths_B -= 1  # the head processes the last position with the first step
+        last = _tensors(prefilled.last_output)
+        for ours, theirs in zip(_tensors(self.output), last, strict=True):
             ours[:, :1] = theirs
-        self.next_BP[:, :1] = begun.first_B1
-        self.counts_B.fill_(1)
-        self.alive_B.fill_(1)
-        self.noise_from = None  # another run's
+        self.next_tokens_BP[:, :1] = prefilled.first_B1
+        self.num_accepted_B.fill_(1)
+        self.active_B.fill_(1)
+        self.noise_from = None  # of another run
 
-    def follow(self, other: Plan) -> None:
-        """Go on where a plan of a smaller capacity stands."""
-        self._take(other.caches)
-        for ours, theirs in zip(self._passed(), other._passed(), strict=True):
+    def migrate_from(self, other: StepGraphs) -> None:
+        """Continue a batch of graphs with a smaller capacity."""
+        self._copy_caches(other.caches)
+        for ours, theirs in zip(self.carried(), other.carried(), strict=True):
             ours.copy_(theirs)
-        self.alive_B.copy_(other.alive_B)
+        self.active_B.copy_(other.active_B)
         self.noise_from = None
 
     def close(self) -> None:
-        """Let go of all that takes memory: graphs refer to their plan, which refers to them."""
-        self.caches, self.drafts, self.verifies = [], {}, {}
+        """Free memory now: graphs refer to this object, which refers to them."""
+        self.detach()
+        self.caches, self.draft_graphs, self.verify_graphs = [], {}, {}
         del self.cache, self.state, self.advance
 
-    def retire(self, alive: Sequence[bool]) -> None:
-        """Which rows are still wanted."""
-        self.alive_B.copy_(torch.tensor(alive))
+    def mask_finished(self, active: Sequence[bool]) -> None:
+        """Mark which sequences are not finished."""
+        self.active_B.copy_(torch.tensor(active))
 
-    def make_noise(self, sampler: Sampler, rows: Sequence[SequenceState]) -> None:
-        """Lay out the noise of the next tokens of all rows. What is there already, for tokens that
-        the last round did not come to, is kept: drawing it takes a kernel for each token."""
+    def fill_noise(self, sampler: Sampler, sequences: Sequence[SequenceState]) -> None:
+        """Fill in the noise of the next tokens. What is there for tokens that the last step did not
+        reach is kept: drawing it takes a kernel for each token."""
         if self.noise_BPV is None:
             return
-        now = torch.tensor([row.length for row in rows])
-        before = now - self.places if self.noise_from is None else self.noise_from
+        now = torch.tensor([one.length for one in sequences])
+        before = now - self.max_path if self.noise_from is None else self.noise_from
         self.noise_from = now
-        from_BP = (now - before)[:, None] + torch.arange(self.places)
-        index_BP1 = from_BP.clamp(max=self.places - 1)[..., None].to(self.noise_BPV.device)
+        from_BP = (now - before)[:, None] + torch.arange(self.max_path)
+        index_BP1 = from_BP.clamp(max=self.max_path - 1)[..., None].to(self.noise_BPV.device)
         noise_BPV = self.noise_BPV.gather(1, index_BP1.expand_as(self.noise_BPV))
-        rows_M, places_M = (from_BP >= self.places).nonzero(as_tuple=True)
+        rows_M, places_M = (from_BP >= self.max_path).nonzero(as_tuple=True)
         if len(rows_M):
-            numbers = [rows[row].number for row in rows_M.tolist()]
+            numbers = [sequences[row].number for row in rows_M.tolist()]
             positions = (now[rows_M] + places_M).tolist()
             place = rows_M.to(noise_BPV.device), places_M.to(noise_BPV.device)
             like_MV = noise_BPV.new_empty(len(positions), noise_BPV.shape[-1])
@@ -167,146 +167,102 @@ class Plan:
         self.noise_BPV.copy_(noise_BPV)
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        return self.setup.key(self.batch, self.capacity)
-
-    @property
     def depths(self) -> tuple[int, ...]:
-        """That trees can have, the greatest last. Each is a graph of its own, so only a few."""
+        """Depths that `draft` can take, ascending."""
         if self.head is None:
             return (0,)
-        deepest = self.setup.shape.depth
-        return (*(depth for depth in DEPTHS if depth < deepest), deepest)
+        return (*(depth for depth in DEPTHS if depth < self.shape.depth), self.shape.depth)
 
-    def count(self, depth: int) -> int:
-        """How many nodes a tree of one of `depths` has, rounded up to one of `buckets`."""
-        nodes = _drafted(self.setup.shape.limited(depth)) if depth else 1
-        return next(count for count in self.buckets if count >= nodes)
+    def count_for(self, depth: int) -> int:
+        """The least of `node_counts` that holds a drafted tree of this depth."""
+        nodes = _drafted_nodes(self.shape.limited(depth)) if depth else 1
+        return next(count for count in self.node_counts if count >= nodes)
 
     def draft(self, depth: int) -> None:
-        """Guess a tree of one of `depths`. 0: the head takes in what was accepted, and guesses
-        none."""
+        """Draft a tree of one of `depths`. 0: the head only processes what was accepted."""
         if depth == 0:
             self.advance()
             return
-        if depth not in self.drafts:
-            self.drafts[depth] = self._replay(lambda: self._draft(depth))
-        self.drafts[depth]()
+        if depth not in self.draft_graphs:
+            self.draft_graphs[depth] = self._capture(lambda: self._draft(depth))
+        self.draft_graphs[depth]()
 
     def verify(self, nodes: int) -> None:
-        """Read the likeliest nodes (a count of `buckets`), and keep a path. 1: a plain step."""
-        if nodes not in self.verifies:
-            self.verifies[nodes] = self._replay(lambda: self._verify(nodes))
-        self.verifies[nodes]()
+        """Verify the likeliest nodes, as many as one of `node_counts`, and accept a path."""
+        if nodes not in self.verify_graphs:
+            self.verify_graphs[nodes] = self._capture(lambda: self._verify(nodes))
+        self.verify_graphs[nodes]()
 
-    def _replay(self, function: Callable[[], object]) -> Replay:
+    def carried(self) -> list[Tensor]:
+        """What the next step takes over from this one."""
+        return [*_tensors(self.output), self.next_tokens_BP, self.num_accepted_B]
+
+    def _capture(self, function: Callable[[], object]) -> CapturedFunction:
         lengths = [cache.lengths_B for cache in self.caches]
-        return Replay(function, self.target.device, self.pool, [*lengths, *self._passed()])
+        in_place = [*lengths, *self.carried()]
+        return CapturedFunction(function, self.target.device, self.mempool, in_place)
 
-    def _passed(self) -> list[Tensor]:
-        """What the next round takes in of this one."""
-        return [*_tensors(self.seen), self.next_BP, self.counts_B]
-
-    def _take(self, sources: Sequence[KVCache]) -> None:
+    def _copy_caches(self, sources: Sequence[KVCache]) -> None:
         for cache, source in zip(self.caches, sources, strict=True):
             cache.copy_from(source)
 
     def _advance(self) -> Any:
         assert self.head is not None
-        self._empty(self.caches[1:])
-        return self.head.advance(self.state, self.seen, self.next_BP, self.counts_B)
+        self._empty_finished(self.caches[1:])
+        return self.head.advance(self.state, self.output, self.next_tokens_BP, self.num_accepted_B)
 
     def _draft(self, depth: int) -> None:
         assert self.head is not None
-        shape = self.setup.shape.limited(depth)
+        shape = self.shape.limited(depth)
         tree = self.head.draft(self._advance(), shape)
-        assert tree.nodes == _drafted(shape), "the head drafts other counts than its shape has"
-        more = (0, self.buckets[-1] - tree.nodes)  # of a tree that is less deep
-        self.drafted[0].copy_(pad(tree.tokens_BN, more))
-        self.drafted[1].copy_(pad(tree.parents_BN, more, value=NO_PARENT))
-        self.drafted[2].copy_(pad(tree.scores_BN, more, value=-torch.inf))
+        assert tree.nodes == _drafted_nodes(shape), "the head drafts another number of nodes"
+        more = (0, self.node_counts[-1] - tree.nodes)  # where the tree is less deep
+        self.tree_parts[0].copy_(pad(tree.tokens_BN, more))
+        self.tree_parts[1].copy_(pad(tree.parents_BN, more, value=NO_PARENT))
+        self.tree_parts[2].copy_(pad(tree.scores_BN, more, value=-torch.inf))
 
     def _verify(self, nodes: int) -> None:
-        self._empty(self.caches[:1])
+        self._empty_finished(self.caches[:1])
         if nodes == 1:
-            tree = Tree.root(self.next_BP.gather(1, self.counts_B[:, None] - 1)[:, 0])
+            last_B1 = self.num_accepted_B[:, None] - 1
+            tree = Tree.root(self.next_tokens_BP.gather(1, last_B1)[:, 0])
         else:
-            tree = Tree(*self.drafted).cut(nodes)  # no chain in front: all of a path is moved
-        layers = () if self.head is None else self.head.taps
-        seen = self.target.forward(tree, self.cache, taps=layers)
-        assert seen.logits_BTV is not None
-        draws_BN = walk(tree, seen.logits_BTV, self.sampler, self.places, self.noise_BPV)
-        accepted = accept_on_device(tree, draws_BN).first(self.places)
-        self.cache.commit(accepted.path_BP, accepted.counts_B)
-        now = [*_tensors(seen.gather(accepted.path_BP)), accepted.tokens_BP, accepted.counts_B]
-        for ours, read in zip(self._passed(), now, strict=True):
-            ours.copy_(read)
+            tree = Tree(*self.tree_parts).cut(nodes)  # no chain in front: the whole path is moved
+        taps = () if self.head is None else self.head.taps
+        output = self.target.forward(tree, self.cache, taps=taps)
+        assert output.logits_BTV is not None
+        sampled_BN = sample_along_path(
+            tree, output.logits_BTV, self.sampler, self.max_path, self.noise_BPV
+        )
+        accepted = accept_on_device(tree, sampled_BN).padded(self.max_path)
+        self.cache.commit(accepted.accepted_path_BP, accepted.num_accepted_B)
+        hidden = _tensors(output.gather(accepted.accepted_path_BP))
+        now = [*hidden, accepted.sampled_tokens_BP, accepted.num_accepted_B]
+        for ours, new in zip(self.carried(), now, strict=True):
+            ours.copy_(new)
         depth_B1 = tree.depths_BN.amax(1, keepdim=True)
-        parts = [accepted.counts_B[:, None], depth_B1, self.next_BP, self.drafted[2]]
+        counts_B1 = accepted.num_accepted_B[:, None]
+        parts = [counts_B1, depth_B1, self.next_tokens_BP, self.tree_parts[2]]
         self.report.copy_(torch.cat([part.double() for part in parts], 1))
 
-    def _empty(self, caches: Sequence[KVCache]) -> None:
-        """Complete rows start again with nothing, so that they never outgrow a cache."""
+    def _empty_finished(self, caches: Sequence[KVCache]) -> None:
+        """Finished sequences start again with empty caches, so that they never outgrow them."""
         for cache in caches:
-            cache.lengths_B *= self.alive_B
-
-
-class Graphs:
-    """Plans that are kept from one run to the next, so that nothing is captured twice.
-
-    plans, memory: how many at most, and how many bytes their caches may take; the one used longest
-    ago goes first.
-    """
-
-    def __init__(self, plans: int = 16, memory: int = 4 << 30):
-        self.plans, self.memory = plans, memory
-        self.kept: dict[tuple[Any, ...], Plan] = {}
-
-    @staticmethod
-    def of(target: Target) -> Graphs:
-        """Those of a target, which keeps them."""
-        if not isinstance(target.recorded, Graphs):
-            target.recorded = Graphs()
-        return target.recorded
-
-    def borrow(self, setup: Setup, like: TargetOutput, capacity: int) -> Plan:
-        """A plan that no other run uses until it is given back. Arguments as of `Plan`."""
-        plan = self.kept.pop(setup.key(len(like.lm_head_input_BTD), capacity), None)
-        if plan is not None:
-            return plan
-        self._make_room(self.plans - 1)
-        pool = torch.cuda.graph_pool_handle() if setup.target.device.type == "cuda" else None
-        return Plan(setup, like, capacity, pool)
-
-    def give_back(self, plan: Plan) -> None:
-        self._make_room(self.plans - 1)
-        self.kept[plan.key] = plan  # however large it is
-
-    def forget(self, head: DraftHead) -> None:
-        """Plans of a head that is not used any more."""
-        for key in [key for key, plan in self.kept.items() if plan.head is head]:
-            self.kept.pop(key).close()
-
-    def _make_room(self, most: int) -> None:
-        while self.kept and (len(self.kept) > most or self._size() > self.memory):
-            self.kept.pop(next(iter(self.kept))).close()
-
-    def _size(self) -> int:
-        return sum(cache.size for plan in self.kept.values() for cache in plan.caches)
+            cache.lengths_B *= self.active_B
 
 
 def _caches(state: object) -> list[KVCache]:
-    """What a head's state keeps from one round to the next."""
+    """What a head's state keeps from one step to the next."""
     kept = () if state is None else vars(state).values()
     return [value for value in kept if isinstance(value, KVCache)]
 
 
-def _tensors(seen: TargetOutput) -> list[Tensor]:
-    return [seen.lm_head_input_BTD, *seen.hidden_states.values()]
+def _tensors(output: TargetOutput) -> list[Tensor]:
+    return [output.lm_head_input_BTD, *output.hidden_states.values()]
 
 
-def _drafted(shape: TreeShape) -> int:
-    """How many nodes a tree of this shape has, the root included."""
+def _drafted_nodes(shape: TreeShape) -> int:
+    """How many nodes a drafted tree of this shape has, the root included."""
     width = shape.width
     most = 1 + width + (shape.depth - 1) * width * width  # as `grow` finds them
     return min(shape.nodes, most) if shape.ranks is None else shape.nodes

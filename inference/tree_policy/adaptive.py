@@ -140,8 +140,8 @@ class AdaptivePolicy:
         emitted: int,
         nodes: int,
         depth: int,
+        full_depth: int | None = None,
         expected: float | None = None,
-        verified_depth: int | None = None,
     ) -> None:
         """Take in a finished decode step.
 
@@ -149,8 +149,9 @@ class AdaptivePolicy:
         emitted: tokens emitted over all of them.
         nodes: verified per sequence, the root included.
         depth: that the head drafted; 0: it did not draft.
+        full_depth: accepted draft tokens of a sequence beyond which none were possible; None:
+            `depth`.
         expected: draft tokens over all sequences that should have been accepted; None: not known.
-        verified_depth: of the verified nodes, where that is less than `depth`.
         """
         if nodes > 1 and expected is not None:
             self.expected = _average(self.expected, expected / batch)
@@ -162,7 +163,7 @@ class AdaptivePolicy:
         if depth:
             accepted = emitted - batch
             self.accepted_per_step = _average(self.accepted_per_step, accepted / batch)
-            levels = depth if verified_depth is None else verified_depth
+            levels = depth if full_depth is None else full_depth
             tried = accepted + batch * (accepted < batch * levels)
             if tried:
                 self.next_depth_rate = _average(self.next_depth_rate, accepted / tried)

@@ -69,7 +69,6 @@ class Target:
         self.hidden_size, self.vocab_size = linear.in_features, linear.out_features
         self.device, self.dtype = linear.weight.device, linear.weight.dtype
         self.is_sharded, self.is_tensor_parallel = is_sharded(model), is_tensor_parallel(model)
-        self.recorded: object = None  # what decoding keeps from one run to the next
 
     @property
     def layers(self) -> nn.ModuleList:

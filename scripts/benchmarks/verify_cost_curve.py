@@ -73,11 +73,11 @@ def verify_times(target: Target, tokens: int, count: int) -> dict[str, float]:
     """Milliseconds per forward pass over a tree of `count` nodes behind `tokens`, by mode."""
     import torch
 
-    from headstart.inference.engine.cuda_graph import Replay
-    from headstart.inference.engine.step_graphs import CAPACITY
+    from headstart.inference.engine.cuda_graph import CapturedFunction
+    from headstart.inference.engine.graph_runner import MIN_CAPACITY
 
-    tree, shorter = _tree(target, count), target.backend
-    growing, capacity = target.new_cache(1), CAPACITY
+    tree, backend = _tree(target, count), target.backend
+    growing, capacity = target.new_cache(1), MIN_CAPACITY
     while capacity < tokens + count:
         capacity *= 2
     ids_1T = torch.arange(tokens, device=target.device)[None] * 31 % target.vocab_size
@@ -92,7 +92,7 @@ def verify_times(target: Target, tokens: int, count: int) -> dict[str, float]:
             replayed = mode.endswith("graph")
             if replayed and target.device.type != "cuda":
                 continue
-            target.backend = shorter if mode.startswith("fused") else None
+            target.backend = backend if mode.startswith("fused") else None
             cache = fixed if replayed else growing
 
             def verify(cache: Any = cache) -> None:
@@ -100,10 +100,10 @@ def verify_times(target: Target, tokens: int, count: int) -> dict[str, float]:
                     target.forward(tree, cache)
 
             pool = torch.cuda.graph_pool_handle() if replayed else None
-            call = Replay(verify, target.device, pool) if replayed else verify
+            call = CapturedFunction(verify, target.device, pool) if replayed else verify
             times[mode] = round(1e3 * _seconds(call, target), 4)
     finally:
-        target.backend = shorter
+        target.backend = backend
     return times
 
 

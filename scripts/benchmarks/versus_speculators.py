@@ -158,7 +158,7 @@ def prepare(recipe: Recipe, folder: Path) -> Prepared:
     from headstart.training.data.batching import Batches
     from headstart.training.data.conversations import read_conversations
     from headstart.training.data.hidden_states import open_features
-    from headstart.training.optim.precision import with_precision
+    from headstart.training.optim.precision import resolve_precision
 
     if recipe.data.features is None or recipe.head.kind != "eagle3":
         raise ValueError(
@@ -170,7 +170,7 @@ def prepare(recipe: Recipe, folder: Path) -> Prepared:
     head = starting_head(recipe, target, data.train)
     features = open_features(recipe, data, target, head)
     assert features is not None
-    plan = Batches(data.train.lengths, recipe.data.batch_tokens, recipe.train.seed)
+    plan = Batches(data.train.lengths, recipe.data.global_batch_tokens, recipe.train.seed)
     steps = recipe.train.steps or 0
     if plan.count(1) < steps:
         raise ValueError(f"The data has {plan.count(1)} batches, not {steps}. Lower --steps.")
@@ -183,8 +183,8 @@ def prepare(recipe: Recipe, folder: Path) -> Prepared:
         "step_decay": recipe.loss.step_decay,
         "lr": recipe.train.lr,
         "weight_decay": recipe.train.weight_decay,
-        "batch_tokens": recipe.data.batch_tokens,
-        "precision": with_precision(recipe, target, None).train.precision,
+        "batch_tokens": recipe.data.global_batch_tokens,
+        "precision": resolve_precision(recipe, target).train.precision,
     }
     metadata = {
         **environment(target),
@@ -204,7 +204,7 @@ def starting_head(recipe: Recipe, target: Target, corpus: Corpus) -> eagle3.Head
     """The initial head of every run. Raises ValueError if speculators does not support it."""
     from headstart.model.checkpoint.engine_support import support
     from headstart.model.heads import eagle3
-    from headstart.training.preflight import choose_draft_vocab
+    from headstart.training.build import choose_draft_vocab
 
     head = fresh_head(recipe, target)
     choose_draft_vocab(head, corpus)
@@ -255,6 +255,7 @@ def write_conversations(
     from safetensors.torch import save_file
 
     from headstart.model.heads.common.borrow import copy_final_norm
+    from headstart.training.data.hidden_states import target_output
 
     scale_D = torch.ones(target.hidden_size)
     copy_final_norm(target, scale_D)
@@ -263,7 +264,7 @@ def write_conversations(
     for number, batch in enumerate(conversations):
         length = int(batch.lengths_B)
         tokens_T, mask_T = batch.tokens_BT[0, :length], batch.loss_mask_BT[0, :length]
-        output = features.read(batch, target.device, target.dtype)
+        output = target_output(features.read(batch, target.dtype), features.index.layers)
         values_LTD = torch.cat(
             [*(output.hidden_states[tap] for tap in taps), output.lm_head_input_BTD]
         )[:, :length]

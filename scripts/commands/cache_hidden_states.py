@@ -56,7 +56,7 @@ def features(
             wanted,
             data,
             target,
-            batch_tokens=resolved.data.batch_tokens,
+            batch_tokens=resolved.data.global_batch_tokens,
             shard_bytes=shard_mb * 1_000_000,
             progress=lambda rows, total: update(rows, "", total),
         )

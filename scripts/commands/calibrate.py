@@ -60,7 +60,7 @@ def read_responses(path: Path, target: Target) -> Corpus:
     from headstart.training.data.conversations import read_conversations
 
     length = min(MAX_LENGTH, target.context_limit or MAX_LENGTH)
-    config = DataConfig(path=str(path), max_length=length, batch_tokens=length)
+    config = DataConfig(path=str(path), max_length=length, global_batch_tokens=length)
     return read_conversations(config, target, seed=0).train
 
 

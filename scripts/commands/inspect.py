@@ -27,7 +27,9 @@ def inspect_data(
     from headstart.training.data.conversations import read_conversations
 
     opened = load_target(target)
-    config = DataConfig(path=path, split=split, max_length=max_length, batch_tokens=max_length)
+    config = DataConfig(
+        path=path, split=split, max_length=max_length, global_batch_tokens=max_length
+    )
     corpus = read_conversations(config, opened, seed=0).train
     trained, total = int(corpus.trained.sum()), len(corpus.tokens)
     for row in range(min(count, len(corpus))):

@@ -1,4 +1,4 @@
-"""`headstart train`: train a draft head as a recipe says."""
+"""`headstart train`: train a draft head by a recipe."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from headstart.model.target.target import Target
     from headstart.training.config.schema import EvalConfig, Recipe
     from headstart.training.evaluation.evaluate import Evaluate
-    from headstart.training.evaluation.samples import Sample
     from headstart.training.reporting.metrics_log import Progress
+    from headstart.training.reporting.samples import Sample
 
-QUESTION, ANSWER = 100, 500  # characters of a sample that are shown
+PROMPT_CHARS, RESPONSE_CHARS = 100, 500  # of a sample, to show
 
 CHANGES = (
-    "The joint section lets the target learn along: it CHANGES, and `headstart fuse` writes a "
-    "model of its own. Held-out conversations (data.holdout) choose the best head."
+    "The joint section trains the target jointly with the head: it CHANGES, and `headstart fuse` "
+    "writes a model of its own. Held-out conversations (data.holdout) choose the best head."
 )
 
 
@@ -41,7 +41,7 @@ def train(
         typer.Option(help="Print the resolved recipe with the meaning of every setting, and stop."),
     ] = False,
 ) -> None:
-    """Train a head; Ctrl-C saves, and train.resume=true goes on."""
+    """Train a head. Ctrl-C saves; train.resume=true resumes."""
     from headstart.training.config import explain as explaining
     from headstart.training.config.schema import load_recipe
 
@@ -53,7 +53,7 @@ def train(
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe file: as given, or one that is shipped."""
+    """Return the path of a recipe: a file, or the name of a shipped one."""
     folder = Path(str(resources.files("headstart.configs")))
     for path in (Path(name), folder / name, folder / f"{name}.yaml"):
         if path.is_file():
@@ -63,11 +63,11 @@ def find_recipe(name: str) -> Path:
 
 
 def run_recipe(recipe: Recipe, target: Target | None = None) -> Path:
-    """Train as the recipe says, showing progress; the folder of the best head."""
+    """Train by a recipe, show progress, and return the folder of the best head."""
     from headstart.training.preflight import check_early
     from headstart.training.trainer import train as run
 
-    check_early(recipe)
+    recipe = check_early(recipe)
     target = target or open_target(recipe)
     head = fresh_head(recipe, target)
     evaluate = None
@@ -77,18 +77,18 @@ def run_recipe(recipe: Recipe, target: Target | None = None) -> Path:
         show(CHANGES)
     with _bar() as log:
         result = run(recipe, target=target, head=head, evaluate=evaluate, log=log)
-    length = "" if result.score is None else f", accepted length {result.score:.2f}"
+    length = "" if result.score is None else f", acceptance length {result.score:.2f}"
     show(f"best head: {result.best} (step {result.best_step}{length})")
     return result.best
 
 
 def fresh_head(recipe: Recipe, target: Target) -> DraftHead:
-    """The head to start from."""
+    """Return the head to start from."""
     import torch
 
     from headstart.model.checkpoint.head import start_from
 
-    torch.manual_seed(recipe.train.seed)  # decides the weights that do not come from the target
+    torch.manual_seed(recipe.train.seed)  # for weights that do not come from the target
     head = head_of(recipe, target)
     head.init_from_target()
     if recipe.train.start_from is not None:
@@ -97,7 +97,7 @@ def fresh_head(recipe: Recipe, target: Target) -> DraftHead:
 
 
 def head_of(recipe: Recipe, target: Target) -> DraftHead:
-    """A head of the recipe's kind and settings."""
+    """Return a head of the recipe's kind and settings."""
     from headstart.model.checkpoint.head import read_head_file
     from headstart.model.heads.common.base import head_class, make_head
     from headstart.training.config.errors import merged
@@ -118,16 +118,17 @@ def open_target(recipe: Recipe) -> Target:
     from headstart.model.target.synthetic import random_model
     from headstart.training.distributed.process_group import WorkerGroup, local_device
 
+    """Load the target as the recipe says, on this process's device."""
     config = recipe.target
-    spread = recipe.parallel.target != "replicated"
+    sharded = recipe.parallel.target != "replicated"
     if config.random is not None:
-        if spread:
-            raise ValueError("A random target is not spread: leave parallel.target out.")
+        if sharded:
+            raise ValueError("A random target cannot be sharded: leave parallel.target out.")
         return wrap_target(random_model(config.random, recipe.train.seed))
     assert config.name is not None
     device = local_device()
-    if spread:
-        WorkerGroup(device)  # so that the processes know one another
+    if sharded:
+        WorkerGroup(device)  # initializes the process group
         return load_sharded_target(
             config.name,
             dtype=config.dtype,
@@ -145,14 +146,14 @@ def open_target(recipe: Recipe) -> Target:
 
 
 def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
-    """Real decoding of prompts, or None without prompts or a chat template to write them in.
+    """Return a function that decodes prompts with a head, or None without prompts or chat template.
 
-    ValueError where prompts or contexts leave no room for an answer.
+    ValueError where prompts or contexts leave no room for a response.
     """
     if config.prompts is None:
         return None
     if target.is_sharded:
-        show("The target is in parts: held-out conversations (data.holdout) choose the best head.")
+        show("The target is sharded: held-out conversations (data.holdout) choose the best head.")
         return None
     if not target.has_tokenizer or target.tokenizer.chat_template is None:
         show(
@@ -165,7 +166,7 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
     from headstart.inference.tree_policy.defaults import for_target
     from headstart.model.tree.shape import TreeShape
     from headstart.scripts.options.prompts import decodable, first_turns
-    from headstart.training.evaluation.samples import Sample
+    from headstart.training.reporting.samples import Sample
 
     from .generate import pieces
 
@@ -180,10 +181,10 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
         speculative = SpeculativeConfig(head, shape)
         stats, answers = measure_acceptance(target, speculative, ids, sampling)
         found: dict[str, Any] = {"acceptance_length": stats.acceptance_length}
-        found |= {f"accepted_{d}": rate for d, rate in enumerate(stats.acceptance, start=1)}
+        found |= {f"acceptance_rate_{d}": rate for d, rate in enumerate(stats.acceptance, start=1)}
         for context, filled in longer.items():
             stats, _ = measure_acceptance(target, speculative, filled, sampling)
-            found[f"accepted_length_{context}"] = stats.acceptance_length
+            found[f"acceptance_length_{context}"] = stats.acceptance_length
         found["samples"] = [
             Sample(prompt.turns[0], tuple(pieces(target, steps)))
             for prompt, steps in list(zip(prompts, answers, strict=True))[: config.samples]
@@ -198,15 +199,15 @@ def _check_contexts(config: EvalConfig, target: Target) -> None:
     if limit is not None and longest and longest + config.max_new_tokens > limit:
         raise ValueError(
             f"eval.contexts asks for prompts of {longest} tokens and eval.max_new_tokens for "
-            f"{config.max_new_tokens} behind them, but {target.name} reads {limit} in all. Lower "
-            "one of them."
+            f"{config.max_new_tokens} behind them, but the context of {target.name} is {limit} in "
+            "all. Lower one of them."
         )
 
 
 def _filled(
     prompts: list[Prompt], context: int, config: EvalConfig, target: Target
 ) -> list[tuple[int, ...]]:
-    """The prompts with so much other text in front that each has about `context` tokens."""
+    """Return the prompts, each preceded by other text up to about `context` tokens."""
     from headstart.scripts.options.suites import Suite, make_cases
 
     suite = Suite("eval.prompts", prompts)
@@ -217,8 +218,8 @@ def _filled(
 
 
 def _by_context(at: Progress) -> str:
-    """The accepted lengths behind longer prompts, if there are such."""
-    name = "accepted_length_"
+    """Format the acceptance lengths after longer prompts, if any."""
+    name = "acceptance_length_"
     found = [
         f"{value:.3f} at {key.removeprefix(name)} tokens"
         for key, value in at.metrics.items()
@@ -228,10 +229,10 @@ def _by_context(at: Progress) -> str:
 
 
 def show_sample(sample: Sample) -> None:
-    """The beginning of an answer, in colours that tell how many tokens each step gave."""
-    show(f"> {shorten(sample.prompt, QUESTION, placeholder=' ...')}")
-    room, text = ANSWER, legend().append("\n")
-    for piece, tokens in sample.answer:
+    """Show the beginning of a response, coloured by the tokens of each decode step."""
+    show(f"> {shorten(sample.prompt, PROMPT_CHARS, placeholder=' ...')}")
+    room, text = RESPONSE_CHARS, legend().append("\n")
+    for piece, tokens in sample.response:
         text.append(coloured(piece[:room], tokens))
         room -= len(piece)
         if room <= 0:
@@ -252,11 +253,13 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
                 return
             if at.kind == "eval" and "acceptance_length" in at.metrics:
                 best = f"{at.metrics['acceptance_length']:.3f}"
-                say(f"step {at.step}: accepted length {best} on held-out prompts{_by_context(at)}")
+                say(
+                    f"step {at.step}: acceptance length {best} on held-out prompts{_by_context(at)}"
+                )
             for sample in at.samples:
                 show_sample(sample)
             loss = at.metrics.get("loss")
-            note = f"accepted length {best}"
+            note = f"acceptance length {best}"
             update(at.step, note if loss is None else f"loss {loss:.3f}  {note}", at.total)
 
         yield log

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("wide")
 RECIPE = """
 target: {{name: {target}}}
 head: {{kind: {kind}, {settings}}}
-data: {{path: {data}, max_length: 128, batch_tokens: 512}}
+data: {{path: {data}, max_length: 128, global_batch_tokens: 512}}
 loss: {{steps: 2}}
 train: {{output: {out}, steps: 4, precision: float32}}
 eval: {{prompts: {prompts}, count: 2, max_new_tokens: 8, every: 2}}

@@ -72,7 +72,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path, how):
 def test_one_on_another_machine_that_is_gone_ends_the_others_too(tmp_path, how):
     """Without a launcher that sees both. stopped: as where the network is gone."""
     data = write_rows(tmp_path / "data.jsonl", mixed_rows(24))
-    settings = json.dumps({"dies": how, "exchange": 5})
+    settings = json.dumps({"dies": how, "timeout": 5})
     given = [sys.executable, HELPERS / "strategies_worker.py", tmp_path / "run", data, settings]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -97,9 +97,9 @@ def test_one_on_another_machine_that_is_gone_ends_the_others_too(tmp_path, how):
 
 
 @pytest.mark.slow
-def test_the_main_process_may_decode_for_longer_than_an_exchange_takes(tmp_path):
+def test_the_main_process_may_decode_for_longer_than_a_collective_may(tmp_path):
     data = write_rows(tmp_path / "data.jsonl", mixed_rows(24))
-    settings = json.dumps({"exchange": 4, "decodes": 6})
+    settings = json.dumps({"timeout": 4, "decodes": 6})
     done = launch_together(2, "strategies_worker.py", tmp_path / "run", data, settings)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -13,9 +13,9 @@ from families import FAMILIES
 from graph_decoding import USED, Prophet, random_head, replayed
 from step_costs import USUAL
 
-from headstart.inference.engine.cuda_graph import Replay
+from headstart.inference.engine.cuda_graph import CapturedFunction
+from headstart.inference.engine.graph_pool import GraphPool
 from headstart.inference.engine.loop import decode
-from headstart.inference.engine.step_graphs import Graphs
 from headstart.inference.tree_policy.defaults import clamp_to_head
 from headstart.model.backends.cuda_ops import TritonOps
 from headstart.model.heads.common.base import kinds
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_a_function_that_waits_is_called_and_a_warning_says_so() -> None:
     total = torch.zeros(4, device="cuda")
     pool = torch.cuda.graph_pool_handle()
-    replay = Replay(lambda: total.add_(1).sum().item(), total.device, pool, [total])
+    replay = CapturedFunction(lambda: total.add_(1).sum().item(), total.device, pool, [total])
     with pytest.warns(UserWarning, match="waits for the device"):
         replay()
     replay()
@@ -43,7 +43,7 @@ def test_what_an_earlier_graph_leaves_is_not_collected_in_a_capture() -> None:
         collects.append(gc.isenabled())
         total.add_(1)
 
-    replay = Replay(add, total.device, pool, [total])
+    replay = CapturedFunction(add, total.device, pool, [total])
     replay()
     replay()
     assert replay.graph is not None and total.tolist() == [2.0] * 4
@@ -60,17 +60,18 @@ def test_a_whole_decode_on_cuda(family: str, rows: int, sampled: bool) -> None:
     heads = [Prophet(target, LENGTHS[rows], truth)]
     heads += [random_head(target, kind) for kind in kinds()]
     for head in (None, *heads):
-        kept = Graphs()
+        pool = GraphPool()
         for shape in (SHAPES["chain"], SHAPES["dynamic"]):
             shape = shape if head is None else clamp_to_head(shape, head)
             for costs in (None, USUAL, None):  # the last one on graphs of the first
-                told, _ = replayed(target, head, prompts, shape, sampling, costs, kept)
+                told, _ = replayed(target, head, prompts, shape, sampling, costs, pool)
                 assert told == truth, head
-        for plan in kept.kept.values():
-            verifies = [*plan.verifies.values()]
+        for graphs in pool.free:
+            verifies = [*graphs.verify_graphs.values()]
             # In float32 the experts of mixtral may ask the host how many tokens each of them got.
             assert family == "mixtral" or all(one.graph is not None for one in verifies)
-            assert head is None or all(one.graph is not None for one in plan.drafts.values())
+            drafts = graphs.draft_graphs.values()
+            assert all(one.graph is not None for one in drafts)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

@@ -8,11 +8,13 @@ from oracle import Oracle
 from torch import Tensor
 
 from headstart.inference.config import SamplingParams
-from headstart.inference.engine.graph_loop import GraphLoop
+from headstart.inference.engine.graph_pool import GraphPool
+from headstart.inference.engine.graph_runner import GraphRunner
+from headstart.inference.engine.loop import DecodeLoop
 from headstart.inference.engine.sampler import Sampler
 from headstart.inference.engine.sequence import StopCriteria, make_sequences
 from headstart.inference.engine.stats import Stats
-from headstart.inference.engine.step_graphs import Graphs
+from headstart.inference.tree_policy.adaptive import AdaptivePolicy
 from headstart.inference.tree_policy.cost_model import Costs
 from headstart.model.cache.kv_cache import KVCache
 from headstart.model.heads.common.autoregressive import HeadState
@@ -27,7 +29,7 @@ USED = ["llama", "qwen2", "gemma3_text", "mixtral"]
 
 
 class Prophet(Oracle):
-    """An oracle that asks the host nothing: which guesses are right follows from the position."""
+    """An oracle that asks the host nothing: which drafts are right follows from the position."""
 
     def __init__(self, target: Target, prompts: list[int], told: list[list[int]]):
         super().__init__(target, told)
@@ -93,12 +95,14 @@ def replayed(
     shape: TreeShape,
     sampling: SamplingParams,
     costs: Costs | None = None,
-    kept: Graphs | None = None,
+    pool: GraphPool | None = None,
 ) -> tuple[list[list[int]], Stats]:
-    """Responses by the loop of fixed shapes, and its counts."""
-    stop, stats = StopCriteria.of(sampling, target), Stats()
-    rows = make_sequences(target, *prompts, stop, False)
-    shared = (Sampler.of(sampling), stop, shape, costs, stats, kept or Graphs())
-    loop = GraphLoop(target, head, rows, *shared)
-    lengths_B = torch.tensor([row.length for row in rows], device=target.device)
-    return answers(loop.run(prompts[0].to(target.device), lengths_B), len(rows)), stats
+    """Responses of a `GraphRunner`, and its counts."""
+    stop, sampler, stats = StopCriteria.of(sampling, target), Sampler.of(sampling), Stats()
+    sequences = make_sequences(target, *prompts, stop, False)
+    policy = None if costs is None or head is None else AdaptivePolicy(costs)
+    pool = GraphPool() if pool is None else pool
+    runner = GraphRunner(target, head, shape, sampler, sequences, policy, stats, pool)
+    loop = DecodeLoop(target, runner, sequences, len(sequences), stop, policy, stats)
+    lengths_B = torch.tensor([one.length for one in sequences], device=target.device)
+    return answers(loop.run(prompts[0].to(target.device), lengths_B), len(sequences)), stats

@@ -336,7 +336,7 @@ def test_what_a_tree_cannot_do_is_refused(
         (torch.zeros(1, 0).long(), None, "empty"),
         (torch.ones(2, 3).long(), torch.tensor([[1, 1, 1], [0, 0, 0]]), "empty"),
         (torch.ones(3).long(), None, r"input_ids\[None\]"),
-        (torch.ones(1, 256).long(), None, "256 in all"),
+        (torch.ones(1, 256).long(), None, "is 256 tokens"),
     ],
 )
 def test_prompts_that_cannot_be_answered(

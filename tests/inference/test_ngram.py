@@ -14,7 +14,16 @@ import torch
 from decoding import SHAPES, batch, reference, speculative, target_of
 from oracle import Known, Oracle
 
-from headstart.inference.ngram import DOUBT, FIRST, LONGEST, OTHER, Lookup, NgramDraft, alone, merge
+from headstart.inference.ngram import (
+    DOUBT,
+    FIRST,
+    LONGEST,
+    OTHER,
+    NgramDraft,
+    NgramIndex,
+    merge_ngrams,
+    ngram_tree,
+)
 from headstart.model.tree.shape import TreeShape
 from headstart.model.tree.tree import Tree
 
@@ -50,25 +59,25 @@ def random_text(seed: int, length: int, words: int) -> list[int]:
 
 def test_the_longest_match_comes_first_and_among_equals_the_latest() -> None:
     text = [1, 2, 3, 10, 0, 2, 3, 11, 0, 2, 3, 12, 9, 3, 13, 1, 2, 3]
-    assert tokens(Lookup(text).candidates(1, 1)) == [[10]], "three tokens match there"
-    assert tokens(Lookup(text[1:]).candidates(1, 9)) == [[12], [11], [10], [13]]
-    assert tokens(Lookup(text).candidates(4, 2)) == [[10, 0, 2, 3], [12, 9, 3, 13]]
+    assert tokens(NgramIndex(text).drafts(1, 1)) == [[10]], "three tokens match there"
+    assert tokens(NgramIndex(text[1:]).drafts(1, 9)) == [[12], [11], [10], [13]]
+    assert tokens(NgramIndex(text).drafts(4, 2)) == [[10, 0, 2, 3], [12, 9, 3, 13]]
 
 
 def test_first_tokens_differ() -> None:
     text = [5, 1, 6, 5, 2, 7, 5, 1, 8, 5]
-    assert tokens(Lookup(text).candidates(2, 3)) == [[1, 8], [2, 7]]
+    assert tokens(NgramIndex(text).drafts(2, 3)) == [[1, 8], [2, 7]]
 
 
 def test_a_match_that_reaches_the_end_repeats_itself() -> None:
-    assert tokens(Lookup([1, 2, 1, 2]).candidates(5, 1)) == [[1, 2, 1, 2, 1]]
-    assert tokens(Lookup([7, 7]).candidates(3, 1)) == [[7, 7, 7]]
+    assert tokens(NgramIndex([1, 2, 1, 2]).drafts(5, 1)) == [[1, 2, 1, 2, 1]]
+    assert tokens(NgramIndex([7, 7]).drafts(3, 1)) == [[7, 7, 7]]
 
 
 def test_without_a_match_nothing_is_guessed() -> None:
     for text in ([], [1], [1, 2, 1, 3]):
-        assert Lookup(text).candidates(4, 2) == []
-    assert Lookup([1, 1]).candidates(0, 2) == Lookup([1, 1]).candidates(2, 0) == []
+        assert NgramIndex(text).drafts(4, 2) == []
+    assert NgramIndex([1, 1]).drafts(0, 2) == NgramIndex([1, 1]).drafts(2, 0) == []
 
 
 @pytest.mark.parametrize("words", [2, 4, 20])
@@ -76,7 +85,7 @@ def test_guesses_are_what_a_plain_search_finds(words: int) -> None:
     tried = 0
     for seed in range(60):
         text = random_text(seed, 3 + seed, words)
-        candidates = Lookup(text).candidates(5, 3)
+        candidates = NgramIndex(text).drafts(5, 3)
         found = matches(text)
         assert bool(candidates) == bool(found)
         if not found:
@@ -92,43 +101,45 @@ def test_guesses_are_what_a_plain_search_finds(words: int) -> None:
 
 def test_text_that_comes_in_pieces_is_the_same_text() -> None:
     text = random_text(0, 200, 5)
-    pieces = Lookup([])
+    pieces = NgramIndex([])
     draw, end = random.Random(1), 0
     while end < len(text):
         start, end = end, end + draw.randrange(4)
         pieces.extend(text[start:end])
-        assert pieces.candidates(6, 3) == [] or end
+        assert pieces.drafts(6, 3) == [] or end
         pieces.extend([])  # tells nothing, so that chances stay what they are in a new text
-        assert tokens(pieces.candidates(6, 3)) == tokens(Lookup(text[:end]).candidates(6, 3))
+        assert tokens(pieces.drafts(6, 3)) == tokens(NgramIndex(text[:end]).drafts(6, 3))
 
 
 def test_a_fresh_text_goes_by_the_tables() -> None:
     """Every right token makes the match one longer; a second guess gets what the first leaves."""
-    first, second = Lookup([1, 8, 2, 1, 5, 6, 1]).candidates(3, 2)
+    first, second = NgramIndex([1, 8, 2, 1, 5, 6, 1]).drafts(3, 2)
     assert (first.tokens, second.tokens) == ([5, 6, 1], [8, 2, 1])
     begun = [FIRST[0], (1 - FIRST[0]) * OTHER[0]]
     for draft, chance in zip((first, second), begun, strict=True):
         expected = [chance, chance * FIRST[1], chance * FIRST[1] * FIRST[2]]
         assert [math.exp(logp) for logp in draft.logp] == pytest.approx(expected)
     long = list(range(40)) * 2  # far more tokens match than are indexed
-    assert Lookup(long).candidates(2, 1)[0].logp == pytest.approx(
+    assert NgramIndex(long).drafts(2, 1)[0].logp == pytest.approx(
         [math.log(FIRST[-1]), 2 * math.log(FIRST[-1])]
     )
 
 
-def told(text: list[int], known: int, depth: int, chains: int) -> tuple[list[NgramDraft], Lookup]:
+def told(
+    text: list[int], known: int, depth: int, chains: int
+) -> tuple[list[NgramDraft], NgramIndex]:
     """The last guesses of a row that decodes `text` one token at a time."""
-    lookup = Lookup(text[:known])
+    lookup = NgramIndex(text[:known])
     candidates: list[NgramDraft] = []
     for token in text[known:]:
-        candidates = lookup.candidates(depth, chains) or candidates
+        candidates = lookup.drafts(depth, chains) or candidates
         lookup.extend([token])
     return candidates, lookup
 
 
 def test_a_text_that_repeats_gets_certain() -> None:
     text = list(range(10)) * 30
-    before = Lookup(text[:30]).candidates(4, 1)[0]
+    before = NgramIndex(text[:30]).drafts(4, 1)[0]
     after = told(text, 30, 4, 1)[0][0]
     assert after.tokens == [(text[-1] + d) % 10 for d in range(4)]
     assert math.exp(after.logp[3]) > 0.98 > math.exp(before.logp[3])
@@ -137,7 +148,7 @@ def test_a_text_that_repeats_gets_certain() -> None:
 def test_a_text_that_does_not_repeat_gets_sceptical() -> None:
     """Tokens drawn from five words at random: whatever matches, one guess in five is right."""
     text = random_text(3, 3000, 5)
-    start = Lookup(text[:100]).candidates(3, 1)[0]
+    start = NgramIndex(text[:100]).drafts(3, 1)[0]
     draft = told(text, 100, 3, 1)[0][0]
     assert len(matches(text[:100])) > 5
     assert math.exp(start.logp[0]) > 0.4
@@ -150,9 +161,9 @@ def test_chances_are_what_comes_true() -> None:
     draw, text = random.Random(5), [0]
     for _ in range(4000):
         text.append((text[-1] + 1) % 30 if draw.random() < 0.75 else draw.randrange(30))
-    lookup, expected, right = Lookup(text[:1000]), [0.0] * 2, [0] * 2
+    lookup, expected, right = NgramIndex(text[:1000]), [0.0] * 2, [0] * 2
     for place in range(1000, len(text) - 1, 2):
-        for rank, draft in enumerate(lookup.candidates(2, 2)):
+        for rank, draft in enumerate(lookup.drafts(2, 2)):
             expected[rank] += math.exp(draft.logp[1])
             right[rank] += draft.tokens == text[place : place + 2]
         lookup.extend(text[place : place + 2])
@@ -172,11 +183,11 @@ def test_chances_only_fall_along_a_guess_and_share_what_there_is() -> None:
 def test_a_second_guess_is_judged_only_when_the_first_was_wrong() -> None:
     """In this text the second guess never comes true after a miss, for there are no misses."""
     text = [1, 2, 3, 1, 4] + [1, 2, 3] * 3 + [1]
-    first, second = Lookup(text).candidates(1, 2)
-    lookup = Lookup(text)
-    lookup.candidates(1, 2)
+    first, second = NgramIndex(text).drafts(1, 2)
+    lookup = NgramIndex(text)
+    lookup.drafts(1, 2)
     lookup.extend([2, 3, 1])
-    surer, then = lookup.candidates(1, 2)
+    surer, then = lookup.drafts(1, 2)
     assert first.tokens == surer.tokens == [2] and second.tokens == then.tokens == [4]
     assert surer.logp[0] > first.logp[0]
     share = [
@@ -186,13 +197,13 @@ def test_a_second_guess_is_judged_only_when_the_first_was_wrong() -> None:
 
 
 def test_a_guess_that_is_asked_for_twice_is_judged_once() -> None:
-    once, twice = Lookup([1, 2, 3, 1]), Lookup([1, 2, 3, 1])
+    once, twice = NgramIndex([1, 2, 3, 1]), NgramIndex([1, 2, 3, 1])
     for lookup, times in ((once, 1), (twice, 2)):
         for _ in range(times):
-            lookup.candidates(3, 2)
+            lookup.drafts(3, 2)
         lookup.extend([9, 1])
-    assert once.candidates(3, 2) == twice.candidates(3, 2)
-    assert once.candidates(3, 2)[0].logp[0] < math.log(FIRST[0])
+    assert once.drafts(3, 2) == twice.drafts(3, 2)
+    assert once.drafts(3, 2)[0].logp[0] < math.log(FIRST[0])
 
 
 def paths(tree: Tree, row: int) -> dict[tuple[int, ...], float]:
@@ -224,7 +235,7 @@ ROOT, GAP = (7, -1, 0.0), (0, -1, -math.inf)
 def test_known_nodes_are_shared_and_new_ones_come_behind() -> None:
     tree = drafted([[ROOT, (1, 0, -0.5), (2, 0, -1.5), (3, 1, -0.75)]])
     candidates = [NgramDraft([1, 3, 4], [-1.0, -1.125, -2.125]), NgramDraft([5], [-3.0])]
-    merged = merge(tree, [candidates])
+    merged = merge_ngrams(tree, [candidates])
     assert merged.tokens_BN.tolist() == [[7, 1, 2, 3, 4, 5]]
     assert merged.parents_BN.tolist() == [[-1, 0, 0, 1, 3, 0]]
     # What follows a known token counts from the known score: -0.5 - 0.125, then 1 less.
@@ -238,12 +249,12 @@ def test_known_nodes_are_shared_and_new_ones_come_behind() -> None:
 
 def test_a_guess_can_make_a_node_likelier() -> None:
     tree = drafted([[ROOT, (1, 0, -2.0), (2, 1, -2.5)]])
-    assert merge(tree, [[NgramDraft([1], [-0.5])]]).scores_BN.tolist() == [[0, -0.5, -2.5]]
+    assert merge_ngrams(tree, [[NgramDraft([1], [-0.5])]]).scores_BN.tolist() == [[0, -0.5, -2.5]]
     assert tree.scores_BN.tolist() == [[0, -2, -2.5]], "the tree that was given stays as it is"
 
 
 def test_two_guesses_share_their_beginning() -> None:
-    merged = alone(
+    merged = ngram_tree(
         torch.tensor([7]), [[NgramDraft([1, 2], [-0.5, -1.0]), NgramDraft([1, 3], [-0.5, -2.0])]]
     )
     assert merged.tokens_BN.tolist() == [[7, 1, 2, 3]]
@@ -254,7 +265,7 @@ def test_two_guesses_share_their_beginning() -> None:
 def test_padding_is_no_place_for_a_guess() -> None:
     """Neither as a node that is there already (both are token 0), nor among the path's nodes."""
     tree = drafted([[ROOT, (1, 0, -0.5), GAP], [ROOT, (1, 0, -0.5), (2, 0, -1.0)]])
-    merged = merge(tree, [[NgramDraft([0], [-1.0])], []])
+    merged = merge_ngrams(tree, [[NgramDraft([0], [-1.0])], []])
     assert merged.parents_BN.tolist() == [[-1, 0, -1, 0], [-1, 0, 0, -1]]
     assert merged.valid_BN.tolist() == [[True, True, False, True], [True, True, True, False]]
     assert paths(merged, 0) == {(): 0, (1,): -0.5, (0,): -1.0 - DOUBT}
@@ -263,8 +274,8 @@ def test_padding_is_no_place_for_a_guess() -> None:
 
 def test_without_guesses_the_tree_stays() -> None:
     tree = drafted([[ROOT, (1, 0, -0.5)], [ROOT, GAP]])
-    assert merge(tree, [[], []]) is tree
-    assert alone(torch.tensor([3, 4]), [[], []]).tokens_BN.tolist() == [[3], [4]]
+    assert merge_ngrams(tree, [[], []]) is tree
+    assert ngram_tree(torch.tensor([3, 4]), [[], []]).tokens_BN.tolist() == [[3], [4]]
 
 
 def random_case(seed: int, rows: int) -> tuple[Tree, list[list[NgramDraft]]]:
@@ -298,7 +309,7 @@ def test_merging_keeps_what_a_tree_is(rows: int) -> None:
     grown = 0
     for seed in range(150):
         tree, candidates = random_case(seed, rows)
-        merged = merge(tree, candidates)
+        merged = merge_ngrams(tree, candidates)
         for row in range(rows):
             before, after = paths(tree, row), paths(merged, row)
             drafted = {
@@ -314,8 +325,8 @@ def test_merging_keeps_what_a_tree_is(rows: int) -> None:
             assert all(after[path] == before[path] for path in set(before) - set(drafted))
             lengths = [len(path) for path in after]
             assert merged.depths_BN[row][merged.valid_BN[row]].tolist() == lengths
-            single = merge(drafted_row(tree, row), candidates[row : row + 1])
-            assert paths(single, 0) == after, "a row is what it is alone"
+            single = merge_ngrams(drafted_row(tree, row), candidates[row : row + 1])
+            assert paths(single, 0) == after, "a row is what it is ngram_tree"
             grown += len(after) > len(before)
         used = merged.valid_BN.any(0).nonzero().max().item() + 1
         assert merged.nodes == max(tree.nodes, used), "no wider than needed"
@@ -344,19 +355,19 @@ class Reader(Oracle):
             self.before[row] + self.answers[row][:told]
             for row, told in zip(state.rows, state.told, strict=True)
         ]
-        candidates = [Lookup(text).candidates(shape.depth, 2) for text in texts]
+        candidates = [NgramIndex(text).drafts(shape.depth, 2) for text in texts]
         if self.drafts:
-            return merge(super().draft(state, shape), candidates)
-        return alone(torch.tensor([text[-1] for text in texts]), candidates)
+            return merge_ngrams(super().draft(state, shape), candidates)
+        return ngram_tree(torch.tensor([text[-1] for text in texts]), candidates)
 
 
 @pytest.mark.parametrize("drafts", [True, False], ids=["merged", "alone"])
-@pytest.mark.parametrize("sampler", ["", "temperature"])
+@pytest.mark.parametrize("sampling", ["", "temperature"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek_v3", "gpt2"])
-def test_decoding_stays_exact(family: str, sampler: str, drafts: bool) -> None:
+def test_decoding_stays_exact(family: str, sampling: str, drafts: bool) -> None:
     for rows in (1, 3):
-        expected = reference(family, rows, sampler)
+        expected = reference(family, rows, sampling)
         head = Reader(family, rows, expected, drafts)
-        told, stats = speculative(family, head, rows, SHAPES["dynamic"], sampler=sampler)
+        told, stats = speculative(family, head, rows, SHAPES["dynamic"], sampling=sampling)
         assert told == expected
         assert stats.acceptance_length > 1.5 and sum(stats.accepted) < sum(stats.tried)

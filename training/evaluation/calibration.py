@@ -32,10 +32,10 @@ from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
 from headstart.model.tree.tree import Tree
-from headstart.training.checkpoint import could_not_save
 from headstart.training.config.schema import Recipe
 from headstart.training.data.batching import Batch, Batches, Corpus
 from headstart.training.objective.losses import valid_steps
+from headstart.training.run.checkpoint import could_not_save
 
 RANKS = 8  # children of a node whose acceptance is told apart
 MIN_ROWS = 100  # positions that a depth needs to say anything
@@ -141,7 +141,7 @@ def calibrate_best(folder: Path, target: Target, holdout: Corpus, recipe: Recipe
             holdout,
             steps=max(recipe.loss.steps, recipe.eval.depth),
             width=recipe.eval.width,
-            batch_tokens=recipe.data.batch_tokens,
+            batch_tokens=recipe.data.global_batch_tokens,
             seed=recipe.train.seed,
         )
         rewrite_meta(folder, head, found.noted(meta))

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.generation.logits_process import LogitsProcessor
 
 from headstart.inference.config import SamplingParams
-from headstart.inference.engine.sampler import Sampler, likeliest
+from headstart.inference.engine.sampler import Sampler, argmax
 from headstart.model.tree.tree import Tree
 
 VOCAB = 11
@@ -91,7 +91,7 @@ def test_a_tree_is_drawn_from_along_the_path_only() -> None:
         return list(range(VOCAB))
 
     sampler = Sampler([PrefixConstrainedLogitsProcessor(allowed, 1)])
-    draws_BN = sampler.draw(TREE, logits_BNV, [4, 7], [4, 5], PREFIXES)
+    draws_BN = sampler.sample_tree(TREE, logits_BNV, [4, 7], [4, 5], PREFIXES)
     assert draws_BN.tolist() == [[2, -1, 1, 5, 9], [8, -1, -1, -1, -1]]
     assert seen == [
         (4, [1, 2, 9, 3]),
@@ -100,7 +100,13 @@ def test_a_tree_is_drawn_from_along_the_path_only() -> None:
         (4, [1, 2, 9, 3, 2, 1]),
         (4, [1, 2, 9, 3, 2, 1, 5]),
     ]
-    assert Sampler().draw(TREE, logits_BNV, [4, 7], [4, 5], [])[0].tolist() == [2, 0, 1, 5, 9]
+    assert Sampler().sample_tree(TREE, logits_BNV, [4, 7], [4, 5], [])[0].tolist() == [
+        2,
+        0,
+        1,
+        5,
+        9,
+    ]
 
 
 def test_draws_are_those_of_plain_steps() -> None:
@@ -110,14 +116,14 @@ def test_draws_are_those_of_plain_steps() -> None:
     for seed in range(60):
         sampler = sampler_of(1.0, top_k=4, seed=seed)
         logits_BNV = torch.randn(2, 5, VOCAB)
-        draws_BN = sampler.draw(TREE, logits_BNV, [1, 0], [6, 9], PREFIXES)
+        draws_BN = sampler.sample_tree(TREE, logits_BNV, [1, 0], [6, 9], PREFIXES)
         for row, (number, position) in enumerate([(1, 6), (0, 9)]):
             for node, drawn in enumerate(draws_BN[row].tolist()):
                 if drawn >= 0:
                     depth = int(TREE.depths_BN[row, node])
                     root = Tree.root(TREE.tokens_BN[row, node][None])
                     logits = logits_BNV[row, node][None, None]
-                    alone = sampler.draw(root, logits, [number], [position + depth], [])
+                    alone = sampler.sample_tree(root, logits, [number], [position + depth], [])
                     assert alone.tolist() == [[drawn]]
                     deep += depth > 0
     assert deep >= 10
@@ -172,10 +178,10 @@ def test_greedy_makes_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Sampler, "noise")
     logits_BNV = torch.randn(2, 5, VOCAB)
     for greedy in (sampler_of(0.0), sampler_of(0.0, repetition_penalty=1.2)):
-        assert greedy.draw(TREE, logits_BNV, [0, 1], [4, 8], PREFIXES).shape == (2, 5)
+        assert greedy.sample_tree(TREE, logits_BNV, [0, 1], [4, 8], PREFIXES).shape == (2, 5)
     assert sampler_of(0.0, top_k=3).processors == []
     with pytest.raises(AttributeError):
-        sampler_of(1.0).draw(TREE, logits_BNV, [0, 1], [4, 8], PREFIXES)
+        sampler_of(1.0).sample_tree(TREE, logits_BNV, [0, 1], [4, 8], PREFIXES)
 
 
 def test_noise_is_gumbel() -> None:
@@ -190,10 +196,10 @@ def test_noise_is_gumbel() -> None:
 
 @pytest.mark.parametrize("vocabulary", [1, 7, 33, 96, 1000, 1184, 49152])
 @pytest.mark.parametrize("rows", [(), (1,), (3, 5)])
-def test_the_likeliest_is_the_first_of_the_largest(vocabulary: int, rows: tuple[int, ...]) -> None:
+def test_the_argmax_is_the_first_of_the_largest(vocabulary: int, rows: tuple[int, ...]) -> None:
     whole = torch.randint(0, 5, (*rows, vocabulary)).float()
     for scores_RV in (torch.randn(*rows, vocabulary), whole, whole - torch.inf):
         for dtype in (torch.float32, torch.bfloat16):
             scores_RV = scores_RV.to(dtype)
             first_R = (scores_RV == scores_RV.amax(-1, keepdim=True)).int().argmax(-1)
-            assert torch.equal(likeliest(scores_RV), first_R)
+            assert torch.equal(argmax(scores_RV), first_R)

@@ -1,11 +1,13 @@
-"""Rounds of fixed shape, mostly called as without CUDA: they say what plain decoding says, ask the
-host nothing, and leave their tensors where they are.
+"""Steps of fixed shape, mostly called eagerly: they emit what autoregressive decoding emits, never
+wait for the device, and leave their tensors where they are.
 
 Legend: B batch rows, F frontier nodes, W children per node, P places of a path.
 """
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,11 +37,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from headstart.inference.config import SamplingParams, SpeculativeConfig
-from headstart.inference.engine import graph_loop as graphs
-from headstart.inference.engine.cuda_graph import WARM_UPS, Replay
+from headstart.inference.engine import graph_runner
+from headstart.inference.engine.cuda_graph import WARM_UPS, CapturedFunction
+from headstart.inference.engine.graph_pool import GraphPool, graph_pool
+from headstart.inference.engine.graph_runner import supports_cuda_graphs
 from headstart.inference.engine.loop import decode
 from headstart.inference.engine.sampler import Sampler
-from headstart.inference.engine.step_graphs import Graphs, Plan, Setup, supports_cuda_graphs
+from headstart.inference.engine.step_graphs import StepGraphs
 from headstart.inference.tree_policy.cost_model import Costs
 from headstart.inference.tree_policy.defaults import clamp_to_head
 from headstart.model.heads.common.base import kinds, make_head
@@ -140,27 +144,28 @@ def test_noise_of_a_position_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> N
         return whole(sampler, rows, positions, like_MV)
 
     monkeypatch.setattr(Sampler, "noise", watched)
-    target, prompts, kept = target_of("llama"), batch("llama", 3), Graphs()
+    target, prompts, pool = target_of("llama"), batch("llama", 3), GraphPool()
     head = prophet("llama", 3, "temperature")
     for _ in range(2):
         drawn.clear()
-        replayed(target, head, prompts, LARGE, sampling_of("temperature"), kept=kept)
+        replayed(target, head, prompts, LARGE, sampling_of("temperature"), pool=pool)
         assert 3 * NEW_TOKENS <= len(drawn) == len(set(drawn)) < 3 * (NEW_TOKENS + LARGE.depth + 1)
 
 
 @pytest.mark.parametrize("family", [*USED, SPARSE])
 def test_full_caches_are_replaced(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "CAPACITY", 8)
-    monkeypatch.setattr(graphs, "AHEAD", 2)
-    target, kept = target_of(family), Graphs(9)
+    monkeypatch.setattr(graph_runner, "MIN_CAPACITY", 8)
+    monkeypatch.setattr(graph_runner, "HEADROOM", 2)
+    target = target_of(family)
     sampling, truth = ragged(reference(family, 3))
     for head in (prophet(family, 3), *(random_head(target, kind) for kind in kinds())):
-        told, _ = replayed(target, head, batch(family, 3), SHAPES["chain"], sampling, kept=kept)
+        pool = GraphPool(9)
+        told, _ = replayed(target, head, batch(family, 3), SHAPES["chain"], sampling, pool=pool)
         assert told == truth
-        plans = [plan for plan in kept.kept.values() if plan.head is head]
+        plans = pool.free
         assert len(plans) > 1, "no cache was ever full"
         lengths = plans[-1].cache.lengths_B.tolist()
-        assert lengths[0] <= plans[-1].places < max(lengths), "a complete row goes on growing"
+        assert lengths[0] <= plans[-1].max_path < max(lengths), "a complete row goes on growing"
 
 
 def test_up_to_the_end_of_the_context() -> None:
@@ -176,53 +181,70 @@ def test_up_to_the_end_of_the_context() -> None:
     assert replayed(target, head, (ids_BT, mask_BT), SHAPES["chain"], sampling)[0] == truth
 
 
-def test_a_plan_is_used_again_and_its_tensors_stay_where_they_are() -> None:
+def test_graphs_are_used_again_and_their_tensors_keep_their_addresses() -> None:
     """A graph knows them by address."""
-    target, kept, places = target_of("llama"), Graphs(), []
+    target, pool, places = target_of("llama"), GraphPool(), []
     head, (sampling, truth) = random_head(target, "mtp"), ragged(reference("llama", 3))
     for _ in range(2):
-        assert replayed(target, head, batch("llama", 3), LARGE, sampling, kept=kept)[0] == truth
-        (plan,) = kept.kept.values()
-        tensors = [*plan._passed(), plan.alive_B, plan.report, *plan.drafted]
-        for cache in plan.caches:
+        assert replayed(target, head, batch("llama", 3), LARGE, sampling, pool=pool)[0] == truth
+        (graphs,) = pool.free
+        tensors = [*graphs.carried(), graphs.active_B, graphs.report, *graphs.tree_parts]
+        for cache in graphs.caches:
             tensors.append(cache.lengths_B)
             tensors += [part for one in cache.kv_layers for part in (one.keys, one.values)]
         places.append([(one.data_ptr(), one.shape) for one in tensors])
     assert places[0] == places[1]
 
 
-def test_a_plan_in_use_is_not_lent_again() -> None:
-    target, kept = target_of("llama"), Graphs(plans=2)
+def test_graphs_in_use_are_not_given_to_another_run() -> None:
+    target, pool = target_of("llama"), GraphPool(max_graphs=2)
     like = TargetOutput(None, torch.zeros(1, 1, target.hidden_size), {})
 
-    def borrow(temperature: float = 0.0) -> Plan:
-        return kept.borrow(
-            Setup(target, None, LARGE, Sampler.of(SamplingParams(temperature=temperature))),
-            like,
-            64,
-        )
+    def acquire(temperature: float = 0.0) -> StepGraphs:
+        sampler = Sampler.of(SamplingParams(temperature=temperature))
+        return pool.acquire(target, None, LARGE, sampler, like, 64)
 
-    one, other = borrow(), borrow()
-    kept.give_back(one)
-    assert one is not other and borrow(1.0) is not one and borrow() is one
-    [kept.give_back(plan) for plan in (one, borrow(1.0), borrow(0.5))]
-    assert len(kept.kept) == 2 and borrow() is not one  # the oldest went
+    one, other = acquire(), acquire()
+    pool.release(one)
+    assert one is not other and acquire(1.0) is not one and acquire() is one
+    for graphs in (one, acquire(1.0), acquire(0.5)):
+        pool.release(graphs)
+    assert len(pool.free) == 2 and acquire() is not one  # the oldest went
 
 
-def test_plans_that_are_kept_take_no_more_memory_than_they_may() -> None:
-    target, kept = target_of("llama"), Graphs(memory=0)
+def test_a_pool_is_limited_in_memory() -> None:
+    target, pool = target_of("llama"), GraphPool(max_bytes=0)
     head, (sampling, truth) = random_head(target, "mtp"), ragged(reference("llama", 3))
     for shape in (LARGE, SHAPES["chain"]):
-        assert replayed(target, head, batch("llama", 3), shape, sampling, kept=kept)[0] == truth
-        (plan,) = kept.kept.values()  # the latest stays, however large
-    sizes = [cache.size for cache in plan.caches]
-    assert plan.setup.shape == SHAPES["chain"] and min(sizes) > 0
-    roomy = Graphs(memory=3 * sum(sizes))
+        assert replayed(target, head, batch("llama", 3), shape, sampling, pool=pool)[0] == truth
+        (graphs,) = pool.free  # the latest stays, however large
+    sizes = [cache.size for cache in graphs.caches]
+    assert graphs.shape == SHAPES["chain"] and min(sizes) > 0
+    roomy = GraphPool(max_bytes=3 * sum(sizes))
     for shape in (LARGE, SHAPES["chain"]):
-        replayed(target, head, batch("llama", 3), shape, sampling, kept=roomy)
-    assert len(roomy.kept) == 2
+        replayed(target, head, batch("llama", 3), shape, sampling, pool=roomy)
+    assert len(roomy.free) == 2
     roomy.forget(head)
-    assert not roomy.kept
+    assert not roomy.free
+
+
+def test_a_pool_keeps_neither_target_nor_head_in_memory() -> None:
+    target = wrap_target(FAMILIES["llama"]())
+    head, pool, shape = random_head(target, "mtp"), graph_pool(target), SHAPES["chain"]
+    assert graph_pool(target) is pool and graph_pool(target_of("llama")) is not pool
+    for one in (None, head):
+        replayed(target, one, batch("llama", 1), shape, GREEDY, pool=pool)
+    assert len(pool.free) == 2
+    gone = weakref.ref(head)
+    del head, one
+    gc.collect()
+    assert gone() is None
+    replayed(target, None, batch("llama", 1), LARGE, GREEDY, pool=pool)
+    assert all(graphs.max_path == 1 for graphs in pool.free), "those of the head are freed"
+    held, freed = weakref.ref(target), weakref.ref(pool)
+    del target, pool
+    gc.collect()
+    assert held() is None and freed() is None
 
 
 class Tape(TorchDispatchMode):
@@ -257,24 +279,24 @@ def test_records_stay_right(family: str, sampling: str, monkeypatch: pytest.Monk
     """As on CUDA: a few calls that leave no trace, one that is recorded, and then the record."""
     tapes: dict[int, Tape] = {}
 
-    def call(replay: Replay) -> None:
+    def call(replay: CapturedFunction) -> None:
         if id(replay) not in tapes:
             for _ in range(WARM_UPS):
-                replay._rehearse()
+                replay._call_and_restore()
             tapes[id(replay)] = Tape()
             record = partial(tapes[id(replay)].record, replay.function)
-            Replay(record, replay.device, None, replay.rewind)._rehearse()
+            CapturedFunction(record, replay.device, None, replay.in_place)._call_and_restore()
         tapes[id(replay)].play()
 
-    monkeypatch.setattr(Replay, "__call__", call)
+    monkeypatch.setattr(CapturedFunction, "__call__", call)
     monkeypatch.setattr("headstart.model.backends.kernels.cpu.functions.load_kernels", lambda: None)
-    target, kept, prompts = target_of(family), Graphs(plans=9), batch(family, 3)
-    monkeypatch.setattr(target, "_lean", None)
+    target, pool, prompts = target_of(family), GraphPool(max_graphs=9), batch(family, 3)
+    monkeypatch.setattr(target, "backend", None)
     params, truth = ragged(reference(family, 3, sampling), sampling)
     knows = prophet(family, 3, sampling)
     others = [(random_head(target, kind), None) for kind in kinds()]
     for head, costs in ((None, None), (knows, None), (knows, USUAL), *others):
-        told, _ = replayed(target, head, prompts, LARGE, params, costs, kept)
+        told, _ = replayed(target, head, prompts, LARGE, params, costs, pool)
         assert told == truth
 
 
@@ -321,13 +343,13 @@ def test_no_part_of_a_round_waits_for_the_device(family: str, kind: str) -> None
     seen = TargetOutput(None, values, dict.fromkeys(head.taps, values))
     hot = Sampler.of(SamplingParams(temperature=0.8, top_k=5, top_p=0.9))
     for shape in (SHAPES["chain"], clamp_to_head(SHAPES["static"], head), LARGE.limited(4)):
-        plan = Plan(Setup(target, head, shape, hot), seen, 64, None)
-        torch.no_grad()(plan.draft)(shape.depth)  # sends the numbers of a static tree, once
+        graphs = StepGraphs(target, head, shape, hot, seen, 64, None)
+        torch.no_grad()(graphs.draft)(shape.depth)  # sends the numbers of a static tree, once
         with torch.no_grad(), on_no_device():
             for depth in range(shape.depth + 1):
-                plan.draft(depth)
-            for nodes in plan.buckets:
-                plan.verify(nodes)
+                graphs.draft(depth)
+            for nodes in graphs.node_counts:
+                graphs.verify(nodes)
 
 
 def test_what_suits() -> None:

@@ -66,49 +66,51 @@ def walk(candidates: Tree, row: int, draws: list[int]) -> tuple[list[int], list[
 
 def next_tokens(accepted: Accepted) -> list[int]:
     """The token after the accepted path of every row."""
-    rows = zip(accepted.tokens_BP.tolist(), accepted.counts_B.tolist(), strict=True)
+    rows = zip(accepted.sampled_tokens_BP.tolist(), accepted.num_accepted_B.tolist(), strict=True)
     return [tokens[count - 1] for tokens, count in rows]
 
 
 def test_a_path_to_a_leaf_and_its_bonus_token() -> None:
     candidates = tree([[9, 1, 2, 3]], [[-1, 0, 0, 2]])
     accepted = accept(candidates, torch.tensor([[2, 5, 3, 4]]))
-    assert accepted.path_BP.tolist() == [[0, 2, 3, 0]]
-    assert accepted.counts_B.tolist() == [3]
-    assert accepted.tokens_BP[0, :3].tolist() == [2, 3, 4]
+    assert accepted.accepted_path_BP.tolist() == [[0, 2, 3, 0]]
+    assert accepted.num_accepted_B.tolist() == [3]
+    assert accepted.sampled_tokens_BP[0, :3].tolist() == [2, 3, 4]
     assert next_tokens(accepted) == [4]
-    assert accepted.first(3).path_BP.tolist() == [[0, 2, 3]]
+    assert accepted.padded(3).accepted_path_BP.tolist() == [[0, 2, 3]]
 
 
 def test_nothing_accepted_still_emits_the_targets_token() -> None:
     accepted = accept(tree([[9, 1, 2]], [[-1, 0, 1]]), torch.tensor([[5, 2, 2]]))
-    assert accepted.counts_B.tolist() == [1]
+    assert accepted.num_accepted_B.tolist() == [1]
     assert next_tokens(accepted) == [5]
 
 
 def test_a_right_node_under_a_wrong_parent_is_not_accepted() -> None:
     accepted = accept(tree([[9, 1, 2]], [[-1, 0, 1]]), torch.tensor([[2, 2, 2]]))
-    assert accepted.counts_B.tolist() == [1]
+    assert accepted.num_accepted_B.tolist() == [1]
 
 
 def test_nodes_without_a_draw_are_never_accepted() -> None:
     accepted = accept(tree([[9, 1, 2]], [[-1, 0, 1]]), torch.tensor([[1, -1, -1]]))
-    assert accepted.counts_B.tolist() == [2] and accepted.path_BP[0, :2].tolist() == [0, 1]
+    assert accepted.num_accepted_B.tolist() == [2] and accepted.accepted_path_BP[
+        0, :2
+    ].tolist() == [0, 1]
     accepted = accept(tree([[9, 1, 2]], [[-1, 0, 1]]), torch.tensor([[2, -1, 0]]))
-    assert accepted.counts_B.tolist() == [1] and next_tokens(accepted) == [2]
+    assert accepted.num_accepted_B.tolist() == [1] and next_tokens(accepted) == [2]
 
 
 def test_padding_is_never_accepted() -> None:
     # Token 0 at the root would match the padding's token 0.
     accepted = accept(tree([[9, 0, 0]], [[-1, -1, -1]]), torch.tensor([[0, 0, 0]]))
-    assert accepted.counts_B.tolist() == [1]
+    assert accepted.num_accepted_B.tolist() == [1]
     assert next_tokens(accepted) == [0]
 
 
 def test_plain_decoding_is_a_tree_of_one_node() -> None:
     accepted = accept(Tree.root(torch.tensor([3, 4])), torch.tensor([[1], [2]]))
-    assert accepted.path_BP.tolist() == [[0], [0]]
-    assert accepted.counts_B.tolist() == [1, 1]
+    assert accepted.accepted_path_BP.tolist() == [[0], [0]]
+    assert accepted.num_accepted_B.tolist() == [1, 1]
     assert next_tokens(accepted) == [1, 2]
 
 
@@ -121,10 +123,10 @@ def test_equals_the_walk() -> None:
         accepted = accept(candidates, draws_BN)
         for row, draws in enumerate(draws_BN.tolist()):
             path, tokens = walk(candidates, row, draws)
-            count = int(accepted.counts_B[row])
-            assert accepted.path_BP[row, :count].tolist() == path
-            assert accepted.tokens_BP[row, :count].tolist() == tokens
-            assert accepted.path_BP[row, count:].sum() == 0
+            count = int(accepted.num_accepted_B[row])
+            assert accepted.accepted_path_BP[row, :count].tolist() == path
+            assert accepted.sampled_tokens_BP[row, :count].tolist() == tokens
+            assert accepted.accepted_path_BP[row, count:].sum() == 0
             lengths.append(count)
     assert max(lengths) >= 4 and min(lengths) == 1
 
@@ -140,7 +142,7 @@ def test_more_nodes_never_shorten_the_path_on_the_same_draws() -> None:
             part = Tree(
                 whole.tokens_BN[:, :nodes], whole.parents_BN[:, :nodes], whole.scores_BN[:, :nodes]
             )
-            counts.append(accept(part, draws_BN[:, :nodes]).counts_B)
+            counts.append(accept(part, draws_BN[:, :nodes]).num_accepted_B)
         grown = torch.stack(counts)
         assert (grown.diff(dim=0) >= 0).all()
         longer += int((grown[-1] > grown[0]).sum())
@@ -158,6 +160,6 @@ def test_rows_do_not_influence_each_other() -> None:
             candidates.tokens_BN[one], candidates.parents_BN[one], candidates.scores_BN[one]
         )
         accepted = accept(alone, draws_BN[one])
-        assert accepted.path_BP.equal(together.path_BP[one])
-        assert accepted.tokens_BP.equal(together.tokens_BP[one])
-        assert accepted.counts_B.equal(together.counts_B[one])
+        assert accepted.accepted_path_BP.equal(together.accepted_path_BP[one])
+        assert accepted.sampled_tokens_BP.equal(together.sampled_tokens_BP[one])
+        assert accepted.num_accepted_B.equal(together.num_accepted_B[one])

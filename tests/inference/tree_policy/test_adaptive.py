@@ -17,10 +17,10 @@ from step_costs import DEAR, FREE, USUAL, costs
 from torch import Tensor
 
 from headstart.inference.config import SamplingParams, SpeculativeConfig
+from headstart.inference.engine.graph_pool import graph_pool
 from headstart.inference.engine.loop import decode
 from headstart.inference.engine.measure_costs import NODES, measure_graphs, measured_costs
 from headstart.inference.engine.stats import Stats
-from headstart.inference.engine.step_graphs import Graphs
 from headstart.inference.tree_policy.adaptive import (
     HEAD_BACKOFF,
     NGRAM_BACKOFF,
@@ -229,7 +229,7 @@ def test_a_head_that_was_away_has_missed_nothing(kind: str) -> None:
 
         config = SpeculativeConfig(head, DEFAULT_TREE, FREE)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("headstart.inference.engine.draft.AdaptivePolicy", Away)
+            patch.setattr("headstart.inference.engine.loop.AdaptivePolicy", Away)
             list(decode(target, ids_BT, mask_BT, sampling=SamplingParams(12), speculative=config))
         return seen
 
@@ -312,9 +312,9 @@ def test_costs_of_rounds_that_are_played_back(kind: str) -> None:
     costs = measure_graphs(target, head)
     assert costs.nodes[0] == 1 and len(costs.nodes) == len(costs.verify) > 4
     assert sorted(costs.verify) == [*costs.verify] and costs.verify[0] > 0 < costs.advance
-    (plan,) = Graphs.of(target).kept.values()
+    (graphs,) = graph_pool(target).free
     deepest = clamp_to_head(WIDEST_TREE, head).depth
-    assert plan.depths[-1] == deepest and [*plan.drafts] == [deepest, 1]
+    assert graphs.shape.depth == deepest and [*graphs.draft_graphs] == [deepest, 1]
 
 
 def test_depths_are_chosen_beforehand() -> None:

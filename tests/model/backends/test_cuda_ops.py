@@ -194,7 +194,7 @@ def test_a_whole_decode(family: str, kind: str, shape: str) -> None:
     config = SpeculativeConfig(head, SHAPES[shape])
     steps = decode(target, ids_BT, mask_BT, sampling=sampling, speculative=config)
     assert answers(steps, 2) == told
-    target._lean = None  # and what its modules say
+    target.backend = None  # and what its modules say
     assert answers(decode(target, ids_BT, mask_BT, sampling=sampling), 2) == told
 
 

@@ -77,7 +77,7 @@ def test_a_head_that_is_often_right(family: str, depth: int) -> None:
         def count(_: object, __: object, named: dict[str, Tensor], p: list[int] = passes) -> None:
             p.append(named["input_ids"].shape[1])
 
-        hook = target._decoder.register_forward_pre_hook(count, with_kwargs=True)
+        hook = target.decoder.module.register_forward_pre_hook(count, with_kwargs=True)
         config = SpeculativeConfig(oracle, TreeShape.chain(depth))
         steps = list(decode(target, ids_1T, sampling=GREEDY, speculative=config, stats=stats))
         hook.remove()

@@ -29,7 +29,7 @@ def write_recipe(
     values = {
         "target": {"name": str(name), "dtype": "float32"},
         "head": {"kind": kind},
-        "data": {"path": str(data), "max_length": 32, "batch_tokens": 32, "holdout": 4},
+        "data": {"path": str(data), "max_length": 32, "global_batch_tokens": 32, "holdout": 4},
         "loss": {"steps": 2, "chunk_rows": 50},
         "train": {
             "output": str(folder / "run"),

@@ -271,7 +271,7 @@ def test_a_layer_of_the_targets_own_in_vllm(tmp_path, capsys):
     values = {
         "target": {"name": str(root)},
         "head": {"kind": "mtp"},
-        "data": {"path": str(file), "max_length": 256, "batch_tokens": 1024},
+        "data": {"path": str(file), "max_length": 256, "global_batch_tokens": 1024},
         "loss": {"kind": "lk", "steps": 2, "chunk_rows": 256},
         "train": {
             "output": str(tmp_path / "run"), "start_from": str(tmp_path / "adopted"), "steps": 80,

@@ -19,7 +19,7 @@ from headstart.model.target.target import Target
 from headstart.scripts.commands.calibrate import calibrate as command
 from headstart.training.config.schema import make_recipe
 from headstart.training.reporting.metrics_log import Progress
-from headstart.training.signals import Interrupted
+from headstart.training.run.signals import Interrupted
 from headstart.training.trainer import train
 
 CALIBRATION = {

@@ -15,7 +15,7 @@ from headstart.model.target.load import load_target
 from headstart.scripts.cli import app
 from headstart.scripts.commands import demo, train
 from headstart.training.config.schema import load_recipe
-from headstart.training.signals import Interrupted
+from headstart.training.run.signals import Interrupted
 
 SMALL = ("--prompts", "8", "--heldout", "2", "--max-new-tokens", "8")
 

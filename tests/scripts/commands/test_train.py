@@ -59,7 +59,7 @@ def test_the_seed_decides_the_first_weights(tmp_path):
         values = {
             "target": {"random": {"model_type": "llama"}},
             "head": {"kind": "eagle3"},
-            "data": {"path": str(data), "max_length": 32, "batch_tokens": 1024},
+            "data": {"path": str(data), "max_length": 32, "global_batch_tokens": 1024},
             "loss": {"steps": 2},
             "train": {"output": str(tmp_path / str(run)), "steps": 1, "lr": 1e-12, "seed": seed},
         }
@@ -75,7 +75,7 @@ def recipe_values(tmp_path: Path, **train) -> dict:
     return {
         "target": {"random": {"model_type": "llama"}},
         "head": {"kind": "mtp"},
-        "data": {"path": str(data), "max_length": 32, "batch_tokens": 1024},
+        "data": {"path": str(data), "max_length": 32, "global_batch_tokens": 1024},
         "loss": {"steps": 2},
         "train": {"output": str(tmp_path / "run"), "steps": 1, **train},
     }
@@ -99,7 +99,7 @@ def test_conversations_beyond_the_target_are_refused(tmp_path, rope):
             "rope_type": "longrope",
             "original_max_position_embeddings": 16,
         }
-    with pytest.raises(ValueError, match=r"reads 16 at most\. Set data\.max_length=16"):
+    with pytest.raises(ValueError, match=r"is 16\. Set data\.max_length=16"):
         run_recipe(make_recipe(recipe_values(tmp_path)), target)
 
 
