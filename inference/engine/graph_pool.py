@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from headstart.model.backends.linear import identity
+from headstart.model.backends.linear import weight_version
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.output import TargetOutput
 from headstart.model.target.target import Target
@@ -112,7 +112,7 @@ class GraphPool:
             self._free.pop(next(iter(self._free))).graphs.close()
 
     def _bytes(self) -> int:
-        return sum(cache.size for entry in self._free.values() for cache in entry.graphs.caches)
+        return sum(cache.nbytes for entry in self._free.values() for cache in entry.graphs.caches)
 
 
 def _key(
@@ -125,10 +125,10 @@ def _key(
 ) -> tuple[Any, ...]:
     """All that captured steps depend on. It changes when weights are replaced or written to."""
     processors = [(type(one), *vars(one).values()) for one in sampler.processors]
-    weights = [identity(weight) for weight in target.model.parameters()]
+    weights = [weight_version(weight) for weight in target.model.parameters()]
     temperatures = None
     if head is not None:
-        weights += [identity(weight) for weight in head.parameters()]
+        weights += [weight_version(weight) for weight in head.parameters()]
         temperatures = head.temperatures
     models = id(target), id(head), hash(tuple(weights)), temperatures
     return *models, shape, sampler.sample, *processors, batch, capacity

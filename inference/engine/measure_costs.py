@@ -25,8 +25,7 @@ from torch import Tensor
 
 from headstart.inference.tree_policy.cost_model import Costs
 from headstart.inference.tree_policy.defaults import WIDEST_TREE, clamp_to_head
-from headstart.model.backends import cuda_ops as accelerated
-from headstart.model.backends.kernels.cpu import build as kernels
+from headstart.model.backends.select import kernel_hash
 from headstart.model.checkpoint.atomic import replace_text
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.paths import cache_folder
@@ -243,7 +242,6 @@ def _path(target: Target, head: DraftHead) -> Path:
 
 def costs_key(target: Target, head: DraftHead) -> dict[str, Any]:
     """What stored costs depend on."""
-    in_c = target.device.type == "cpu" and kernels.functions() is not None
     return {
         "device": device_name(target.device),
         "threads": torch.get_num_threads(),
@@ -252,7 +250,7 @@ def costs_key(target: Target, head: DraftHead) -> dict[str, Any]:
         "head": head.config.model_dump(mode="json"),
         "versions": {name: version(name) for name in ("torch", "transformers", "headstart")},
         "nodes": NODES,
-        "kernels": accelerated.digest(target.device) or (kernels.digest() if in_c else None),
+        "kernels": kernel_hash(target.device),
     }
 
 

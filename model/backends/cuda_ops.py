@@ -1,12 +1,11 @@
-"""The shortest way of reads on a GPU: matrix products, and what lies between them in Triton.
+"""Operations of a GPU: matrix products, and what lies between them in Triton (kernels/triton/).
 
 A step over one token is so short there that starting kernels and going over the same few rows
-again and again takes longer than reading the weights. `Accelerated` needs ten kernels per layer,
-and seven for one row, where the modules need some thirty-five, and its attention reads the text
-once for all nodes of a tree (kernels/triton/). The same blocks serve the heads
-(`speed_up_blocks` in swift.py).
+again and again takes longer than reading the weights. A layer takes ten kernels here, and seven for
+a single row, where its modules need some thirty-five, and its attention reads the cache once for
+all nodes of a tree.
 
-Legend: B batch rows, N new rows, R rows of all texts together, D hidden size, M pending columns.
+Legend: as in ops.py.
 """
 
 from __future__ import annotations
@@ -14,47 +13,197 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from headstart.model.tree.ops import TORCH_TREE_OPS, TreeOps
+from headstart.model.cache.kv_cache import KVLayer
+from headstart.model.tree.ops import Pool
 
-if TYPE_CHECKING:
-    from headstart.model.cache.kv_cache import KVCache
+from .linear import FusedLinear
+from .ops import Activation, AttentionContext, AttentionSpec, CacheVisibility, NormWeights
+from .rotary import CosSin, Rotary
+from .torch_ops import TORCH_OPS, TorchOps, grouped_attention
 
-    from .fused_decoder import Layer, Lean
-    from .visibility import Visibility
-
-MOST_ROWS = 512  # new rows of a text; longer ones are left to the model's own modules
-
-
-def functions(device: torch.device) -> ModuleType | None:
-    """The Triton functions, where they run."""
-    return _tried(device) if device.type == "cuda" else None
+MAX_K = 16  # tokens that the kernel finds one after the other
 
 
-def tree_ops(device: torch.device) -> TreeOps:
-    """The tree functions of a device."""
-    built = functions(device)
-    return TORCH_TREE_OPS if built is None else cast(TreeOps, built)
+class TritonOps(TorchOps):
+    """Computes with kernels in Triton. Those have no gradients.
+
+    The residual stream has the weights' dtype and changes in place. Norms, gates and sums of a
+    single row are parts of its matrix products.
+    """
+
+    def __init__(self, kernels: ModuleType):
+        self._kernels = kernels
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return triton_ops, (torch.device("cuda"),)
+
+    def residual_stream(self, embedded_RD: Tensor) -> Tensor:
+        return embedded_RD.clone()
+
+    def norm_linear(
+        self, hidden_RD: Tensor, added_RD: Tensor | None, norm: NormWeights, linear: FusedLinear
+    ) -> tuple[Tensor, Tensor]:
+        if added_RD is None and _one_row(hidden_RD):
+            weights = norm.weight, norm.eps
+            return hidden_RD, self._kernels.row_product(hidden_RD, linear.joined, norm=weights)
+        hidden_RD, normed_RD = self.add_norm(hidden_RD, added_RD, norm)
+        return hidden_RD, F.linear(normed_RD, *linear.joined)
+
+    def linear_add(self, input_R: Tensor, linear: FusedLinear, hidden_RD: Tensor) -> Tensor | None:
+        if not _one_row(hidden_RD):
+            return F.linear(input_R, *linear.joined)
+        self._kernels.row_product(input_R, linear.joined, into=hidden_RD)
+        return None
+
+    def gated_linear_add(
+        self, gate_up_RF: Tensor, activation: Activation, linear: FusedLinear, hidden_RD: Tensor
+    ) -> Tensor | None:
+        if not _one_row(hidden_RD):
+            return F.linear(self.gate(gate_up_RF, activation), *linear.joined)
+        assert activation is F.silu, "the kernel knows SwiGLU alone"
+        self._kernels.row_product(gate_up_RF, linear.joined, gated=True, into=hidden_RD)
+        return None
+
+    def add_norm(
+        self, hidden_RD: Tensor, added_RD: Tensor | None, norm: NormWeights
+    ) -> tuple[Tensor, Tensor]:
+        normed_RD = self._kernels.residual_norm(hidden_RD, added_RD, norm.weight, norm.eps)
+        return hidden_RD, normed_RD
+
+    def begin(
+        self, visibility: CacheVisibility, cos_sin: CosSin, dtype: torch.dtype
+    ) -> AttentionContext:
+        masks = visibility.additive(dtype) if visibility.windowed else None
+        return AttentionContext(visibility, cos_sin, dtype, masks)
+
+    def attend(
+        self, qkv_BNE: Tensor, spec: AttentionSpec, context: AttentionContext, kv_layer: KVLayer
+    ) -> Tensor:
+        _refuse(qkv_BNE)
+        visibility, cache = context.visibility, context.visibility.cache
+        empty = qkv_BNE.new_empty(len(qkv_BNE), spec.kv_heads, 0, spec.head_dim)
+        keys, values = kv_layer.allocate(empty, empty)
+        queries_BNHC = self._kernels.rotate_store(
+            qkv_BNE,
+            context.cos_sin,
+            *_norms(spec),
+            (keys, values),
+            cache.lengths_B,
+            cache.pending_before,
+        )
+        if visibility.windowed:
+            visible = keys[:, :, : cache.slots], values[:, :, : cache.slots]
+            mask = context.mask(spec.kind)
+            queries = queries_BNHC.transpose(1, 2)
+            attended = grouped_attention(queries, *visible, mask, scale=spec.scale)
+            return attended.transpose(1, 2).flatten(2)
+        attended_BNHC: Tensor = self._kernels.attend(
+            queries_BNHC, (keys, values), cache.lengths_B, visibility.pending_BNM, spec.scale,
+            cache.slots,
+        )  # fmt: skip
+        return attended_BNHC.flatten(2)
+
+    def cached_attention(
+        self, queries_BHNC: Tensor, keys: Tensor, values: Tensor, visibility: CacheVisibility
+    ) -> Tensor:
+        alike = queries_BHNC.dtype == keys.dtype and keys.shape[-1] == values.shape[-1]
+        if visibility.windowed or not alike or torch.is_grad_enabled():
+            return super().cached_attention(queries_BHNC, keys, values, visibility)
+        cache, scale = visibility.cache, queries_BHNC.shape[-1] ** -0.5
+        attended_BNHC: Tensor = self._kernels.attend(
+            queries_BHNC.transpose(1, 2), (keys, values), cache.lengths_B, visibility.pending_BNM,
+            scale, cache.slots,
+        )  # fmt: skip
+        return attended_BNHC.transpose(1, 2)
+
+    def prepare(self, linear: FusedLinear) -> None:
+        linear.join()
+
+    def linear(self, input_R: Tensor, linear: FusedLinear) -> Tensor:
+        _refuse(input_R)
+        return F.linear(input_R, *linear.joined)
+
+    def gate(self, gate_up_RF: Tensor, activation: Activation) -> Tensor:
+        _refuse(gate_up_RF)
+        assert activation is F.silu, "the kernel knows SwiGLU alone"
+        gated: Tensor = self._kernels.gate(gate_up_RF)
+        return gated
+
+    def rope(self, rotary: Rotary, positions_BN: Tensor, like: Tensor) -> CosSin:
+        """Frequencies and positions, of which the kernel makes cosines and sines."""
+        return rotary.frequencies(like.device), positions_BN.expand(like.shape[:2])
+
+    def rotate(
+        self, qkv_BNE: Tensor, spec: AttentionSpec, cos_sin: CosSin
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, new, _ = qkv_BNE.shape
+        keys, values = qkv_BNE.new_empty(2, batch, spec.kv_heads, new, spec.head_dim)
+        lengths_B = torch.zeros(batch, dtype=torch.int64, device=qkv_BNE.device)
+        queries_BNHC = self._kernels.rotate_store(
+            qkv_BNE, cos_sin, *_norms(spec), (keys, values), lengths_B, 0
+        )
+        return queries_BNHC.transpose(1, 2), keys, values
+
+    def topk_logprobs(self, logits_RV: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        if k > MAX_K:
+            return super().topk_logprobs(logits_RV, k, temperature)
+        *lead, vocabulary = logits_RV.shape
+        flat_RV = logits_RV.reshape(-1, vocabulary)
+        logp_RK, ids_RK = self._kernels.topk_logprobs(flat_RV, k, temperature)
+        return logp_RK.view(*lead, k), ids_RK.view(*lead, k)
+
+    def ancestors(self, parents_BN: Tensor) -> Tensor:
+        ancestors_BNN: Tensor = self._kernels.ancestors(parents_BN)
+        return ancestors_BNN
+
+    def inherit(self, before_BGM: Tensor | None, parents_BF: Tensor) -> Tensor:
+        visible_BFM: Tensor = self._kernels.inherit(before_BGM, parents_BF)
+        return visible_BFM
+
+    def expand(
+        self,
+        pool: Pool,
+        used: int,
+        frontier_BF: Tensor,
+        children: tuple[Tensor, Tensor],
+        width: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        frontier: tuple[Tensor, Tensor, Tensor] = self._kernels.expand(
+            pool, used, frontier_BF, children, width
+        )
+        return frontier
+
+
+def triton_ops(device: torch.device) -> TorchOps:
+    """The operations of a GPU: the reference where Triton does not run there."""
+    kernels = load_kernels(device)
+    return TORCH_OPS if kernels is None else _ops_of(kernels)
 
 
 @cache
-def _tried(device: torch.device) -> ModuleType | None:
+def _ops_of(kernels: ModuleType) -> TritonOps:
+    return TritonOps(kernels)
+
+
+@cache
+def load_kernels(device: torch.device) -> ModuleType | None:
+    """The kernels in Triton. None, with a warning if there should be any, where they do not run."""
     if importlib.util.find_spec("triton") is None:
         return None
     try:
-        from headstart.model.backends.kernels import triton as gpu
+        from headstart.model.backends.kernels import triton as kernels
 
-        gpu.ancestors(torch.full((1, 1), -1, device=device))
+        kernels.ancestors(torch.full((1, 1), -1, device=device))
     except Exception as error:  # of Triton, of the compiler that it calls, of the driver
         warnings.warn(
             f"Triton cannot be used here ({str(error).strip()[:200]}), so decoding is slower. It "
@@ -62,105 +211,27 @@ def _tried(device: torch.device) -> ModuleType | None:
             stacklevel=3,
         )
         return None
-    return gpu
+    return kernels
 
 
-def digest(device: torch.device) -> str | None:
-    """Of the functions in Triton and the version that compiles them, where they run."""
-    if functions(device) is None:
-        return None
+def kernel_hash() -> str:
+    """Hash of the sources and of the version of Triton that compiles them."""
     files = sorted((Path(__file__).parent / "kernels" / "triton").glob("*.py"))
     parts = [version("triton").encode(), *(file.read_bytes() for file in files)]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-class Accelerated:
-    """Reads as `Lean` does, with the same weights. All layers
-    see the whole text."""
-
-    def __init__(self, lean: Lean, built: ModuleType):
-        self._lean, self._built = lean, built
-
-    def accepts(self, ids_BN: Tensor, cache: KVCache) -> bool:
-        """As `Lean.accepts`; long prompts are left to the model's own modules."""
-        behind = cache.preallocated or cache.width > 0
-        return behind and ids_BN.shape[1] <= MOST_ROWS
-
-    def forward(
-        self,
-        ids_BN: Tensor,
-        positions_BN: Tensor,
-        cache: KVCache,
-        visibility: Visibility,
-        taps: Sequence[int] = (),
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """As `Lean.forward`."""
-        lean, built, shape = self._lean, self._built, ids_BN.shape
-        hidden_BND = lean.embed(ids_BN)
-        turn = lean.rotary(hidden_BND, position_ids=positions_BN)
-        hidden_RD = hidden_BND.flatten(0, 1).clone()  # of which layers change the numbers in place
-        layers = self._row if len(hidden_RD) == 1 else self._rows
-        kept = layers(hidden_RD, _Read(shape, turn, cache, visibility.pending_BNM, taps))
-        normed_RD = built.residual_norm(hidden_RD, None, lean.norm.weight, lean.norm.eps)
-        return normed_RD.view(*shape, -1), kept
-
-    def _rows(self, hidden_RD: Tensor, read: _Read) -> dict[int, Tensor]:
-        """All layers, in place; what `read` taps."""
-        built, kept = self._built, dict[int, Tensor]()
-        added_RD: Tensor | None = None  # by the layer before
-        for index, layer in enumerate(self._lean.layers):
-            first, second = layer.first, layer.second
-            normed_RD = built.residual_norm(hidden_RD, added_RD, first.weight, first.eps)
-            if index - 1 in read.taps:
-                kept[index - 1] = hidden_RD.clone().view(*read.shape, -1)
-            mixed_BNE = layer.qkv(normed_RD).view(*read.shape, -1)
-            attended_RD = self._attend(layer, index, mixed_BNE, read)
-            added_RD = layer.out(attended_RD)
-            normed_RD = built.residual_norm(hidden_RD, added_RD, second.weight, second.eps)
-            added_RD = layer.down(built.gate(layer.gate_up(normed_RD)))
-        assert added_RD is not None, "no layers"
-        hidden_RD += added_RD
-        if index in read.taps:
-            kept[index] = hidden_RD.clone().view(*read.shape, -1)
-        return kept
-
-    def _row(self, hidden_1D: Tensor, read: _Read) -> dict[int, Tensor]:
-        """As `_rows`. Norms, gates and sums are parts of the products."""
-        product, kept = self._built.row_product, dict[int, Tensor]()
-        for index, layer in enumerate(self._lean.layers):
-            first, second = layer.first, layer.second
-            mixed_1E = product(hidden_1D, layer.qkv.joined, norm=(first.weight, first.eps))
-            attended_1E = self._attend(layer, index, mixed_1E[None], read)
-            product(attended_1E, layer.out.joined, into=hidden_1D)
-            both_1F = product(hidden_1D, layer.gate_up.joined, norm=(second.weight, second.eps))
-            product(both_1F, layer.down.joined, gated=True, into=hidden_1D)
-            if index in read.taps:
-                kept[index] = hidden_1D.clone().view(*read.shape, -1)
-        return kept
-
-    def _attend(self, layer: Layer, index: int, mixed_BNE: Tensor, read: _Read) -> Tensor:
-        batch, cache = len(mixed_BNE), read.cache
-        empty = mixed_BNE.new_empty(batch, layer.groups, 0, layer.channels)
-        columns = cache.kv_layers[index].room(empty, empty)
-        query_norm, key_norm = layer.query_norm, layer.key_norm
-        norms, eps = None, 0.0
-        if query_norm is not None and key_norm is not None:
-            norms, eps = (query_norm.weight, key_norm.weight), query_norm.eps
-        queries_BNHC = self._built.rotate_store(
-            mixed_BNE, read.turn, norms, eps, columns, cache.lengths_B, cache.after
-        )
-        attended_BNHC = self._built.attend(
-            queries_BNHC, columns, cache.lengths_B, read.pending_BNM, layer.scale, cache.columns
-        )
-        return attended_BNHC.view(-1, layer.heads * layer.channels)
+def _one_row(hidden_RD: Tensor) -> bool:
+    return hidden_RD.numel() == hidden_RD.shape[-1]
 
 
-@dataclass(frozen=True)
-class _Read:
-    """What all layers of a read share. shape: B x N. turn: cosines and sines."""
+def _norms(spec: AttentionSpec) -> tuple[tuple[Tensor, Tensor] | None, float]:
+    """Weights of the norms of queries and keys, and their epsilon."""
+    query, key = spec.query_norm, spec.key_norm
+    return (None, 0.0) if query is None or key is None else ((query.weight, key.weight), query.eps)
 
-    shape: torch.Size
-    turn: tuple[Tensor, Tensor]
-    cache: KVCache
-    pending_BNM: Tensor
-    taps: Sequence[int]
+
+def _refuse(hidden: Tensor) -> None:
+    """ValueError for what the kernels do not compute."""
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        raise ValueError("A head that was opened for decoding has no gradients. Load it again.")

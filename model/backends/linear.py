@@ -1,6 +1,6 @@
-"""Faster reads of a few rows in float32 and bfloat16 on a CPU.
+"""Linear layers for passes over a few positions: packed weights on a CPU, joined weights.
 
-The matrix products of a tree have 4 to 64 rows, and there the default float32 kernel costs up to
+The matrix products of a tree have 4 to 64 rows. On a CPU the default float32 kernel costs up to
 three times as much as one with weights in a blocked layout of its own. Which is the fastest depends
 on the maker of the processor, because MKL is made for Intel's (two threads, ms by default / oneDNN
 / MKL):
@@ -13,16 +13,17 @@ on the maker of the processor, because MKL is made for Intel's (two threads, ms 
 
 So Intel's keep the default for one row and take MKL for small weights; all others take oneDNN for
 both, and up to 512 rows: all layers of SmolLM2 at once took 421 ms for 256 rows by default, 300 ms
-packed (EPYC, AVX-512), in bfloat16 168 and 152 ms. Longer texts stay with the default kernel.
+packed (EPYC, AVX-512), in bfloat16 168 and 152 ms. Longer prompts stay with the default kernel.
 
-The packed copy is made at the first such read, beside the weights: they stay as they are, are saved
+The packed copy is made at the first such pass, beside the weights: they stay as they are, are saved
 and hashed as before, and take twice the memory. Both kernels sum in float32.
+
+Legend: R any leading dimensions, K input width, V output width.
 """
 
 from __future__ import annotations
 
 import platform
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headstart.model.backends.kernels.cpu import build as kernels
-
-from .int8 import Int8, QuantizedLinear
+from .int8 import Int8, QuantizedLinear, SharedLinear, replace_linears
+from .kernels.cpu import functions
+from .kernels.cpu.functions import ActivationFormat
 
 
 def _made_by_intel() -> bool:
@@ -42,145 +43,146 @@ def _made_by_intel() -> bool:
 
 
 INTEL = _made_by_intel()
-MOST_ROWS = 64 if INTEL else 512  # MKL is better at long texts where it is at home
-HALF_ROWS = range(1, 513)  # of bfloat16: few and many in one way, so that both round alike
-ROWS = range(4 if INTEL else 1, MOST_ROWS + 1)  # where packed weights won in every shape tried
+MAX_ROWS = 64 if INTEL else 512  # MKL is better at long prompts where it is at home
+BF16_ROWS = range(1, 513)  # few and many by one kernel, so that both round alike
+ROWS = range(4 if INTEL else 1, MAX_ROWS + 1)  # where packed weights won in every shape tried
 PACKED = (torch.float32, torch.bfloat16)
-SMALLEST = 1 << 14  # weights; below, a call costs more than it saves
+MIN_WEIGHTS = 1 << 14  # below, a call costs more than it saves
 MKL_BELOW = 1 << 20  # weights
 MKL_LAYOUT, ONEDNN_LAYOUT = 8, 4  # rows that the layouts are made for; others work with them too
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Let every linear layer in float32 or bfloat16 on a CPU use packed weights for a few rows."""
-    if not torch.backends.mkldnn.is_available():
-        return
-    for module in model.modules():
-        if type(module) is nn.Linear and _worth_it(module.weight):
-            module.__class__ = PackedLinear
+def pack_linears(module: nn.Module) -> None:
+    """Replace the linear layers in float32 and bfloat16 on a CPU inside a module by ones that use
+    packed weights for a few rows. The module itself stays: see `packed`."""
+    if torch.backends.mkldnn.is_available():
+        replace_linears(module, PackedLinear, _worth_it)
 
 
-class Kind(Enum):
-    """How rows are written between products. DIGITS: as whole numbers, see quantized.py."""
-
-    FLOAT32 = kernels.FLOAT32
-    BFLOAT16 = kernels.BFLOAT16
-    DIGITS = kernels.DIGITS
-
-    @staticmethod
-    def of(dtype: torch.dtype) -> Kind:
-        """KeyError for another type."""
-        return {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16}[dtype]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self is Kind.BFLOAT16 else torch.float32
+def packed(linear: nn.Linear) -> nn.Linear:
+    """A linear layer with packed weights, or the layer itself where they do not help."""
+    known = type(linear) is nn.Linear and torch.backends.mkldnn.is_available()
+    return PackedLinear(linear) if known and _worth_it(linear) else linear
 
 
-class Halves:
+class BF16Linear:
     """The product of bfloat16 linear layers with sums in float32, in C: the same for a row, to the
-    last bit, whatever is read beside it, which libraries do not promise."""
+    last bit, whatever is computed beside it, which libraries do not promise."""
 
     def __init__(self, weight_VK: Tensor, bias_V: Tensor | None):
-        built = kernels.functions()
-        assert built is not None and Halves.suit(weight_VK)
-        self._built, (self.outputs, self.inputs) = built, weight_VK.shape
+        kernels = functions.load_kernels()
+        assert kernels is not None and BF16Linear.supports(weight_VK)
+        self._kernels, self.outputs = kernels, len(weight_VK)
         self._bias_V = None if bias_V is None else bias_V.detach().float().contiguous()
-        size = built.packed_halves(self.outputs) * self.inputs
-        self._packed = torch.empty(size, dtype=torch.bfloat16)
-        weight_VK = weight_VK.detach().contiguous()
-        into = self._packed.data_ptr()
-        built.pack_halves(self.outputs, self.inputs, weight_VK.data_ptr(), into)
+        self._packed = kernels.pack_bf16(weight_VK.detach().contiguous())
 
     @staticmethod
-    def suit(weight: Tensor) -> bool:
-        """Whether they can be built here, and take such weights: inputs come in pairs."""
+    def supports(weight: Tensor) -> bool:
+        """Whether it can be built here, and takes such weights: inputs come in pairs."""
         known = weight.dtype == torch.bfloat16 and weight.is_cpu and weight.shape[1] % 2 == 0
-        return known and kernels.functions() is not None
+        return known and functions.load_kernels() is not None
 
     def __call__(self, hidden_RK: Tensor) -> Tensor:
         """R x V in float32."""
-        hidden_RK = hidden_RK.contiguous()
-        result_RV = torch.empty(*hidden_RK.shape[:-1], self.outputs)
-        bias = None if self._bias_V is None else self._bias_V.data_ptr()
-        self._built.multiply_halves(
-            hidden_RK.numel() // self.inputs, self.outputs, self.inputs, hidden_RK.data_ptr(),
-            self._packed.data_ptr(), bias, result_RV.data_ptr(),
-        )  # fmt: skip
-        return result_RV
+        return self._kernels.multiply_bf16(
+            hidden_RK.contiguous(), self._packed, self.outputs, self._bias_V
+        )
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(SharedLinear):
     """A linear layer with packed weights where they are faster. Made by `pack_linears`."""
 
-    # what it was made from, and the copy
-    _packed: tuple[tuple[int, int], Tensor | Halves] | None = None
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        # what the copy was made from, and the copy
+        self._packed: tuple[tuple[int, int], Tensor | BF16Linear] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.numel() // input.shape[-1]
-        suits = rows in (HALF_ROWS if self.weight.dtype == torch.bfloat16 else ROWS)
-        known = input.dtype == self.weight.dtype in PACKED and input.is_cpu and suits
+        few = rows in (BF16_ROWS if self.weight.dtype == torch.bfloat16 else ROWS)
+        known = input.dtype == self.weight.dtype in PACKED and input.is_cpu and few
         if not known or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.linear(input, self.weight, self.bias)
-        made_from = identity(self.weight)
+        made_from = weight_version(self.weight)
         if self._packed is None or self._packed[0] != made_from:
-            halves = Halves.suit(self.weight)
-            packed = Halves(self.weight, self.bias) if halves else _packed(self.weight)
-            self._packed = made_from, packed
-        packed = self._packed[1]
-        if isinstance(packed, Halves):
-            return packed(input).to(input.dtype)
-        return _product(input, packed, self)
+            in_c = BF16Linear.supports(self.weight)
+            copied = BF16Linear(self.weight, self.bias) if in_c else _packed(self.weight)
+            self._packed = made_from, copied
+        copied = self._packed[1]
+        if isinstance(copied, BF16Linear):
+            return copied(input).to(input.dtype)
+        return _product(input, copied, self)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which pack their own weights: the layouts cannot be saved."""
-        return {name: value for name, value in vars(self).items() if name != "_packed"}
+        return vars(self) | {"_packed": None}
 
 
-class Product:
+class FusedLinear:
     """Linear layers that read the same input, their outputs side by side.
 
-    Where one layout is the best for every row count they are one product of joined weights, and
-    quantised layers are always. LookupError for layers that are not plain linear ones.
+    On a CPU, where one layout is the best for every row count, they are one product of joined
+    weights; quantised layers are always. On a GPU they are if `join` was called.
+
+    linears: modules, called as they are by the reference (torch_ops.py).
     """
 
     def __init__(self, *linears: nn.Module):
+        """LookupError for layers that are not plain linear ones."""
         known = (nn.Linear, PackedLinear, QuantizedLinear)
         plain = [one for one in linears if isinstance(one, nn.Linear) and type(one) in known]
-        self._quantized = any(type(one) is QuantizedLinear for one in plain)
-        joinable = len({(one.bias is None, type(one) is QuantizedLinear) for one in plain}) == 1
-        if len(plain) != len(linears) or not joinable:
+        alike = {(one.bias is None, isinstance(one, QuantizedLinear)) for one in plain}
+        if len(plain) != len(linears) or len(alike) != 1:
             raise LookupError("these layers are no plain linear ones")
-        self._linears: list[nn.Linear] = plain
-        self._joined = len(plain) > 1 and not INTEL and torch.backends.mkldnn.is_available()
+        self.linears: list[nn.Linear] = plain
+        self._joins = len(plain) > 1 and not INTEL and torch.backends.mkldnn.is_available()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was made of the weights."""
         self._made_from: list[tuple[int, int]] = []
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._int8: Int8 | None = None
-        self._half: Halves | None = None
-        self._whole: tuple[Tensor, Tensor | None] | None = None
-        self._whole_from: list[tuple[int, int]] = []
+        self._bf16: BF16Linear | None = None
+        self._joined: tuple[Tensor, Tensor | None] | None = None
+        self._joined_from: list[tuple[int, int]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which make their own layouts."""
+        return {name: getattr(self, name) for name in ("linears", "_joins")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     @property
-    def kind(self) -> Kind:
-        """How it takes its rows where kernels in C write them."""
-        return Kind.DIGITS if self._quantized else Kind.of(self._linears[0].weight.dtype)
+    def quantized(self) -> bool:
+        """Whether it computes in 8-bit integers."""
+        first = self.linears[0]
+        return isinstance(first, QuantizedLinear) and not first.full_precision
+
+    @property
+    def format(self) -> ActivationFormat:
+        """The format in which kernels write its input."""
+        if self.quantized:
+            return ActivationFormat.INT8
+        return ActivationFormat.of(self.linears[0].weight.dtype)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        if not hidden.is_cpu:
-            return F.linear(hidden, *self.joined)
+        """In the type of its input, on a CPU."""
         return self.wide(hidden).to(hidden.dtype)
 
     def wide(self, hidden: Tensor) -> Tensor:
-        """In float32 where the sums are."""
-        if self._quantized:
+        """In float32 where the sums are, on a CPU."""
+        if self.quantized:
             return self.integers(hidden)
-        if Halves.suit(self._linears[0].weight):
-            return self._halves()(hidden)
-        if not self._joined:
-            parts = [one.forward(hidden) for one in self._linears]
+        if BF16Linear.supports(self.linears[0].weight):
+            return self._in_bf16()(hidden)
+        if not self._joins:
+            parts = [one(hidden) for one in self.linears]
             return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        made_from = [identity(one.weight) for one in self._linears]
+        made_from = [weight_version(one.weight) for one in self.linears]
         if made_from != self._made_from:
             self._made_from = made_from
             joined, self._bias = self._side_by_side()
@@ -192,24 +194,24 @@ class Product:
 
     @property
     def joined(self) -> tuple[Tensor, Tensor | None]:
-        """The joined weight and bias. The layers' own weights become parts of it, so that nothing
-        is held twice."""
-        if len(self._linears) == 1:
-            return self._linears[0].weight, self._linears[0].bias
-        whole, made_from = self._whole, [identity(one.weight) for one in self._linears]
-        if whole is None or made_from != self._whole_from:
-            self._whole = whole = self._side_by_side()
-            parts = whole[0].split([len(one.weight) for one in self._linears])
-            for one, part in zip(self._linears, parts, strict=True):
-                one.weight.data = part
-            self._whole_from = [identity(one.weight) for one in self._linears]
+        """The joined weight and bias: a copy unless `join` was called."""
+        if len(self.linears) == 1:
+            return self.linears[0].weight, self.linears[0].bias
+        whole, made_from = self._joined, [weight_version(one.weight) for one in self.linears]
+        if whole is None or made_from != self._joined_from:
+            self._joined, self._joined_from = whole, _ = self._side_by_side(), made_from
         return whole
 
-    def _halves(self) -> Halves:
-        made_from = [identity(one.weight) for one in self._linears]
-        if self._half is None or made_from != self._made_from:
-            self._made_from, self._half = made_from, Halves(*self._side_by_side())
-        return self._half
+    def join(self) -> None:
+        """Let the layers' own weights become parts of the joined one, so that nothing is held
+        twice. Once, while a backend or a head is built."""
+        if len(self.linears) == 1:
+            return
+        self._joined = self._side_by_side()
+        parts = self._joined[0].split([len(one.weight) for one in self.linears])
+        for one, part in zip(self.linears, parts, strict=True):
+            one.weight.data = part
+        self._joined_from = [weight_version(one.weight) for one in self.linears]
 
     @property
     def integers(self) -> Int8:
@@ -218,14 +220,20 @@ class Product:
             self._int8 = Int8(*self._side_by_side())
         return self._int8
 
+    def _in_bf16(self) -> BF16Linear:
+        made_from = [weight_version(one.weight) for one in self.linears]
+        if self._bf16 is None or made_from != self._made_from:
+            self._made_from, self._bf16 = made_from, BF16Linear(*self._side_by_side())
+        return self._bf16
+
     def _side_by_side(self) -> tuple[Tensor, Tensor | None]:
-        weight = torch.cat([one.weight.detach() for one in self._linears])
-        biases = [one.bias.detach() for one in self._linears if one.bias is not None]
+        weight = torch.cat([one.weight.detach() for one in self.linears])
+        biases = [one.bias.detach() for one in self.linears if one.bias is not None]
         return weight, torch.cat(biases) if biases else None
 
 
-def identity(tensor: Tensor) -> tuple[int, int]:
-    """Changes when a tensor's values are replaced or written to.
+def weight_version(tensor: Tensor) -> tuple[int, int]:
+    """A value that changes when a tensor's values are replaced or written to.
 
     Tensors of inference mode do not count their writes, so of those only a replacement is seen.
     """
@@ -257,6 +265,7 @@ def _for_mkl(weight: Tensor) -> bool:
     return small and INTEL and torch.backends.mkl.is_available()
 
 
-def _worth_it(weight: Tensor) -> bool:
+def _worth_it(linear: nn.Linear) -> bool:
+    weight = linear.weight
     known = weight.device.type == "cpu" and weight.dtype in PACKED
-    return known and weight.numel() >= SMALLEST
+    return known and weight.numel() >= MIN_WEIGHTS

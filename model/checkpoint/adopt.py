@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from headstart.model.backends.attention import grouped_attention
+from headstart.model.backends.torch_ops import grouped_attention
 from headstart.model.heads import mtp
 from headstart.model.heads.common.base import make_head
 from headstart.model.heads.common.borrow import copy_layer, layer_sizes

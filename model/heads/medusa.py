@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from headstart.model.backends.cuda_ops import tree_ops
 from headstart.model.heads.common.base import DraftHead, HeadConfig
 from headstart.model.target.output import TargetOutput
 from headstart.model.target.target import Target
@@ -110,8 +109,7 @@ class Head(DraftHead):
             nodes = frontier.tokens_BF.shape[1]
             return logp_B1W.expand(-1, nodes, -1), tokens_B1W.expand(-1, nodes, -1)
 
-        ops = tree_ops(state.root_B.device)
-        return grow(state.root_B, at_depth(0), step, shape, should_deepen, ops=ops)
+        return grow(state.root_B, at_depth(0), step, shape, should_deepen, ops=self.ops)
 
     def _feature(self, seen: TargetOutput) -> Tensor:
         dtype = next(self.parameters()).dtype

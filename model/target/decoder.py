@@ -1,4 +1,7 @@
-"""How a target's decoder layers are run: one interface, and the model's own modules behind it.
+"""The layers of a target, run through the model's own modules.
+
+`FusedDecoder` (model/backends/) computes the same behind the same `forward`, for the passes that it
+accepts.
 
 Legend: B sequences, N new positions, S cache slots, D hidden size.
 """
@@ -7,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +23,6 @@ from .modules import cache_kwarg
 
 # Input of the LM head, B x N x D, and the outputs of the tapped layers by their index.
 DecoderOutput = tuple[Tensor, dict[int, Tensor]]
-
-
-class FusedBackend(Protocol):
-    """A faster computation of the same layers behind a cache (model/backends/)."""
-
-    def accepts(self, ids_BN: Tensor, cache: KVCache) -> bool:
-        """Whether it computes such a pass."""
-        ...
-
-    def forward(
-        self,
-        ids_BN: Tensor,
-        positions_BN: Tensor,
-        cache: KVCache,
-        visibility: Visibility,
-        taps: Sequence[int] = (),
-    ) -> DecoderOutput:
-        """As `ModuleDecoder.forward`, behind a cache."""
-        ...
 
 
 class ModuleDecoder:

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from headstart.model.backends.attention import grouped_attention
+from headstart.model.backends.torch_ops import grouped_attention
 
 SDPA = "sdpa"
 GROUPED = "headstart_grouped"  # the name under which transformers knows `_grouped_sdpa`

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 from collections.abc import Callable
 
 from headstart.model.backends.int8 import Int8
-from headstart.model.backends.linear import identity, pack_linears
+from headstart.model.backends.linear import packed, weight_version
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class LMHead:
         """The rows of some tokens, kept for the tensors asked for last."""
         if token_ids is None:
             return self.linear
-        content = identity(token_ids)
+        content = weight_version(token_ids)
         for ids, seen_content, rows in self._subsets:
             if ids is token_ids and seen_content == content:
                 return rows
@@ -99,5 +99,4 @@ class LMHead:
         rows.weight = nn.Parameter(whole.weight[token_ids], requires_grad=False)
         if whole.bias is not None:
             rows.bias = nn.Parameter(whole.bias[token_ids], requires_grad=False)
-        pack_linears(rows)
-        return rows
+        return packed(rows)

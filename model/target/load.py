@@ -6,15 +6,15 @@ Every way ends in `_build`, which checks the model and wires the parts of a `Tar
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headstart.model.backends.fused_decoder import FusedDecoder
 from headstart.model.backends.int8 import quantize_linears
 from headstart.model.backends.linear import pack_linears
-from headstart.model.backends.select import shorter_way
+from headstart.model.backends.select import select_backend
 
 from .decoder import ModuleDecoder
 from .gqa_attention import use_grouped_attention
@@ -118,24 +118,27 @@ def _build(
     check_supported(model, name)
     model = model.eval().requires_grad_(False)
     config = model.config.get_text_config(decoder=True)
-    head = output_head(model, name)
-    decoder = _module_decoder(model, head.weight.dtype, name)
+    decoder = _module_decoder(model, output_head(model, name).weight.dtype, name)
     if decoder.recurrent and quantize is not None:
         raise ValueError(
             f"{name} has recurrent layers, which are not computed in integers. Leave out quantize "
             f"({quantize})."
         )
-    build = partial(
-        Target,
-        model,
-        tokenizer,
-        name,
-        decoder,
-        LMHead(head, LogitsRule.of(config)),
-        quantized=quantize,
-        weight_only=weight_only,
-    )
-    target = build()
+
+    def wired(backend: FusedDecoder | None = None) -> Target:
+        lm_head = LMHead(output_head(model, name), LogitsRule.of(config))
+        return Target(
+            model,
+            tokenizer,
+            name,
+            decoder,
+            lm_head,
+            backend=backend,
+            quantized=quantize,
+            weight_only=weight_only,
+        )
+
+    target = wired()
     if target.device.type == "meta":
         return target
     expected = own_logits(target)
@@ -150,9 +153,9 @@ def _build(
         return target
     backend = None
     if not decoder.recurrent and not decoder.windows.sparse:
-        backend = shorter_way(decoder.module, decoder.layers, config)
+        backend = select_backend(decoder.module, decoder.layers, config, decoder.windows)
     pack_linears(model)  # after the probes, which would pack what they widen
-    return build(backend=backend)
+    return wired(backend)  # with an LM head that may have been replaced
 
 
 def _module_decoder(model: PreTrainedModel, dtype: torch.dtype, name: str) -> ModuleDecoder:

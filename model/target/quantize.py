@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from headstart.model.backends.int8 import available, exact_attention, full_precision
+from headstart.model.backends.int8 import available, full_precision
+from headstart.model.backends.torch_ops import exact_attention
 
 from .gqa_attention import UNKNOWN
 from .sparse_attention import indexers

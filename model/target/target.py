@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from headstart.model.backends.fused_decoder import FusedDecoder
 from headstart.model.backends.int8 import available
 from headstart.model.backends.visibility import Visibility
 from headstart.model.cache.kv_cache import KVCache
 from headstart.model.tree.tree import Tree
 
-from .decoder import FusedBackend, ModuleDecoder
+from .decoder import ModuleDecoder
 from .lm_head import LMHead
 from .modules import context_limit
 from .output import TargetOutput
@@ -54,7 +55,7 @@ class Target:
         decoder: ModuleDecoder,
         lm_head: LMHead,
         *,
-        backend: FusedBackend | None = None,
+        backend: FusedDecoder | None = None,
         quantized: str | None = None,
         weight_only: str | None = None,
     ):
@@ -186,7 +187,7 @@ class Target:
         lm_head_input_BTD, hidden = self.decoder.forward(ids_BT, _depths(ids_BT), None, None, taps)
         return TargetOutput(None, lm_head_input_BTD, hidden)
 
-    def _decoder_for(self, ids_BT: Tensor, cache: KVCache) -> ModuleDecoder | FusedBackend:
+    def _decoder_for(self, ids_BT: Tensor, cache: KVCache) -> ModuleDecoder | FusedDecoder:
         if self.backend is not None and self.backend.accepts(ids_BT, cache):
             return self.backend
         return self.decoder

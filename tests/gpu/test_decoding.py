@@ -17,7 +17,7 @@ from headstart.inference.engine.cuda_graph import CapturedFunction
 from headstart.inference.engine.graph_pool import GraphPool
 from headstart.inference.engine.loop import decode
 from headstart.inference.tree_policy.defaults import clamp_to_head
-from headstart.model.backends.cuda_ops import Accelerated
+from headstart.model.backends.cuda_ops import TritonOps
 from headstart.model.heads.common.base import kinds
 from headstart.model.target.load import wrap_target
 
@@ -79,7 +79,7 @@ def test_half_precision_is_read_as_well_as_by_the_modules(family: str) -> None:
     model = FAMILIES[family]()
     exact = reads(wrap_target(copy.deepcopy(model).to("cuda")), 3)
     target = wrap_target(model.to("cuda", torch.bfloat16))
-    assert isinstance(target.backend, Accelerated)
+    assert target.backend is not None and isinstance(target.backend.ops, TritonOps)
     errors, shorter = [], target.backend
     for way in (shorter, None):
         target.backend = way

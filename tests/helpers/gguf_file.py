@@ -1,12 +1,11 @@
-"""Shared by tests: gguf file."""
+"""Write a model as a GGUF file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import gguf
-import pytest
-from families import VOCAB, build
+from families import VOCAB
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -51,13 +50,3 @@ def write_gguf(model: PreTrainedModel, file: Path, tensors: dict[str, Tensor]) -
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-@pytest.fixture
-def llama() -> PreTrainedModel:
-    return build("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True})
-
-
-@pytest.fixture
-def falcon() -> PreTrainedModel:
-    return build("falcon", {"tie_word_embeddings": True})

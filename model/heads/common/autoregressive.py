@@ -29,9 +29,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from headstart.model.backends.attention import grouped_attention
-from headstart.model.backends.cuda_ops import tree_ops
-from headstart.model.backends.fused_head import CachedAttend, cached_attention
+from headstart.model.backends.ops import Ops
+from headstart.model.backends.torch_ops import grouped_attention
 from headstart.model.cache.kv_cache import KVCache
 from headstart.model.target.output import TargetOutput
 from headstart.model.tree.grow import Children, Frontier, ShouldDeepen, grow
@@ -39,6 +38,7 @@ from headstart.model.tree.shape import TreeShape
 from headstart.model.tree.tree import Tree
 
 from .base import DraftHead, HeadConfig
+from .cached_attention import CachedAttention, DraftVisibility
 from .layers import Attend, LayerConfig
 
 AttentionLayout = Literal["append", "kvshare"]
@@ -118,11 +118,13 @@ class AutoregressiveHead(DraftHead):
         positions_BP = state.cache.lengths_B[:, None] + steps_P
         state.cache.reserve(new)
         causal_BPP = (steps_P[:, None] >= steps_P).expand(batch, -1, -1)
+        first_BP = _first(positions_BP, self.window)
+        visibility = DraftVisibility(state.cache, causal_BPP, first_BP)
         output_BPD = self.step(
             self.target.embed(next_tokens_BP).to(feature_BPD.dtype),
             feature_BPD,
             positions_BP,
-            CachedAttend(state.cache, causal_BPP, _first(positions_BP, self.window)),
+            CachedAttention(self.ops, visibility),
         )
         state.cache.commit(None, counts_B)
         last_B1 = (counts_B - 1)[:, None]
@@ -138,7 +140,7 @@ class AutoregressiveHead(DraftHead):
         assert state.output_B1D is not None and state.root_B is not None
         last_B1 = state.cache.lengths_B[:, None] - 1
         first_B1 = _first(last_B1, self.window)
-        nodes = _DraftedNodes(state.cache, self.attention_layout, first_B1)
+        nodes = _DraftedNodes(self.ops, state.cache, self.attention_layout, first_B1)
         output_BFD = state.output_B1D
 
         def step(frontier: Frontier) -> Children:
@@ -152,8 +154,7 @@ class AutoregressiveHead(DraftHead):
             return self.candidates(self.lm_head_input(output_BFD), shape.width, frontier.depth)
 
         first = self.candidates(self.lm_head_input(output_BFD), shape.width, 0)
-        ops = tree_ops(state.root_B.device)
-        return grow(state.root_B, first, step, shape, should_deepen, ops=ops)
+        return grow(state.root_B, first, step, shape, should_deepen, ops=self.ops)
 
 
 class _Unrolled:
@@ -274,8 +275,8 @@ class HeadState:
 class _DraftedNodes:
     """Keys of drafted nodes: pending in the cache, behind the committed pairs of every row."""
 
-    def __init__(self, cache: KVCache, layout: AttentionLayout, first_B1: Tensor | None):
-        self.cache, self.layout, self.first_B1 = cache, layout, first_B1
+    def __init__(self, ops: Ops, cache: KVCache, layout: AttentionLayout, first_B1: Tensor | None):
+        self.ops, self.cache, self.layout, self.first_B1 = ops, cache, layout, first_B1
         self.ancestors_BFM: Tensor | None = None
 
     def attend(self, frontier: Frontier) -> Attend:
@@ -285,13 +286,12 @@ class _DraftedNodes:
         self.cache.reserve(0)
         nothing_BF0 = queries.new_zeros(len(queries), queries.shape[2], 0, dtype=torch.bool)
         keys_BGSC, values_BGSC = self.cache.update(keys[:, :, :0], values[:, :, :0], 0)
-        return cached_attention(
-            queries, keys_BGSC, values_BGSC, self.cache, nothing_BF0, self.first_B1
-        )
+        visibility = DraftVisibility(self.cache, nothing_BF0, self.first_B1)
+        return self.ops.cached_attention(queries, keys_BGSC, values_BGSC, visibility)
 
     def _appended(self, frontier: Frontier) -> Attend:
-        ops = tree_ops(frontier.tokens_BF.device)
         drafted = 0 if self.ancestors_BFM is None else self.ancestors_BFM.shape[-1]
-        self.ancestors_BFM = ops.inherit(self.ancestors_BFM, frontier.parents_BF)
-        self.cache.reserve(frontier.tokens_BF.shape[1], after=drafted)
-        return CachedAttend(self.cache, self.ancestors_BFM, self.first_B1)
+        self.ancestors_BFM = self.ops.inherit(self.ancestors_BFM, frontier.parents_BF)
+        self.cache.reserve(frontier.tokens_BF.shape[1], pending_before=drafted)
+        visibility = DraftVisibility(self.cache, self.ancestors_BFM, self.first_B1)
+        return CachedAttention(self.ops, visibility)

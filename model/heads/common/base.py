@@ -16,20 +16,22 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from headstart.model.backends import cuda_ops as accelerated
-from headstart.model.backends.fused_head import speed_up_blocks
 from headstart.model.backends.int8 import quantize_linears
 from headstart.model.backends.linear import pack_linears
+from headstart.model.backends.ops import Ops
+from headstart.model.backends.select import select_ops
+from headstart.model.backends.torch_ops import TORCH_OPS
 from headstart.model.target.output import TargetOutput
 from headstart.model.tree.grow import Children, ShouldDeepen
 from headstart.model.tree.shape import TreeShape
 from headstart.model.tree.tree import Tree
 
+from .layers import use_ops
+
 if TYPE_CHECKING:
     from headstart.model.target.target import Target
 
 
-MOST_AT_ONCE = 16  # words that a GPU finds one after the other
 UNSET = -1  # what the offsets of a draft vocabulary hold before it is set
 
 
@@ -66,6 +68,7 @@ class DraftHead(nn.Module, ABC):
     taps: tuple[int, ...] = ()
     max_depth: int | None = None
     recompute: bool = False
+    ops: Ops = TORCH_OPS
     temperatures: tuple[float, ...] = ()
     rank_acceptance: tuple[tuple[float, ...], ...] = ()
 
@@ -116,7 +119,8 @@ class DraftHead(nn.Module, ABC):
         else:
             pack_linears(self)
         if target.drafts_in_int8 or target.device.type != "cpu":
-            speed_up_blocks(self)
+            self.ops = select_ops(target.device)
+            use_ops(self, self.ops)
         self._decoded = target.draft_logits(self.draft_ids)
         return self
 
@@ -161,14 +165,7 @@ class DraftHead(nn.Module, ABC):
         width, temperature = min(width, logits_BFV.shape[-1]), 1.0
         if self.temperatures:
             temperature = self.temperatures[min(depth, len(self.temperatures) - 1)]
-        on_a_gpu = accelerated.functions(logits_BFV.device)
-        if on_a_gpu is not None and width <= MOST_AT_ONCE:
-            best_RW, index_RW = on_a_gpu.best_words(logits_BFV.flatten(0, 1), width, temperature)
-            shape = (*logits_BFV.shape[:2], width)
-            logp_BFW, index_BFW = best_RW.view(shape), index_RW.view(shape)
-        else:
-            logp_BFV = (logits_BFV.float() / temperature).log_softmax(-1)
-            logp_BFW, index_BFW = logp_BFV.topk(width, dim=-1)
+        logp_BFW, index_BFW = self.ops.topk_logprobs(logits_BFV, width, temperature)
         ids = self.draft_ids
         return logp_BFW, index_BFW if ids is None else ids[index_BFW]
 

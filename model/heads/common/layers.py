@@ -1,6 +1,10 @@
-"""The few blocks that heads share: norm, rotary positions, attention and one decoder layer.
+"""The modules that heads share: norm, attention and MLP.
 
-Legend: B batch rows, T positions, H query heads, G key/value heads, C head channels, D hidden size.
+They compute through `ops`: the torch reference in training, a device's kernels after
+`use_ops`. Both share one forward.
+
+Legend: B sequences, T positions, H query heads, G key/value heads, C head dimension, E width of
+queries, keys and values joined, D hidden size.
 """
 
 from __future__ import annotations
@@ -12,8 +16,15 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-# (queries B H T C, keys B G T C, values B G T C) -> attended values B H T C. What a query may see
-# is the caller's business: training, prompt and tree each bring their own.
+from headstart.model.backends.linear import FusedLinear
+from headstart.model.backends.ops import AttentionSpec, Ops
+from headstart.model.backends.rotary import Rotary
+from headstart.model.backends.torch_ops import TORCH_OPS
+
+from .cached_attention import CachedAttention
+
+# (queries B H T C, keys B G T C, values B G T C) -> attended values B H T C. The caller decides
+# what a query may see: training, prompt and tree each bring their own.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -33,7 +44,31 @@ class LayerConfig(BaseModel):
     qk_norm: bool = Field(default=False, description="Norm queries and keys per attention head.")
 
 
-class RMSNorm(nn.Module):
+class OpsModule(nn.Module):
+    """A module that computes through `ops`."""
+
+    ops: Ops = TORCH_OPS
+
+    def use_ops(self, ops: Ops) -> None:
+        """Compute with these operations from now on; the weights must not change any more."""
+        self.ops = ops
+        self.fuse()
+        for linear in vars(self).values():
+            if isinstance(linear, FusedLinear):
+                ops.prepare(linear)
+
+    def fuse(self) -> None:
+        """Join the linear layers that read the same input, as they are now."""
+
+
+def use_ops(module: nn.Module, ops: Ops) -> None:
+    """Let all parts of a module compute with these operations."""
+    for one in module.modules():
+        if isinstance(one, OpsModule):
+            one.use_ops(ops)
+
+
+class RMSNorm(OpsModule):
     """Root mean square norm (arXiv 1910.07467), computed in the type of its input or wider."""
 
     def __init__(self, size: int, eps: float):
@@ -41,8 +76,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
+    @property
+    def wide(self) -> Tensor:
+        """The weight in float32."""
+        return self.weight.float()
+
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, self.weight.shape, self.weight.to(hidden.dtype), self.eps)
+        return self.ops.rms_norm(hidden, self)
 
 
 class ZeroCentredNorm(RMSNorm):
@@ -58,60 +98,51 @@ class ZeroCentredNorm(RMSNorm):
         return F.rms_norm(hidden.to(wide), scale.shape, scale, self.eps).to(hidden.dtype)
 
 
-def angles(positions: Tensor, channels: int, theta: float, wide: torch.dtype) -> Tensor:
-    """Rotary angles (arXiv 2104.09864) of half the channels, in the type `wide`."""
-    half = channels // 2
-    steps = torch.arange(half, dtype=wide, device=positions.device) / half
-    return positions[..., None].to(wide) * theta**-steps
-
-
-def rotate(states_BHTC: Tensor, positions_BT: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding, half-split as in Llama."""
-    half = states_BHTC.shape[-1] // 2
-    # Angles need the precision of the positions, whatever the type of the states.
-    wide = torch.float64 if states_BHTC.dtype == torch.float64 else torch.float32
-    angles_BTC = angles(positions_BT, 2 * half, theta, wide)
-    cos = angles_BTC.cos()[:, None].to(states_BHTC.dtype)
-    sin = angles_BTC.sin()[:, None].to(states_BHTC.dtype)
-    left, right = states_BHTC[..., :half], states_BHTC[..., half:]
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
-
-
-class Attention(nn.Module):
-    """Grouped-query self-attention; `attend` decides who sees whom."""
+class Attention(OpsModule):
+    """Grouped-query self-attention; `attend` decides what a query sees."""
 
     def __init__(self, config: LayerConfig, input_size: int):
         super().__init__()
         self.config = config
-        heads, groups, channels = (
+        heads, kv_heads, head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
         )
         bias = config.attention_bias
-        self.q_proj = nn.Linear(input_size, heads * channels, bias=bias)
-        self.k_proj = nn.Linear(input_size, groups * channels, bias=bias)
-        self.v_proj = nn.Linear(input_size, groups * channels, bias=bias)
-        self.o_proj = nn.Linear(heads * channels, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(input_size, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(input_size, kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(input_size, kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * head_dim, config.hidden_size, bias=False)
         if config.qk_norm:
-            self.q_norm = RMSNorm(channels, config.rms_norm_eps)
-            self.k_norm = RMSNorm(channels, config.rms_norm_eps)
+            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.spec = AttentionSpec(
+            heads,
+            kv_heads,
+            head_dim,
+            scale=head_dim**-0.5,
+            query_norm=self.q_norm if config.qk_norm else None,
+            key_norm=self.k_norm if config.qk_norm else None,
+        )
+        self.rotary = Rotary(head_dim, config.rope_theta)
+        self.fuse()
+
+    def fuse(self) -> None:
+        self.qkv = FusedLinear(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, hidden_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
-        channels, theta = self.config.head_dim, self.config.rope_theta
-        split = (*hidden_BTD.shape[:2], -1, channels)
-        queries = self.q_proj(hidden_BTD).view(split)
-        keys = self.k_proj(hidden_BTD).view(split)
-        values = self.v_proj(hidden_BTD).view(split)
-        if self.config.qk_norm:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries = rotate(queries.transpose(1, 2), positions_BT, theta)
-        keys = rotate(keys.transpose(1, 2), positions_BT, theta)
-        attended_BHTC = attend(queries, keys, values.transpose(1, 2))
-        return self.o_proj(attended_BHTC.transpose(1, 2).flatten(2))
+        qkv_BTE = self.ops.linear(hidden_BTD, self.qkv)
+        cos_sin = self.ops.rope(self.rotary, positions_BT, qkv_BTE)
+        if isinstance(attend, CachedAttention):  # keys and values are written to the cache at once
+            attended = attend.fused(qkv_BTE, self.spec, cos_sin)
+        else:
+            queries, keys, values = self.ops.rotate(qkv_BTE, self.spec, cos_sin)
+            attended = attend(queries, keys, values).transpose(1, 2).flatten(2)
+        return self.o_proj(attended)
 
 
-class MLP(nn.Module):
+class MLP(OpsModule):
     """SwiGLU (arXiv 2002.05202)."""
 
     def __init__(self, config: LayerConfig):
@@ -119,6 +150,10 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.fuse()
+
+    def fuse(self) -> None:
+        self.gate_up = FusedLinear(self.gate_proj, self.up_proj)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(self.ops.gate(self.ops.linear(hidden, self.gate_up), F.silu))

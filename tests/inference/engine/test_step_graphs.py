@@ -218,7 +218,7 @@ def test_a_pool_is_limited_in_memory() -> None:
     for shape in (LARGE, SHAPES["chain"]):
         assert replayed(target, head, batch("llama", 3), shape, sampling, pool=pool)[0] == truth
         (graphs,) = pool.free  # the latest stays, however large
-    sizes = [cache.size for cache in graphs.caches]
+    sizes = [cache.nbytes for cache in graphs.caches]
     assert graphs.shape == SHAPES["chain"] and min(sizes) > 0
     roomy = GraphPool(max_bytes=3 * sum(sizes))
     for shape in (LARGE, SHAPES["chain"]):
@@ -289,7 +289,7 @@ def test_records_stay_right(family: str, sampling: str, monkeypatch: pytest.Monk
         tapes[id(replay)].play()
 
     monkeypatch.setattr(CapturedFunction, "__call__", call)
-    monkeypatch.setattr("headstart.model.backends.kernels.cpu.build.functions", lambda: None)
+    monkeypatch.setattr("headstart.model.backends.kernels.cpu.functions.load_kernels", lambda: None)
     target, pool, prompts = target_of(family), GraphPool(max_graphs=9), batch(family, 3)
     monkeypatch.setattr(target, "backend", None)
     params, truth = ragged(reference(family, 3, sampling), sampling)

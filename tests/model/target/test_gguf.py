@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import VOCAB, prompts
+from families import VOCAB, build, prompts
 from gguf_file import write_gguf
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
@@ -14,6 +14,16 @@ from transformers import AutoTokenizer, PreTrainedModel
 from headstart.model.target.gguf import save_plain
 from headstart.model.target.load import load_target, wrap_target
 from headstart.model.target.target import Target
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return build("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True})
+
+
+@pytest.fixture
+def falcon() -> PreTrainedModel:
+    return build("falcon", {"tie_word_embeddings": True})
 
 
 def logits_of(target: Target) -> Tensor:

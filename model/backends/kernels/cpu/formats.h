@@ -3,9 +3,9 @@
  * What a product reads comes in one of three kinds:
  *   FLOAT32   as it is
  *   BFLOAT16  rounded to 16 bits
- *   DIGITS    8-bit integers of quantized.py: per row one scale, and two rows of digits, the coarse
+ *   INT8    8-bit integers of int8.py: per row one scale, and two rows of levels, the coarse
  *             ones and the fine ones, each with ZERO added, padded to whole groups of GROUP
- * COARSE, FINE and GROUP are numbers of kernels.py. Everything else is float32. A row's numbers
+ * COARSE, FINE and GROUP are numbers of build.py. Everything else is float32. A row's numbers
  * depend on that row alone: the same code goes over each, whatever is read beside it.
  */
 #pragma once
@@ -15,9 +15,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { FLOAT32, BFLOAT16, DIGITS };
+enum { FLOAT32, BFLOAT16, INT8 };
 
-#define ZERO FINE /* makes digits positive, as the products want them */
+#define ZERO FINE /* makes levels positive, as the products want them */
 #define SMALLEST 1e-30f
 #define LANES 16
 #define SPLIT_ABOVE (1 << 15) /* operations; less is done before a second thread has begun */

@@ -21,10 +21,10 @@ typedef uint32_t Pairs __attribute__((vector_size(64), aligned(4), may_alias));
     sums += widened((uint16_t)((pair) >> 16)) * (Wide)(weights & 0xffff0000u)
 #endif
 
-long packed_halves(long outputs) { return (outputs + OUTPUTS - 1) / OUTPUTS * OUTPUTS; }
+long bf16_padded_outputs(long outputs) { return (outputs + OUTPUTS - 1) / OUTPUTS * OUTPUTS; }
 
-void pack_halves(long outputs, long inputs, const uint16_t *weights, uint16_t *packed) {
-    memset(packed, 0, packed_halves(outputs) * inputs * sizeof(uint16_t));
+void pack_bf16(long outputs, long inputs, const uint16_t *weights, uint16_t *packed) {
+    memset(packed, 0, bf16_padded_outputs(outputs) * inputs * sizeof(uint16_t));
 #pragma omp parallel for
     for (long v = 0; v < outputs; v++) {
         uint16_t *block = packed + v / OUTPUTS * OUTPUTS * inputs;
@@ -53,9 +53,9 @@ static inline void multiply_some(long count, long inputs, const uint16_t *rows,
     memcpy(out, sums, count * OUTPUTS * sizeof(float));
 }
 
-void multiply_halves(long rows, long outputs, long inputs, const uint16_t *values,
+void multiply_bf16(long rows, long outputs, long inputs, const uint16_t *values,
                      const uint16_t *packed, const float *bias, float *out) {
-    long blocks = packed_halves(outputs) / OUTPUTS;
+    long blocks = bf16_padded_outputs(outputs) / OUTPUTS;
 #pragma omp parallel for schedule(static) if (rows * outputs * inputs > SPLIT_ABOVE)
     for (long block = 0; block < blocks; block++) {
         const uint16_t *weights = packed + block * OUTPUTS * inputs;

@@ -1,4 +1,4 @@
-/* What lies between the matrix products of a decoder layer. kernels.py says what each function
+/* What lies between the matrix products of a decoder layer. functions.py says what each function
  * computes. */
 #include "exp.h"
 
@@ -77,22 +77,22 @@ void residual_norm(long rows, long width, float *hidden, const void *product, in
     }
 }
 
-void rotate_store(long rows, long new_rows, long heads, long groups, long channels,
+void rotate_store(long rows, long new_rows, long heads, long kv_heads, long head_dim,
                   const void *product, int product_kind, const float *query_norm,
                   const float *key_norm, double eps,
-                  const float *cosines, const float *sines, const int64_t *columns, void *keys,
-                  void *values, int kind, long batch_stride, long group_stride, float *queries) {
-    long all = heads + 2 * groups, half = channels / 2;
-#pragma omp parallel for if (rows * all * channels > SPLIT_ABOVE)
+                  const float *cosines, const float *sines, const int64_t *slots, void *keys,
+                  void *values, int kind, long batch_stride, long head_stride, float *queries) {
+    long all = heads + 2 * kv_heads, half = head_dim / 2;
+#pragma omp parallel for if (rows * all * head_dim > SPLIT_ABOVE)
     for (long row = 0; row < rows; row++) {
-        float *from = malloc(2 * channels * sizeof(float)), *turned = from + channels;
-        const float *cosine = cosines + row * channels, *sine = sines + row * channels;
+        float *from = malloc(2 * head_dim * sizeof(float)), *turned = from + head_dim;
+        const float *cosine = cosines + row * head_dim, *sine = sines + row * head_dim;
         for (long head = 0; head < all; head++) {
-            take(product, product_kind, row, all * channels, head * channels, channels, from);
+            take(product, product_kind, row, all * head_dim, head * head_dim, head_dim, from);
             const float *result = from;
-            if (head < heads + groups) {
+            if (head < heads + kv_heads) {
                 const float *norm = head < heads ? query_norm : key_norm;
-                if (norm) normed(from, channels, norm, eps);
+                if (norm) normed(from, head_dim, norm, eps);
                 for (long i = 0; i < half; i++) {
                     turned[i] = from[i] * cosine[i] - from[i + half] * sine[i];
                     turned[i + half] = from[i + half] * cosine[i + half] + from[i] * sine[i + half];
@@ -100,14 +100,14 @@ void rotate_store(long rows, long new_rows, long heads, long groups, long channe
                 result = turned;
             }
             if (head < heads) {
-                memcpy(queries + (row * heads + head) * channels, result, channels * sizeof(float));
+                memcpy(queries + (row * heads + head) * head_dim, result, head_dim * sizeof(float));
                 continue;
             }
-            long group = (head - heads) % groups;
-            long place = row / new_rows * batch_stride + group * group_stride + columns[row] * channels;
-            char *kept = head < heads + groups ? keys : values;
+            long kv_head = (head - heads) % kv_heads;
+            long place = row / new_rows * batch_stride + kv_head * head_stride + slots[row] * head_dim;
+            char *kept = head < heads + kv_heads ? keys : values;
             kept += place * (kind == BFLOAT16 ? sizeof(uint16_t) : sizeof(float));
-            give(result, kind, 0, channels, kept, NULL);
+            give(result, kind, 0, head_dim, kept, NULL);
         }
         free(from);
     }
@@ -133,7 +133,7 @@ void gate(long rows, long width, const void *product, int product_kind, void *ou
 
 #define SEARCHED 256 /* numbers whose largest is found at once */
 
-void likeliest(long rows, long width, const float *scores, int64_t *places) {
+void argmax(long rows, long width, const float *scores, int64_t *places) {
 #pragma omp parallel for if (rows * width > 4 * SPLIT_ABOVE)
     for (long row = 0; row < rows; row++) {
         const float *mine = scores + row * width;

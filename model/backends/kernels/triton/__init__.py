@@ -1,8 +1,7 @@
-"""Functions in Triton for GPUs, as kernels/cpu has them for CPUs.
+"""Kernels in Triton for GPUs, as functions of tensors.
 
-Imported where they are used (accelerated.py): Triton is no part of installations without a GPU.
-With TRITON_INTERPRET=1 the same code runs on a CPU, which is how tests compare it with PyTorch's
-operations.
+Imported where they are used (cuda_ops.py): Triton is no part of installations without a GPU. With
+TRITON_INTERPRET=1 the same code runs on a CPU, which is how tests compare it with the reference.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from . import layer_ops as layers
 from . import tree_ops as trees
 
 
-def _where_its_tensors_are(function: Callable[..., Any]) -> Callable[..., Any]:
+def _on_their_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """Triton starts kernels on the current device, whatever their tensors are on."""
 
     @wraps(function)
@@ -38,24 +37,24 @@ def _tensors(given: Any) -> list[Tensor]:
     return found
 
 
-ancestors = _where_its_tensors_are(trees.ancestors)
-attend = _where_its_tensors_are(attention.attend)
-best_words = _where_its_tensors_are(trees.best_words)
-expand = _where_its_tensors_are(trees.expand)
-gate = _where_its_tensors_are(layers.gate)
-inherit = _where_its_tensors_are(trees.inherit)
-residual_norm = _where_its_tensors_are(layers.residual_norm)
-rotate_store = _where_its_tensors_are(layers.rotate_store)
-row_product = _where_its_tensors_are(layers.row_product)
+ancestors = _on_their_device(trees.ancestors)
+attend = _on_their_device(attention.attend)
+topk_logprobs = _on_their_device(trees.topk_logprobs)
+expand = _on_their_device(trees.expand)
+gate = _on_their_device(layers.gate)
+inherit = _on_their_device(trees.inherit)
+residual_norm = _on_their_device(layers.residual_norm)
+rotate_store = _on_their_device(layers.rotate_store)
+row_product = _on_their_device(layers.row_product)
 
 __all__ = [
     "ancestors",
     "attend",
-    "best_words",
     "expand",
     "gate",
     "inherit",
     "residual_norm",
     "rotate_store",
     "row_product",
+    "topk_logprobs",
 ]

@@ -38,8 +38,11 @@ def _residual_norm(
 def residual_norm(
     hidden_RD: Tensor, added_RD: Tensor | None, weight_D: Tensor, eps: float
 ) -> Tensor:
-    """Adds to the hidden rows, in place; the rows under a root mean square norm."""
-    rows, width = hidden_RD.shape
+    """Add to the hidden states R x D, in place; their root mean square norm."""
+    width = hidden_RD.shape[-1]
+    rows = hidden_RD.numel() // width
+    assert hidden_RD.is_contiguous() and weight_D.is_contiguous(), "states are not in a row"
+    added_RD = None if added_RD is None else added_RD.contiguous()
     out_RD = torch.empty_like(hidden_RD)
     size = triton.next_power_of_2(width)
     _residual_norm[(rows,)](
@@ -140,8 +143,9 @@ def _gate(both, out, width, SIZE: tl.constexpr):
 
 def gate(both_RF: Tensor) -> Tensor:
     """R x F of R x 2F: silu of the first half times the second (SwiGLU, arXiv 2002.05202)."""
-    rows, width = both_RF.shape[0], both_RF.shape[1] // 2
-    out_RF = both_RF.new_empty(rows, width)
+    *lead, both = both_RF.shape
+    rows, width = both_RF.numel() // both, both // 2
+    out_RF = both_RF.new_empty(*lead, width)
     _gate[(rows, triton.cdiv(width, GATED))](both_RF.contiguous(), out_RF, width, SIZE=GATED)
     return out_RF
 
@@ -189,8 +193,10 @@ def row_product(
     2K, as `gate` takes it. into: 1 x V that the result is added to, in place."""
     weight_VK, bias_V = joined
     outputs, inputs = weight_VK.shape
-    assert row_1K.shape == (1, 2 * inputs if gated else inputs) and weight_VK.is_contiguous()
-    out_1V = row_1K.new_empty(1, outputs) if into is None else into
+    *lead, width = row_1K.shape
+    assert row_1K.numel() == width == (2 * inputs if gated else inputs), "not a single row"
+    assert weight_VK.is_contiguous() and (into is None or into.numel() == outputs)
+    out_1V = row_1K.new_empty(*lead, outputs) if into is None else into
     norm_K, eps = (row_1K, 0.0) if norm is None else norm
     each, at_once = (4, 512) if inputs < LONG_ROW else (2, 1024)
     _row_product[(triton.cdiv(outputs, each),)](

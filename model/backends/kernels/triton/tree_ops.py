@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""How a tree grows: the likeliest words, the nodes of one depth more, and who sees whom.
+"""How a tree grows: the most likely tokens, the nodes of one depth more, and who sees whom.
 
 Legend: B batch rows, N nodes, R rows, V words, W best words, F frontier nodes, G those of the depth
 before, M nodes drafted until then.
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WORDS = 4096  # logits of a program of `best_words`
+WORDS = 4096  # logits of a program of `topk_logprobs`
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def _best_of_all(
         scores = tl.where(place == chosen, -float("inf"), scores)
 
 
-def best_words(logits_RV: Tensor, width: int, temperature: float) -> tuple[Tensor, Tensor]:
+def topk_logprobs(logits_RV: Tensor, width: int, temperature: float) -> tuple[Tensor, Tensor]:
     """The `width` largest log-probabilities of each row of logits / temperature, and where they
     are: R x W, best first, the first of equals."""
     rows, words = logits_RV.shape
