@@ -34,7 +34,7 @@ from headstart.inference.engine.loop import decode
 from headstart.inference.engine.measure_costs import measured_costs
 from headstart.inference.engine.stats import Stats
 from headstart.inference.tree_policy.defaults import fixed_tree
-from headstart.model.checkpoint.head import load_fused
+from headstart.model.checkpoint.fused import load_fused
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.target import Target
 

@@ -4,8 +4,8 @@
     python scripts/bootstrap.py demo       set up, then `headstart demo`
     python scripts/bootstrap.py test       set up, then lint, types and tests
 
-Standard library only, any system. A second run starts at once: a stamp in `.venv` remembers what
-was installed for which pyproject.toml.
+Standard library only, any system. A second run skips the set-up: a stamp in `.venv` records for
+which pyproject.toml it was installed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "headstart.json"
 
-# Without a GPU: a build of torch that is CPU only, from PyTorch's own index or from a wheel that
-# the machine's pip settings offer. Pinned, so that 2.13.0+cpu is preferred to PyPI's 2.13.0, which
-# on Linux brings gigabytes of CUDA libraries.
+# Without a GPU: a CPU build of torch, from PyTorch's own index or from wherever pip is configured
+# to look. Pinned, so that 2.13.0+cpu is preferred to PyPI's 2.13.0, which on Linux depends on
+# gigabytes of CUDA libraries.
 CPU_TORCH = "torch==2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_PACKAGES = ("nvidia-", "cuda-")
@@ -61,9 +61,9 @@ def main() -> None:
 
 
 def run(*command: str) -> int:
-    """The exit status of a command, which may take its time to end after Ctrl-C.
+    """Run a command and return its exit status, also after Ctrl-C.
 
-    The command gets the signal too, and saves what it has; subprocess.run would kill it meanwhile.
+    The command gets the signal too and may need time to save; subprocess.run would kill it.
     """
     child = subprocess.Popen(command, cwd=ROOT)
     interrupted = False
@@ -100,7 +100,7 @@ def set_up() -> None:
 
 
 def stamp() -> dict[str, str]:
-    """What `.venv` was set up for; nothing when that is unknown or was cut short."""
+    """The hashes that `.venv` was set up for; empty if unknown or truncated."""
     try:
         found = json.loads(STAMP.read_text())
     except (OSError, ValueError):
@@ -109,13 +109,13 @@ def stamp() -> dict[str, str]:
 
 
 def pyproject_hash() -> str:
-    """Also keyed on where the project lies, since an editable install holds absolute paths."""
+    """A hash of pyproject.toml and of the project's path, as editable installs contain it."""
     text = (ROOT / "pyproject.toml").read_bytes() + str(ROOT).encode()
     return hashlib.sha256(text).hexdigest()
 
 
 def files_hash() -> str:
-    """The names of all files that are part of the package."""
+    """A hash of the names of all files of the package."""
     folders = ("model", "training", "inference", "configs", "scripts")
     names = sorted(
         path.relative_to(ROOT).as_posix()
@@ -127,14 +127,14 @@ def files_hash() -> str:
 
 
 def runs(python: Path) -> bool:
-    """False for an environment that is not there, is only half made, or has lost its Python."""
+    """Whether a Python runs and has pip: false for missing, incomplete or broken environments."""
     if not python.exists():
         return False
     return subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
 
 
 def make_venv() -> None:
-    # Checked here, not by the reader of a traceback: pip's own message names no remedy.
+    # pip's own message would not name a remedy.
     if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit(
             f"Headstart needs Python 3.11 or newer; this is {sys.version.split()[0]}. "
@@ -151,12 +151,13 @@ def make_venv() -> None:
 
 
 def has_gpu() -> bool:
-    """An NVIDIA GPU, by its driver."""
+    """Whether there is an NVIDIA GPU, judged by its driver."""
     return shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
 
 
 def torch_version() -> str:
-    """What is installed already is kept: so another build (ROCm, say) can be put in by hand."""
+    """The installed version, which is kept, so that another build (such as ROCm) can be installed
+    by hand."""
     code = "from importlib.metadata import version; print(version('torch'))"
     return subprocess.run([PYTHON, "-c", code], capture_output=True, text=True).stdout.strip()
 
@@ -168,9 +169,9 @@ def install_cpu_torch() -> None:
     cuda = sorted(name for name in found if name.startswith(CUDA_PACKAGES))
     if cuda:
         sys.exit(
-            f"No NVIDIA GPU was found here, but pip offers only a CUDA build of {CPU_TORCH} "
+            f"No NVIDIA GPU was found, but pip offers only a CUDA build of {CPU_TORCH} "
             f"({len(cuda)} packages such as {cuda[0]}): {CPU_INDEX} could not be reached. "
-            f"Nothing was installed. Put a CPU build into {VENV} by hand "
+            f"Nothing was installed. Install a CPU build into {VENV} by hand "
             f"({PYTHON} -m pip install <wheel>) and run this again."
         )
     print(f"No NVIDIA GPU here: installing torch {found['torch']} (CPU, about 200 MB)", flush=True)
@@ -186,7 +187,7 @@ def reachable(url: str) -> bool:
 
 
 def resolve(*requirements: str) -> dict[str, str]:
-    """What pip would install for the requirements: version by package name."""
+    """Versions that pip would install for the requirements, by package name."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         pip("--dry-run", "--ignore-installed", "--report", str(report), *requirements)
@@ -212,5 +213,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        print("\nStopped. The same command resumes from here.", file=sys.stderr)
         sys.exit(INTERRUPTED)

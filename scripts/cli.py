@@ -1,4 +1,4 @@
-"""The `headstart` command. Each command is a function in a file of its own."""
+"""The `headstart` command: each subcommand is a function in `scripts/commands/`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from headstart.scripts.commands.plan import plan
 from headstart.scripts.commands.push import push
 from headstart.scripts.commands.serve import serve
 from headstart.scripts.commands.train import train
-
-from .console import KEPT, friendly
+from headstart.scripts.console import KEPT, friendly
 
 app = typer.Typer(
     help="Train draft heads on a frozen language model, fuse both, and decode exactly with a tree.",
@@ -29,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-inspect = typer.Typer(help="Look into data and checkpoints.", no_args_is_help=True)
+inspect = typer.Typer(help="Show what data files and checkpoints contain.", no_args_is_help=True)
 
 app.command()(friendly(demo, KEPT))
 app.command()(friendly(data, KEPT))

@@ -1,4 +1,4 @@
-"""What the commands show: bars, coloured streams, and mistakes without tracebacks."""
+"""Terminal output of the commands: progress bars, coloured streams, errors without tracebacks."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ P = ParamSpec("P")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-# Errors whose message is made for users: what, why and what to do.
-MISTAKES = (ValueError, FloatingPointError, MemoryError)
-FULL = (errno.ENOSPC, errno.EDQUOT)
-KEPT = "What was finished is kept; the same command goes on from there."
+# Errors whose message is for users: what, why and what to do.
+USER_ERRORS = (ValueError, FloatingPointError, MemoryError)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+KEPT = "Finished work is kept; the same command resumes from there."
 UNCHANGED = "Nothing was changed."
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
 
 class Update(Protocol):
-    """Tell a bar how much is done, what to write behind it, and a new total."""
+    """Update a progress bar: the amount done, a note behind the bar, a new total."""
 
     def __call__(self, done: int, note: str = "", total: int | None = None) -> None: ...
 
 
 @contextmanager
 def progress(title: str, total: int | None) -> Iterator[Update]:
-    """A bar with elapsed and remaining time."""
+    """A progress bar with elapsed and remaining time. total: None if unknown."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -68,34 +68,35 @@ def progress(title: str, total: int | None) -> Iterator[Update]:
 
 
 def say(text: str) -> None:
-    """Our own words, with markup; what comes from users goes through `escape` or `show`."""
+    """Print a text with markup; pass text of users through `escape`, or print it with `show`."""
     console.print(text)
 
 
 def show(text: str) -> None:
-    """A text as it is: no markup, and no line break that it does not have."""
+    """Print a text as it is, without markup and wrapping."""
     console.print(text, markup=False, soft_wrap=True)
 
 
-def tell_kept_card(written: bool, folder: Path) -> None:
-    """Say that a checkpoint's card was edited by hand, and does not show the new figures."""
+def report_kept_card(written: bool, folder: Path) -> None:
+    """Report a model card that was edited by hand and therefore lacks the new metrics."""
     if not written:
         show(
-            f"{folder / 'README.md'} was edited by hand and is left as it is. Remove it and run "
-            "this again to have one written with the new figures."
+            f"{folder / 'README.md'} was edited by hand and is not changed. Remove it and run the "
+            "command again to write one with the new metrics."
         )
 
 
-# Colours of a streamed answer by how many tokens one step accepted: more tokens, warmer colour.
+# Colours of a streamed response by the tokens of a decode step: the more, the warmer.
 STEP_STYLES = ("dim", "green", "cyan", "yellow", "magenta", "bold red")
 
 
 def coloured(text: str, tokens: int) -> Text:
-    """Text that one step gave, in the colour of its number of tokens."""
+    """Text of one decode step, in the colour of its number of tokens."""
     return Text(text, style=STEP_STYLES[min(tokens, len(STEP_STYLES)) - 1])
 
 
 def legend() -> Text:
+    """The meaning of the colours."""
     text = Text("tokens per step: ")
     for tokens, style in enumerate(STEP_STYLES, start=1):
         more = "+" if tokens == len(STEP_STYLES) else ""
@@ -104,17 +105,17 @@ def legend() -> Text:
 
 
 def check_top_p(value: float | None) -> float | None:
-    """For the option `--top-p`, whose own range cannot leave out 0."""
+    """Callback of the option `--top-p`: typer's own ranges cannot exclude 0."""
     if value is not None and not 0 < value <= 1:
-        raise typer.BadParameter(f"{value} leaves no token: give more than 0 and at most 1.")
+        raise typer.BadParameter(f"{value} is out of range: give more than 0 and at most 1.")
     return value
 
 
 def friendly(command: Callable[P, None], stopped: str = UNCHANGED) -> Callable[P, None]:
-    """A user's mistake ends in a message (what, why, what to do), Ctrl-C in exit status 130.
+    """Wrap a command: user errors print a message and exit with status 2, Ctrl-C with 130.
 
-    stopped: what to say of the work after Ctrl-C, where the command itself does not say it.
-    HEADSTART_DEBUG=1 shows tracebacks all the same.
+    stopped: the message after Ctrl-C, unless the command gives one.
+    HEADSTART_DEBUG=1 in the environment shows tracebacks instead.
     """
 
     @wraps(command)
@@ -127,41 +128,42 @@ def friendly(command: Callable[P, None], stopped: str = UNCHANGED) -> Callable[P
             note = f"\nStopped. {str(stop) or stopped}"
             errors.print(note, style="yellow", markup=False, soft_wrap=True)
             sys.exit(INTERRUPTED)
-        except MISTAKES as mistake:
-            _fail(str(mistake))
+        except USER_ERRORS as error:
+            _fail(str(error))
         except BrokenPipeError:
-            raise  # the reader of a pipe has gone: typer ends quietly
-        except OSError as trouble:
-            _fail(_told(trouble, trouble.errno))
-        except SafetensorError as trouble:
-            number = re.search(r"os error (\d+)", str(trouble))
+            raise  # the reader of a pipe closed it: typer exits quietly
+        except OSError as error:
+            _fail(_system_error(error, error.errno))
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
             if number is None:
                 raise
-            _fail(_told(trouble, int(number[1])))
+            _fail(_system_error(error, int(number[1])))
 
     return wrapped
 
 
-def _told(trouble: Exception, number: int | None) -> str:
-    """What the system refused, and what to do. number: its errno; None for our own messages."""
+def _system_error(error: Exception, number: int | None) -> str:
+    """The message for an error of the operating system. number: its errno; None for errors that
+    Headstart raised itself."""
     if number is None:
-        return str(trouble)
-    if number in FULL:
+        return str(error)
+    if number in DISK_FULL:
         return (
-            f"The disk is full: {trouble}. Files that were complete before are untouched. "
+            f"The disk is full: {error}. Files that were complete before are untouched. "
             "Free some space and run the same command again."
         )
     advice = {
         errno.ENOENT: "Check the path.",
-        errno.EEXIST: "Choose another place, or remove what is there.",
-        errno.ENOTDIR: "A part of the path is a file: choose another place.",
+        errno.EEXIST: "Choose another path, or remove the existing one.",
+        errno.ENOTDIR: "A part of the path is a file: choose another path.",
         errno.EISDIR: "Name a file, not a folder.",
-        errno.EACCES: "Change the permissions, or choose another place.",
-        errno.EPERM: "Change the permissions, or choose another place.",
-        errno.EROFS: "Choose a place that can be written to.",
+        errno.EACCES: "Change the permissions, or choose another path.",
+        errno.EPERM: "Change the permissions, or choose another path.",
+        errno.EROFS: "Choose a path that can be written to.",
     }
     general = "Check the path, the disk and the network, then run the same command again."
-    return f"The system refused: {trouble}. {advice.get(number, general)}"
+    return f"The operating system reported: {error}. {advice.get(number, general)}"
 
 
 def _fail(message: str) -> None:

@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a function of Triton is defined
 
 from bench_fixtures import fused, opened, suites  # noqa: F401 (fixtures)
+from tiny_checkpoint import TinyCheckpoint, write_tiny_checkpoint
 
 from headstart.scripts import console as ui
 from headstart.scripts.options.fetch_smollm2 import fetch_smollm2
@@ -46,6 +47,12 @@ def _no_costs_are_kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file (downloaded once, 98 MB)."""
     return fetch_smollm2()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    """A tiny chat target, heads of every kind and fused checkpoints, to read and not to change."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

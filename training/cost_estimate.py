@@ -68,10 +68,10 @@ def memory(recipe: Recipe, target: Target, head: DraftHead, processes: int) -> d
     target, head: without weights (on the meta device). `parallel.engine` has to be resolved.
     """
     width = _bytes(recipe)
-    tokens = max(recipe.data.batch_tokens / processes, recipe.data.max_length)
+    tokens = max(recipe.data.global_batch_tokens / processes, recipe.data.max_length)
     # Where all processes compute every layer together, each reads the whole batch.
     together = recipe.parallel.target == "tensor_parallel"
-    read = max(recipe.data.batch_tokens, tokens) if together else tokens
+    read = max(recipe.data.global_batch_tokens, tokens) if together else tokens
     spread = PARTS[recipe.parallel.engine]
     numbers = sum(one.numel() for one in head.parameters())
     moments = _moments(recipe, head)
@@ -160,26 +160,27 @@ def peak(recipe: Recipe, target: Target) -> float | None:
     return next((1e12 * gpu.tflops for gpu in GPUS.values() if name in gpu.names), None)
 
 
-class Arithmetic:
-    """How much of it a process does per second: the figures `tflops` and `mfu`.
+class Throughput:
+    """Metrics of speed: `tokens_per_second`, `tflops` and `mfu`.
 
-    tflops is what `headstart plan` counts. mfu (arXiv 2204.02311) is over the GPU's peak, and
-    counts what the result needs: nothing that is worked out again, only tokens to be predicted
-    where logits are concerned, and no attention scores.
+    tflops counts the arithmetic per process as `headstart plan` does. mfu (arXiv 2204.02311) is a
+    share of the GPU's peak and counts what the result needs: nothing that is recomputed, logits of
+    labels only, and no attention scores.
     """
 
     def __init__(self, recipe: Recipe, target: Target, head: DraftHead, processes: int):
         self.flops, self.processes = flops_per_token(recipe, target, head), processes
-        self.token, self.row = _flops(recipe, target, head, passes=3)
+        self.token, self.label = _flops(recipe, target, head, passes=3)
         self.peak = peak(recipe, target)
 
-    def figures(self, tokens: float, rows: float) -> dict[str, float]:
-        """tokens, rows: of all processes per second, and those of them that are predicted."""
-        figures = {"tflops": tokens * self.flops / self.processes / 1e12}
+    def metrics(self, tokens: float, labels: float) -> dict[str, float]:
+        """Return the metrics, given tokens and labels per second of all processes together."""
+        tflops = tokens * self.flops / self.processes / 1e12
+        metrics = {"tokens_per_second": tokens, "tflops": tflops}
         if self.peak is not None:
-            useful = tokens * self.token + rows * self.row
-            figures["mfu"] = useful / self.processes / self.peak
-        return figures
+            useful = tokens * self.token + labels * self.label
+            metrics["mfu"] = useful / self.processes / self.peak
+        return metrics
 
 
 def _attention(recipe: Recipe, head: DraftHead, tokens: float) -> tuple[float, float]:

@@ -1,1 +1,1 @@
-"""Measured decoding runs."""
+"""One benchmark harness for `headstart bench`, `eval`, `demo` and `graft`: start at `runner.py`."""

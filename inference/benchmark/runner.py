@@ -1,127 +1,231 @@
-"""How well and how fast a head decodes, beside plain decoding in the same engine.
+"""The benchmark: several ways of decoding on the same prompts, in turn.
 
-Every prompt is decoded by every contestant in turn before the next prompt comes, so that a machine
-whose speed drifts treats them alike. Figures are sums over all prompts: total tokens by total
-passes, total tokens by total seconds.
+Every configuration decodes a batch before the next batch comes, and which one goes first changes
+from batch to batch, so that a machine whose speed drifts treats all alike. The one called
+`autoregressive` is what the responses of the others are compared with.
+
+Legend: B sequences, T positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from headstart.inference.config import SamplingParams, SpeculativeConfig
-from headstart.inference.engine.graph_pool import graph_pool
 from headstart.inference.engine.loop import decode
-from headstart.inference.engine.stats import Stats
-from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.target import Target
-from headstart.model.tree.shape import TreeShape
 
-PLAIN = "plain"
+from .exactness import compare_responses
+from .metrics import AUTOREGRESSIVE, Case, RunMetrics
+from .resources import measured
+
+WARM_UP_TOKENS = 8
 
 
-@dataclass
-class Result:
-    """Sums over the prompts. identical: answers equal to the plain ones, of `prompts`.
+class Runner(Protocol):
+    """One way of decoding batches of prompts.
 
-    differences: for each unequal answer, its prompt's place and the first place that differs.
+    max_batch_size: None for any.
+    same_noise: whether sampled tokens use Headstart's noise, so that sampled responses too must
+        equal the autoregressive ones.
     """
 
-    stats: Stats = field(default_factory=lambda: Stats(timing=True))
-    prompts: int = 0
-    identical: int = 0
-    differences: list[tuple[int, int]] = field(default_factory=list)
+    device: torch.device
+    max_batch_size: int | None
+    same_noise: bool
 
-    def summary(self, baseline: Result | None) -> dict[str, Any]:
-        """JSON-ready figures; the speed-up is total tokens by total time over the baseline's."""
-        stats = self.stats
-        speed = stats.tokens_per_second
-        return {
-            "prompts": self.prompts,
-            "identical": self.identical,
-            "tokens": stats.tokens,
-            "acceptance_length": round(stats.acceptance_length, 4),
-            "acceptance_per_depth": [round(rate, 4) for rate in stats.acceptance],
-            "tokens_per_second": round(speed, 2),
-            "speedup": round(speed / baseline.stats.tokens_per_second, 4) if baseline else 1.0,
-            "seconds": {phase: round(value, 3) for phase, value in stats.seconds.items()},
-            "first_differences": self.differences,
-        }
+    def generate(
+        self, tokens_BT: Tensor, mask_BT: Tensor, sampling: SamplingParams, metrics: RunMetrics
+    ) -> list[list[int]]:
+        """The responses, end-of-sequence token included. Adds tokens and steps to the metrics."""
+        ...
 
 
-def measure(
+class HeadstartRunner:
+    """Headstart's decode loop. speculative: where drafts come from; None decodes
+    autoregressively."""
+
+    max_batch_size: int | None = None
+    same_noise = True
+
+    def __init__(self, target: Target, speculative: SpeculativeConfig | None = None):
+        self.target, self.speculative, self.device = target, speculative, target.device
+
+    def generate(
+        self, tokens_BT: Tensor, mask_BT: Tensor, sampling: SamplingParams, metrics: RunMetrics
+    ) -> list[list[int]]:
+        steps = decode(
+            self.target,
+            tokens_BT,
+            mask_BT,
+            sampling=sampling,
+            speculative=self.speculative,
+            stats=metrics.stats,
+        )
+        responses: list[list[int]] = [[] for _ in tokens_BT]
+        for step, emitted in enumerate(steps):
+            metrics.decode_steps += step > 0  # the first one is the prefill
+            for response, tokens in zip(responses, emitted, strict=True):
+                response += tokens
+        return responses
+
+
+def headstart_runners(
+    target: Target, configs: Mapping[str, SpeculativeConfig]
+) -> dict[str, HeadstartRunner]:
+    """Autoregressive decoding, and each configuration under its name."""
+    runners = {AUTOREGRESSIVE: HeadstartRunner(target)}
+    return runners | {name: HeadstartRunner(target, one) for name, one in configs.items()}
+
+
+@dataclass(frozen=True)
+class BatchTiming:
+    """One batch. measured: tokens, seconds and target passes of each configuration."""
+
+    prompts: tuple[str, ...]
+    measured: dict[str, tuple[int, float, int]]
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """Results by configuration. responses: token ids per prompt; a configuration that failed has
+    fewer of them."""
+
+    metrics: dict[str, RunMetrics]
+    timings: list[BatchTiming]
+    responses: dict[str, list[list[int]]]
+
+
+def run_benchmark(
     target: Target,
-    contestants: Mapping[str, SpeculativeConfig],
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    report: Callable[[int], None] = lambda done: None,
-) -> dict[str, Result]:
-    """Greedy decoding, one prompt at a time: plain and every contestant, in turn.
-
-    prompts: token ids. report: told how many prompts are done. The first prompt runs once
-    unmeasured to warm up.
-    """
-    results = {name: Result() for name in (PLAIN, *contestants)}
-    sampling = SamplingParams(max_new_tokens)
-    for name in results:
-        _run(target, contestants.get(name), prompts[0], SamplingParams(8), Stats())
-    for place, prompt in enumerate(prompts):
-        expected: list[int] = []
-        # Who goes first changes from prompt to prompt.
-        names = list(results)
-        turned = [PLAIN, *names[1 + place % max(len(names) - 1, 1) :], *names[1:]]
-        for name in dict.fromkeys(turned):
-            result = results[name]
-            steps = _run(target, contestants.get(name), prompt, sampling, result.stats)
-            answer = [token for step in steps for token in step]
-            expected = answer if name == PLAIN else expected
-            result.prompts += 1
-            result.identical += answer == expected
-            if answer != expected:
-                result.differences.append((place, first_difference(answer, expected)))
-        report(place + 1)
-    return results
-
-
-def acceptance_length(
-    target: Target,
-    head: DraftHead,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    shape: TreeShape | None = None,
-    temperature: float = 0.0,
-) -> tuple[Stats, list[list[list[int]]]]:
-    """Only what the head does, without the plain runs: for checks during training.
-
-    Also each prompt's answer, as the tokens of its steps.
-    """
-    stats = Stats()
-    sampling = SamplingParams(max_new_tokens, temperature)
-    one = SpeculativeConfig(head, shape)
-    answers = [_run(target, one, prompt, sampling, stats) for prompt in prompts]
-    graph_pool(target).forget(head)  # the next check brings another one
-    return stats, answers
-
-
-def _run(
-    target: Target,
-    speculative: SpeculativeConfig | None,
-    prompt: Sequence[int],
+    runners: Mapping[str, Runner],
+    cases: Sequence[Case],
     sampling: SamplingParams,
-    stats: Stats,
+    *,
+    batch_size: int = 1,
+    keep_going: bool = False,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> BenchmarkResult:
+    """Decode every prompt with every runner, after a warm-up.
+
+    sampling: its seed grows by one from batch to batch.
+    keep_going: record the error of a runner and continue with the others, instead of raising it.
+    on_batch: receives the number of batches that are done.
+    """
+    result = BenchmarkResult(
+        {name: RunMetrics() for name in runners}, [], {name: [] for name in runners}
+    )
+    batches = [cases[at : at + batch_size] for at in range(0, len(cases), batch_size)]
+    names = list(runners)
+    for name in names:
+        result.metrics[name].error = _warm_up(
+            target, runners[name], batches, sampling, keep_going=keep_going
+        )
+    for number, batch in enumerate(batches):
+        seeded = replace(sampling, seed=sampling.seed + number)
+        first = number % len(names)
+        timing = BatchTiming(tuple(case.id for case in batch), {})
+        for name in names[first:] + names[:first]:
+            metrics = result.metrics[name]
+            before = _counts(metrics)
+            responses = _generate(target, runners[name], batch, seeded, metrics, keep_going)
+            if metrics.error is None:
+                result.responses[name] += responses
+                tokens, seconds, passes = before
+                after = _counts(metrics)
+                timing.measured[name] = after[0] - tokens, after[1] - seconds, after[2] - passes
+        result.timings.append(timing)
+        _compare(target, runners, batch, seeded, result)
+        on_batch(number + 1)
+    return result
+
+
+def _counts(metrics: RunMetrics) -> tuple[int, float, int]:
+    return metrics.stats.tokens, metrics.seconds, metrics.stats.rounds
+
+
+def _warm_up(
+    target: Target,
+    runner: Runner,
+    batches: Sequence[Sequence[Case]],
+    sampling: SamplingParams,
+    *,
+    keep_going: bool,
+) -> str | None:
+    """Decode the first batch without measuring it; the error if there is one.
+
+    On CUDA also the batch of the longest prompt and the last one, each to its end: every size of a
+    KV cache has CUDA graphs of its own.
+    """
+    metrics = RunMetrics()
+    chosen = [batches[0]]
+    if target.device.type == "cuda" and isinstance(runner, HeadstartRunner):
+        longest = max(batches, key=lambda batch: max(len(case.tokens) for case in batch))
+        chosen = [batches[0], longest, batches[-1]]
+    else:
+        short = min(WARM_UP_TOKENS, sampling.max_new_tokens)
+        sampling = replace(sampling, max_new_tokens=short)
+    for batch in chosen:
+        _generate(target, runner, batch, sampling, metrics, keep_going)
+    return metrics.error
+
+
+def _generate(
+    target: Target,
+    runner: Runner,
+    batch: Sequence[Case],
+    sampling: SamplingParams,
+    metrics: RunMetrics,
+    keep_going: bool,
 ) -> list[list[int]]:
-    """The tokens of each step."""
-    tokens_BT = torch.tensor([list(prompt)])
-    steps = decode(target, tokens_BT, sampling=sampling, speculative=speculative, stats=stats)
-    return [emitted[0] for emitted in steps]
+    """A runner's responses to a batch; none once it has failed."""
+    if metrics.error is not None:
+        return []
+    tokens_BT, mask_BT = _left_padded(batch, target.pad_id)
+    try:
+        with measured(runner.device, metrics):
+            responses = runner.generate(tokens_BT, mask_BT, sampling, metrics)
+    except Exception as error:  # whatever it is, the other runners can continue
+        if not keep_going:
+            raise
+        metrics.error = f"{type(error).__name__}: {str(error).strip()[:500]}"
+        if runner.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return []
+    metrics.prompts += len(batch)
+    return responses
 
 
-def first_difference(left: Sequence[int], right: Sequence[int]) -> int:
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(left), len(right)))
+def _left_padded(batch: Sequence[Case], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Prompts padded on the left, as transformers' `generate` takes them, and their mask."""
+    longest = max(len(case.tokens) for case in batch)
+    tokens_BT = torch.full((len(batch), longest), pad_id)
+    mask_BT = torch.zeros_like(tokens_BT)
+    for number, case in enumerate(batch):
+        tokens_BT[number, longest - len(case.tokens) :] = torch.tensor(case.tokens)
+        mask_BT[number, longest - len(case.tokens) :] = 1
+    return tokens_BT, mask_BT
+
+
+def _compare(
+    target: Target,
+    runners: Mapping[str, Runner],
+    batch: Sequence[Case],
+    sampling: SamplingParams,
+    result: BenchmarkResult,
+) -> None:
+    """Compare the latest responses with the autoregressive ones, where they must be equal."""
+    metrics = result.metrics
+    if AUTOREGRESSIVE not in metrics or metrics[AUTOREGRESSIVE].error is not None:
+        return
+    expected = result.responses[AUTOREGRESSIVE][-len(batch) :]
+    for name, runner in runners.items():
+        comparable = runner.same_noise or sampling.is_greedy
+        if name != AUTOREGRESSIVE and comparable and metrics[name].error is None:
+            responses = result.responses[name][-len(batch) :]
+            compare_responses(target, batch, sampling, expected, responses, metrics[name])

@@ -1,1 +1,1 @@
-"""One model behind an HTTP API that speaks as OpenAI's does. `server.py` is where to begin."""
+"""An OpenAI-compatible HTTP server for one model. Start reading at `server.py`."""

@@ -1,13 +1,12 @@
-"""The thread that owns the model, and the requests that wait for it.
+"""The thread that owns the model, and the queue of requests in front of it.
 
-Requests are answered one at a time, in the order in which they came. Whoever asks is told of every
-piece from this thread, through `Job.tell`.
+Requests are served one at a time, first come first served. The thread reports every event of a
+request through `Request.publish`.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,77 +19,85 @@ from headstart.inference.config import SamplingParams, SpeculativeConfig
 from headstart.inference.detokenizer import TextStream
 from headstart.inference.generate import SpeculativeModel
 
-from .openai_api import ApiError, Reason, Usage
+from .openai_api import ApiError, FinishReason, Usage
 from .prometheus import Metrics
 
-MEMORY = 0.8  # of what an answer tells about the seconds that one takes, per answer
-PATIENCE = 10.0  # seconds
-LEFT = 499  # nginx's status for a client that has gone; nobody reads it
+LATENCY_DECAY = 0.8  # weight of earlier requests in the moving average of seconds per request
+JOIN_TIMEOUT = 10.0  # seconds
+CLIENT_CLOSED_REQUEST = 499  # nginx's status; the client that would read it is gone
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Order:
-    """What to answer, and how. seed None: a new one."""
+class RequestParams:
+    """What to generate. stop: strings that end the response."""
 
-    tokens: list[int]
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
     stop: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Text that the latest pass added, perhaps none."""
+class TextDelta:
+    """Text that the latest decode step added; it may be empty."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Done:
-    reason: Reason
+class Finished:
+    """The last event of a request that succeeded."""
+
+    reason: FinishReason
     usage: Usage
 
 
-Event = Piece | Done | ApiError
+Event = TextDelta | Finished | ApiError
 
 
-class Job:
-    """One request on its way. tell: is given its events, from any thread; `Done` or an error is
-    the last one that counts. cancelled: nobody wants the answer any more. ended: it was told so."""
+class Request:
+    """One request in flight.
 
-    def __init__(self, order: Order, tell: Callable[[Event], None]):
-        self.order, self._tell = order, tell
-        self.cancelled = self.ended = False
-        self.since = time.perf_counter()
+    on_event: receives its events, from any thread. The first `Finished` or `ApiError` is the last
+        event that counts.
+    cancelled: the client no longer wants a response.
+    finished: the last event was published.
+    """
 
-    def tell(self, event: Event) -> None:
-        self.ended = self.ended or not isinstance(event, Piece)
+    def __init__(self, params: RequestParams, on_event: Callable[[Event], None]):
+        self.params, self._on_event = params, on_event
+        self.cancelled = self.finished = False
+        self.arrival_time = time.perf_counter()
+
+    def publish(self, event: Event) -> None:
+        self.finished = self.finished or not isinstance(event, TextDelta)
         try:
-            self._tell(event)
-        except RuntimeError:  # the server's loop was closed
+            self._on_event(event)
+        except RuntimeError:  # the server's event loop was closed
             self.cancelled = True
 
 
-class Worker:
-    """Answers jobs with a model in a thread of its own. guesses: how it guesses; None: not at all.
+class EngineThread:
+    """Serves requests with a model in a thread of its own.
 
-    places: how many jobs may wait.
+    speculative: where drafts come from.
+    max_queued: maximum number of requests that wait; one more is refused.
     """
 
-    def __init__(self, model: SpeculativeModel, candidates: SpeculativeConfig | None, places: int):
-        self.model, self.candidates, self.places = model, candidates, places
-        self.metrics = Metrics(lambda: len(self._waiting), lambda: int(self._job is not None))
+    def __init__(self, model: SpeculativeModel, speculative: SpeculativeConfig, max_queued: int):
+        self.model, self.speculative, self.max_queued = model, speculative, max_queued
+        self.metrics = Metrics(
+            num_waiting=lambda: len(self._waiting),
+            num_running=lambda: int(self._running is not None),
+        )
         self.draining = False
-        self._waiting: deque[Job] = deque()
-        self._job: Job | None = None
+        self._waiting: deque[Request] = deque()
+        self._running: Request | None = None
         self._closed = False
-        self._seconds = 1.0  # that an answer takes, by the last ones
+        self._mean_seconds = 1.0  # per request, a moving average
         self._changed = Condition()
-        self._thread = Thread(target=self._run, name="decoding", daemon=True)
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -102,144 +109,140 @@ class Worker:
     @property
     def idle(self) -> bool:
         with self._changed:
-            return self._job is None and not self._waiting
+            return self._running is None and not self._waiting
 
-    def check(self) -> None:
-        """ApiError when no job can be taken now."""
+    def check_capacity(self) -> None:
+        """Raise ApiError if no request can be accepted now."""
         if self.draining:
-            raise _leaving()
-        if len(self._waiting) >= self.places:
+            raise _shutting_down()
+        if len(self._waiting) >= self.max_queued:
             raise ApiError(
                 429,
-                f"{len(self._waiting)} requests are waiting already, and no more may. Try again "
-                "later.",
+                f"The queue is full: {len(self._waiting)} requests are waiting. Try again later.",
                 code="queue_full",
-                retry_after=max(1, round(self._seconds)),
+                retry_after=max(1, round(self._mean_seconds)),
             )
 
-    def submit(self, job: Job) -> None:
-        """Put a job into the queue. ApiError when it cannot be taken now."""
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises ApiError if it cannot be accepted now."""
         with self._changed:
-            self.check()
-            self._waiting.append(job)
+            self.check_capacity()
+            self._waiting.append(request)
             self._changed.notify()
 
-    def cancel(self, job: Job) -> None:
-        """Forget a job: it leaves the queue now, or ends after the pass that is being made."""
+    def cancel(self, request: Request) -> None:
+        """Remove a request from the queue, or end it after the current decode step."""
         with self._changed:
-            if job.ended:
+            if request.finished:
                 return
-            job.cancelled = True
-            if job in self._waiting:
-                self._waiting.remove(job)
-        self.metrics.disconnects.inc()
-        job.tell(ApiError(LEFT, "The client has gone."))
+            request.cancelled = True
+            if request in self._waiting:
+                self._waiting.remove(request)
+        self.metrics.client_disconnects.inc()
+        request.publish(ApiError(CLIENT_CLOSED_REQUEST, "The client closed the connection."))
 
     def drain(self) -> None:
-        """Take no more jobs, and send those away that wait. The one that runs goes on."""
+        """Refuse new and waiting requests; the running one continues."""
         with self._changed:
             self.draining = True
             waiting = list(self._waiting)
             self._waiting.clear()
-        for job in waiting:
-            job.tell(_leaving())
+        for request in waiting:
+            request.publish(_shutting_down())
 
     def stop(self) -> None:
-        """End the thread after the pass that is being made, without waiting for it."""
+        """End the thread after the current decode step, without waiting for it."""
         self.drain()
         with self._changed:
             self._closed = True
-            job = self._job
+            request = self._running
             self._changed.notify()
-        if job is not None:
-            job.cancelled = True
-            job.tell(_leaving())
+        if request is not None:
+            request.cancelled = True
+            request.publish(_shutting_down())
 
     def close(self) -> None:
-        """End the thread. A pass that takes very long ends with the process."""
+        """End the thread. A decode step longer than `JOIN_TIMEOUT` ends with the process."""
         self.stop()
         if self.alive:
-            self._thread.join(PATIENCE)
+            self._thread.join(JOIN_TIMEOUT)
 
     def _run(self) -> None:
-        while self._answer_next():
+        while self._serve_next():
             pass
 
-    def _answer_next(self) -> bool:
-        """False at the end."""
-        job = self._next()
-        if job is None:
+    def _serve_next(self) -> bool:
+        """Serve one request; False once the thread is to end."""
+        request = self._next()
+        if request is None:
             return False
         try:
-            self._answer(job)
+            self._serve(request)
         except ApiError as error:
-            job.tell(error)
+            request.publish(error)
         except Exception:
-            log.exception("A request could not be answered")
-            job.tell(ApiError(500, "The server could not answer; its log says why."))
+            log.exception("A request failed")
+            request.publish(ApiError(500, "Internal error; see the server's log."))
         finally:
-            self._job = None
+            self._running = None
         return True
 
-    def _next(self) -> Job | None:
-        """The next job; None when there will be none."""
+    def _next(self) -> Request | None:
+        """Wait for the next request; None once the thread is to end."""
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
-            self._job = None if self._closed else self._waiting.popleft()
-            return self._job
+            self._running = None if self._closed else self._waiting.popleft()
+            return self._running
 
-    def _answer(self, job: Job) -> None:
-        began = time.perf_counter()
-        order, usage = job.order, Usage(len(job.order.tokens))
-        text = TextStream(self.model.target, order.stop)
-        steps = self._steps(order)
+    def _serve(self, request: Request) -> None:
+        started = time.perf_counter()
+        params, usage = request.params, Usage(len(request.params.prompt_token_ids))
+        text = TextStream(self.model.target, params.stop)
+        steps = self._decode(params)
         stats = self.model.last_stats
-        last = -1
+        last_token = -1
         for tokens in steps:
             if not text.count:
-                self.metrics.first.observe(time.perf_counter() - job.since)
-            before = text.count
-            if piece := text.add(tokens):
-                job.tell(Piece(piece))
-            # A pass gives the guesses that were right, then the target's own token. Behind a stop
-            # string both are left out.
-            right = sum(stats.accepted) - usage.accepted
-            usage.accepted += min(right, text.count - before)
-            last = tokens[-1]
-            if text.stopped or job.cancelled:
+                self.metrics.time_to_first_token.observe(time.perf_counter() - request.arrival_time)
+            count_before = text.count
+            if delta := text.add(tokens):
+                request.publish(TextDelta(delta))
+            # A step emits the accepted draft tokens, then the target's own token. Tokens behind a
+            # stop string are not part of the response and count as neither.
+            accepted = sum(stats.accepted) - usage.accepted
+            usage.accepted += min(accepted, text.count - count_before)
+            last_token = tokens[-1]
+            if text.stopped or request.cancelled:
                 break
         usage.completion, usage.rejected = text.count, stats.drafted - usage.accepted
-        seconds = time.perf_counter() - began
-        self._seconds = MEMORY * self._seconds + (1 - MEMORY) * seconds
-        self.metrics.answered(usage, stats.rounds, seconds)
-        if job.cancelled:
+        seconds = time.perf_counter() - started
+        self._mean_seconds = LATENCY_DECAY * self._mean_seconds + (1 - LATENCY_DECAY) * seconds
+        self.metrics.observe_request(usage, stats.rounds, seconds)
+        if request.cancelled:
             return
-        if piece := text.end():
-            job.tell(Piece(piece))
-        whole = text.count == order.max_tokens and not text.stopped
-        ended = not whole or last in self.model.target.eos_ids
-        job.tell(Done("stop" if ended else "length", usage))
+        if delta := text.end():
+            request.publish(TextDelta(delta))
+        at_limit = text.count == params.sampling.max_new_tokens and not text.stopped
+        stopped = not at_limit or last_token in self.model.target.eos_ids
+        request.publish(Finished("stop" if stopped else "length", usage))
 
-    def _steps(self, order: Order) -> Iterator[list[int]]:
-        """ApiError for what `generate` refuses."""
+    def _decode(self, params: RequestParams) -> Iterator[list[int]]:
+        """The tokens of each decode step. Raises ApiError for what `generate` refuses."""
         try:
-            sampling = SamplingParams(
-                order.max_tokens,
-                order.temperature,
-                top_p=order.top_p,
-                seed=secrets.randbits(62) if order.seed is None else order.seed,
-            )
             return self.model.stream(
-                torch.tensor([order.tokens]),
-                speculative=self.candidates or SpeculativeConfig(),
-                **sampling.generate_options(),
+                torch.tensor([params.prompt_token_ids]),
+                speculative=self.speculative,
+                **params.sampling.generate_options(),
             )
-        except ValueError as wrong:
-            raise ApiError(400, str(wrong)) from wrong
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
 
 
-def _leaving() -> ApiError:
+def _shutting_down() -> ApiError:
     return ApiError(
-        503, "The server is about to end. Ask another one.", code="shutting_down", retry_after=5
+        503,
+        "The server is shutting down. Send the request to another one.",
+        code="shutting_down",
+        retry_after=5,
     )

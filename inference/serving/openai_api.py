@@ -1,6 +1,6 @@
-"""What OpenAI's API says: requests, answers and errors as JSON.
+"""OpenAI's API schema: requests, responses and errors as JSON.
 
-A setting that is not supported is refused by its name, unless it asks for what happens anyway.
+An unsupported parameter is refused by its name, unless its value is the one that is used anyway.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-# They do not change an answer.
+# Parameters that do not change a response.
 IGNORED = (
     "user",
     "metadata",
@@ -28,7 +28,7 @@ IGNORED = (
     "prompt_cache_retention",
     "service_tier",
 )
-# Other settings, and the only value that is not refused.
+# Unsupported parameters, and the only value of each that is accepted.
 NEUTRAL: dict[str, Any] = {
     "n": 1,
     "best_of": 1,
@@ -43,17 +43,16 @@ NEUTRAL: dict[str, Any] = {
     "response_format": {"type": "text"},
     "store": False,
 }
-MOST_STOPS = 4
-LEAST_TEMPERATURE = 1e-3  # logits divided by less than this leave the range of floats
-ASSISTANT: dict[str, Any] = {"role": "assistant", "content": ""}
+MAX_STOP_STRINGS = 4
+MIN_TEMPERATURE = 1e-3  # logits divided by less than this leave the range of floats
+ASSISTANT_MESSAGE: dict[str, Any] = {"role": "assistant", "content": ""}
 
-Reason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass
 class Usage:
-    """Tokens of one request. accepted, rejected: guesses that became part of the answer, and that
-    the target read in vain."""
+    """Tokens of one request. accepted, rejected: verified draft tokens, by outcome."""
 
     prompt: int
     completion: int = 0
@@ -73,7 +72,7 @@ class Usage:
 
 
 class ApiError(Exception):
-    """An answer that is an error. param: the setting at fault; code: for programs."""
+    """A response that is an error. param: the parameter at fault. code: for programs."""
 
     def __init__(
         self,
@@ -92,35 +91,35 @@ class ApiError(Exception):
         kind = {429: "rate_limit_error"}.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
-        told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": told}
+        details = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": details}
 
 
-class _Body(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _without_what_is_left_open(cls, data: Any) -> Any:
+    def _drop_nulls(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         return {name: value for name, value in data.items() if value is not None}
 
 
 def _encodable(text: str) -> str:
-    """JSON can hold halves of characters, which no tokenizer takes."""
+    """JSON can contain lone surrogates, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{text[error.start]!a} is half a character") from error
+        raise ValueError(f"{text[error.start]!a} is a lone surrogate") from error
     return text
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
 
 
-def _joined(content: Any) -> Any:
-    """A list of parts as one text."""
+def _join_parts(content: Any) -> Any:
+    """Concatenate a list of text parts."""
     if not isinstance(content, list):
         return content
     for part in content:
@@ -131,36 +130,36 @@ def _joined(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
-class Message(_Body):
+class Message(_StrictModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(_joined)]
+    content: Annotated[Text, BeforeValidator(_join_parts)]
 
-    def plain(self) -> dict[str, str]:
-        """For a chat template, which knows a developer's message as the system's."""
+    def for_template(self) -> dict[str, str]:
+        """The message for a chat template, which knows a developer message as a system one."""
         return {
             "role": "system" if self.role == "developer" else self.role,
             "content": self.content,
         }
 
 
-class StreamOptions(_Body):
+class StreamOptions(_StrictModel):
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-def _stops(stop: Any) -> Any:
+def _as_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-class _Request(_Body):
-    """What both kinds of requests have."""
+class _CommonParams(_StrictModel):
+    """The parameters of both endpoints."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1, strict=True)
     temperature: float = Field(1, ge=0, le=2, allow_inf_nan=False, strict=True)
     top_p: float = Field(1, gt=0, le=1, allow_inf_nan=False, strict=True)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stops)] = Field(
-        [], max_length=MOST_STOPS
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = Field(
+        [], max_length=MAX_STOP_STRINGS
     )
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63, strict=True)
     stream: bool = Field(False, strict=True)
@@ -168,7 +167,7 @@ class _Request(_Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_what_changes_nothing(cls, data: Any) -> Any:
+    def _drop_ignored(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         return {
@@ -179,15 +178,15 @@ class _Request(_Body):
 
     @field_validator("temperature")
     @classmethod
-    def _not_nearly_greedy(cls, value: float) -> float:
-        if 0 < value < LEAST_TEMPERATURE:
-            raise ValueError(f"give 0 (greedy) or at least {LEAST_TEMPERATURE}")
+    def _check_temperature(cls, value: float) -> float:
+        if 0 < value < MIN_TEMPERATURE:
+            raise ValueError(f"give 0 (greedy) or at least {MIN_TEMPERATURE}")
         return value
 
     @model_validator(mode="after")
-    def _options_of_a_stream(self) -> _Request:
+    def _check_stream_options(self) -> _CommonParams:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options are for a stream only: set stream to true")
+            raise ValueError("stream_options need a stream: set stream to true")
         return self
 
     @property
@@ -195,7 +194,7 @@ class _Request(_Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatRequest(_Request):
+class ChatRequest(_CommonParams):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, strict=True)
 
@@ -208,8 +207,8 @@ class ChatRequest(_Request):
 Token = Annotated[int, Field(strict=True)]
 
 
-def _only_one(prompt: Any) -> Any:
-    """The API allows a list of prompts, we only one of a single prompt."""
+def _single_prompt(prompt: Any) -> Any:
+    """Unpack a list of one prompt; OpenAI's API allows several."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         if len(prompt) > 1:
             raise ValueError("one prompt per request is supported")
@@ -217,8 +216,8 @@ def _only_one(prompt: Any) -> Any:
     return prompt
 
 
-class CompletionRequest(_Request):
-    prompt: Annotated[Text | list[Token], BeforeValidator(_only_one)]
+class CompletionRequest(_CommonParams):
+    prompt: Annotated[Text | list[Token], BeforeValidator(_single_prompt)]
     max_tokens: int | None = Field(16, ge=1, strict=True)  # as OpenAI's
 
     @property
@@ -227,13 +226,13 @@ class CompletionRequest(_Request):
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """1 and True are equal, but not the same setting."""
+    """Whether two values are equal and of one kind: 1 and True are different values here."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 @dataclass(frozen=True)
-class Reply:
-    """The JSON of one answer, whole or in pieces. chat: which of the two kinds."""
+class ResponseBuilder:
+    """Builds the JSON of one response, whole or in chunks. chat: which of the two endpoints."""
 
     chat: bool
     id: str
@@ -241,35 +240,38 @@ class Reply:
     include_usage: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, text: str, reason: Reason, usage: Usage) -> dict[str, Any]:
-        content = {"message": ASSISTANT | {"content": text}} if self.chat else {"text": text}
+    def response(self, text: str, reason: FinishReason, usage: Usage) -> dict[str, Any]:
+        if self.chat:
+            content: dict[str, Any] = {"message": ASSISTANT_MESSAGE | {"content": text}}
+        else:
+            content = {"text": text}
         kind = "chat.completion" if self.chat else "text_completion"
         return self._body(kind, [self._choice(content, reason)]) | {"usage": usage.body()}
 
-    def begin(self) -> list[dict[str, Any]]:
-        """What comes before the first piece."""
-        return [self._chunk({"delta": ASSISTANT})] if self.chat else []
+    def first_chunks(self) -> list[dict[str, Any]]:
+        """The chunks before the first text."""
+        return [self._chunk({"delta": ASSISTANT_MESSAGE})] if self.chat else []
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def chunk(self, text: str) -> dict[str, Any]:
         return self._chunk({"delta": {"content": text}} if self.chat else {"text": text})
 
-    def end(self, reason: Reason, usage: Usage) -> list[dict[str, Any]]:
+    def last_chunks(self, reason: FinishReason, usage: Usage) -> list[dict[str, Any]]:
         last = self._chunk({"delta": {}} if self.chat else {"text": ""}, reason)
         if not self.include_usage:
             return [last]
-        return [last, self._body(self._kind, []) | {"usage": usage.body()}]
+        return [last, self._body(self._chunk_kind, []) | {"usage": usage.body()}]
 
     @property
-    def _kind(self) -> str:
+    def _chunk_kind(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def _chunk(self, content: dict[str, Any], reason: Reason | None = None) -> dict[str, Any]:
-        body = self._body(self._kind, [self._choice(content, reason)])
+    def _chunk(self, content: dict[str, Any], reason: FinishReason | None = None) -> dict[str, Any]:
+        body = self._body(self._chunk_kind, [self._choice(content, reason)])
         return body | {"usage": None} if self.include_usage else body
 
-    def _choice(self, content: dict[str, Any], reason: Reason | None) -> dict[str, Any]:
+    def _choice(self, content: dict[str, Any], reason: FinishReason | None) -> dict[str, Any]:
         return {"index": 0, "logprobs": None, "finish_reason": reason} | content
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        same = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return same | {"choices": choices}
+        common = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return common | {"choices": choices}

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and the folder of what is kept for later."""
+"""Atomic writing of files and folders."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
-ABANDONED = 24 * 3600  # seconds after which a part that nobody has finished is removed
+ABANDONED = 24 * 3600  # seconds after which an unfinished folder is removed
 
 
 @contextmanager
 def atomic_folder(folder: Path, marker: str, key: str | None = None) -> Iterator[Path]:
-    """Write a folder's files beside it; they take its place when everything is there.
+    """Replace a folder atomically: yield a new folder to write into, then swap the two.
 
-    Yields the folder to write into. When writing fails (a full disk, say) what was there before is
-    left as it was. marker: a file that every folder of this sort holds. key: what is in it, where
-    others have files of that name (JSON). Only such a folder, or an empty one, is ever replaced;
-    ValueError for another.
+    If writing fails (full disk, for example), the existing folder is left unchanged.
+
+    folder: the folder to replace or create.
+    marker: a file that every folder of this kind holds.
+    key: a key of that JSON file, if other folders may hold a file of the same name.
+
+    ValueError if the existing folder is neither of this kind nor empty.
     """
     folder = folder.absolute()
     recover(folder)
     check_overwrite(folder, marker, key)
     for left in folder.parent.glob(f".{escape(folder.name)}.*.part"):
-        with suppress(FileNotFoundError):  # its writer has just finished it
+        with suppress(FileNotFoundError):  # its writer has just finished
             if time.time() - left.stat().st_mtime > ABANDONED:
                 shutil.rmtree(left, ignore_errors=True)
-    # A name of its own: another process may be writing the same folder.
+    # A unique name, since another process may be writing the same folder.
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     part.mkdir(parents=True)
     try:
@@ -49,18 +52,18 @@ def file_sha256(path: Path) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
 def recover(folder: Path) -> None:
-    """Bring a folder back whose writer was stopped just before the new one took its place."""
+    """Restore a folder whose writer was killed between the two renames of the swap."""
     folder = folder.absolute()
     old = _old(folder)
     if old.is_dir() and not folder.exists():
-        with suppress(FileNotFoundError):  # another process did it just now
+        with suppress(FileNotFoundError):  # another process has just done it
             old.rename(folder)
 
 
@@ -82,14 +85,14 @@ def _old(folder: Path) -> Path:
 
 
 def check_overwrite(folder: Path, marker: str, key: str | None) -> None:
-    """ValueError for a folder that `written_beside` does not replace."""
+    """Raise ValueError for a folder that `atomic_folder` does not replace."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, and a folder is to be written. Name a new folder.")
+        raise ValueError(f"{folder} is a file, not a folder. Name a new folder.")
     if not folder.exists() or not any(folder.iterdir()) or _holds(folder / marker, key):
         return
     of = f" with {key!r} in it" if key is not None else ""
     raise ValueError(
-        f"{folder} holds other files (there is no {marker}{of}), and they would be lost. "
+        f"{folder} holds other files (there is no {marker}{of}), which would be lost. "
         "Name a new or an empty folder."
     )
 

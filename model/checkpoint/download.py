@@ -1,4 +1,4 @@
-"""Heads and fused checkpoints on the Hugging Face Hub: what is there, brought here.
+"""Download heads and fused checkpoints from the Hugging Face Hub.
 
 A checkpoint is named by its folder, or by its repository as `owner/name` or `owner/name@revision`.
 """
@@ -25,27 +25,22 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .atomic import recover
+from headstart.model.target.lora import ADAPTER
 
-HEADS = "draft_heads"
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-OURS = "headstart"
-CHAT_TEMPLATES = "additional_chat_templates"  # transformers' name for the folder
-ADAPTER = "adapter"  # of a head that was trained along with its target
-NAMED = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+from .atomic import recover
+from .layout import CHAT_TEMPLATES, CONFIG, HEADS, OURS, TARGET_FILES, WEIGHTS
+
+HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 LOGIN = (
-    "Run `hf auth login` with a token from https://huggingface.co/settings/tokens (one that may "
-    "write, to publish), or set HF_TOKEN."
+    "Run `hf auth login` with a token from https://huggingface.co/settings/tokens (one with write "
+    "access to publish), or set HF_TOKEN."
 )
-# What a target is made of, at the root of its repository.
-TARGET_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
 def hub_name(name: str | Path) -> tuple[str, str | None] | None:
-    """The repository and the revision that a name stands for; None when it is that of a folder."""
+    """Return the repository and revision of a Hub name, or None if it names a folder."""
     text = name.as_posix() if isinstance(name, Path) else name
-    found = NAMED.fullmatch(text)
+    found = HUB_NAME.fullmatch(text)
     if found is None or text.startswith((".", "~")) or on_disk(name):
         return None
     return found["repo"], found["revision"]
@@ -56,21 +51,27 @@ def on_disk(name: str | Path) -> bool:
     return Path(name).exists()
 
 
-def only_on_disk(name: str | Path, purpose: str) -> None:
-    """ValueError for a checkpoint on the Hub, where a folder is to be changed."""
+def require_folder(name: str | Path, purpose: str) -> None:
+    """Raise ValueError if a checkpoint that is to be changed is on the Hub.
+
+    purpose: what changes it, as the subject of the message.
+    """
     if hub_name(name) is not None:
         raise ValueError(
-            f"There is no folder {name}. {purpose} changes a checkpoint, so it takes a folder: "
-            f"`hf download {name} --local-dir FOLDER` brings one from the Hub."
+            f"There is no folder {name}. {purpose} changes a checkpoint, so it takes a folder. "
+            f"Download it first: `hf download {name} --local-dir FOLDER`."
         )
 
 
 def fetch_fused(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a fused checkpoint: itself, or the Hub's files in its cache.
+    """Return the folder of a fused checkpoint, downloaded to the Hub's cache if necessary.
 
-    Only what is used is downloaded, and nothing that is there already; HF_HUB_OFFLINE=1 takes all
-    from the cache. revision: a branch, tag or commit of the repository. ValueError where there is
-    no such checkpoint.
+    Only files that are used and not yet in the cache are downloaded; with HF_HUB_OFFLINE=1 all of
+    them come from the cache.
+
+    revision: branch, tag or commit of the repository.
+
+    ValueError if there is no such checkpoint.
     """
     found = _repository(name, revision)
     if found is None:
@@ -83,8 +84,8 @@ def fetch_fused(name: str | Path, revision: str | None = None) -> Path:
             f"first: `headstart fuse TARGET {name} OUT` (`headstart inspect head {name}` names the "
             "target)."
         )
-    with told(repo):
-        commit = root.name  # or a push in between would mix two states
+    with hub_errors_as_value_errors(repo):
+        commit = root.name  # one commit for all files, even if a push comes in between
         templates = f"{CHAT_TEMPLATES}/*.jinja"
         snapshot_download(repo, revision=commit, allow_patterns=[f"{HEADS}/*", templates])
         snapshot_download(
@@ -94,7 +95,7 @@ def fetch_fused(name: str | Path, revision: str | None = None) -> Path:
 
 
 def fetch_head(name: str | Path, revision: str | None = None) -> Path:
-    """As `fetch_fused`, for the head of a fused checkpoint or a head alone: the head's folder."""
+    """Return the folder of a head, alone or in a fused checkpoint. Otherwise as `fetch_fused`."""
     found = _repository(name, revision)
     if found is None:
         inner = Path(name) / HEADS
@@ -103,7 +104,7 @@ def fetch_head(name: str | Path, revision: str | None = None) -> Path:
     root = _configs(repo, revision)
     fused = (root / HEADS / CONFIG).is_file()
     patterns = [f"{HEADS}/*"] if fused else [WEIGHTS, f"{ADAPTER}/*"]
-    with told(repo):
+    with hub_errors_as_value_errors(repo):
         snapshot_download(repo, revision=root.name, allow_patterns=patterns)
     return root / HEADS if fused else root
 
@@ -113,33 +114,34 @@ def _repository(name: str | Path, revision: str | None) -> tuple[str, str | None
     if found is None:
         if revision is not None:
             raise ValueError(
-                f"{name} is a folder, or no name of a repository (owner/name), so it has no "
-                f"revision {revision}. Leave the revision out."
+                f"{name} is not a repository on the Hub (owner/name), so it has no revision "
+                f"{revision}. Leave the revision out."
             )
         return None
     return found[0], revision or found[1]
 
 
 def _configs(repo: str, revision: str | None) -> Path:
-    """A snapshot of the configurations in a repository; ValueError where it has no draft head."""
-    with told(repo):
+    """Download the configurations of a repository. ValueError if it holds no draft head."""
+    with hub_errors_as_value_errors(repo):
         patterns = [CONFIG, f"{HEADS}/{CONFIG}"]
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    if not any(holds_head(root / place) for place in (HEADS, ".")):
+    if not any(_holds_head(root / place) for place in (HEADS, ".")):
         raise ValueError(
             f"{repo} on the Hub{f' at {revision}' if revision else ''} holds no draft head of "
-            f"Headstart: no {CONFIG} there has {OURS!r} in it. Check the name and the revision."
+            f"Headstart: none of its {CONFIG} files has a section {OURS!r}. Check the name and the "
+            "revision."
         )
     return root
 
 
-def holds_head(folder: Path) -> bool:
+def _holds_head(folder: Path) -> bool:
     file = folder / CONFIG
     return file.is_file() and head_section(file.read_bytes()) is not None
 
 
 def head_section(config: bytes) -> dict[str, object] | None:
-    """What a config.json says of a draft head of ours; None where it is of something else."""
+    """Return the section of a config.json about a draft head of ours, or None without one."""
     try:
         section = json.loads(config)[OURS]
     except (ValueError, KeyError, TypeError):
@@ -148,19 +150,19 @@ def head_section(config: bytes) -> dict[str, object] | None:
 
 
 def check_repo(name: str) -> None:
-    """ValueError for what cannot be the name of a repository with its owner."""
+    """Raise ValueError if a name cannot be that of a repository with its owner."""
     hint = "Write owner/name, with your own user name or an organisation of yours as the owner."
     if name.count("/") != 1:
-        raise ValueError(f"{name!r} is no name of a repository: it needs an owner. {hint}")
+        raise ValueError(f"{name!r} is not the name of a repository: it has no owner. {hint}")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"{name!r} is no name of a repository ({error}). {hint}") from error
+        raise ValueError(f"{name!r} is not the name of a repository ({error}). {hint}") from error
 
 
 @contextmanager
-def told(repo: str) -> Iterator[None]:
-    """What the Hub or the network refuses, as a ValueError that says what to do."""
+def hub_errors_as_value_errors(repo: str) -> Iterator[None]:
+    """Turn errors of the Hub and the network into a ValueError that names the way out."""
     try:
         yield
     except GatedRepoError as error:
@@ -188,8 +190,8 @@ def told(repo: str) -> Iterator[None]:
 def _unreachable(repo: str, error: Exception) -> str:
     if constants.HF_HUB_OFFLINE:
         return (
-            f"There is no folder {repo}, and what is needed of that repository is not in the Hub's "
-            "cache, where HF_HUB_OFFLINE forbids the network. Unset it, or download once before."
+            f"There is no folder {repo}, and the Hub's cache lacks files of that repository, while "
+            "HF_HUB_OFFLINE forbids the network. Unset it, or download the checkpoint once before."
         )
     return (
         f"The Hub ({constants.ENDPOINT}) could not be reached for {repo}: {error} Check the "
@@ -201,14 +203,14 @@ def _refused(repo: str, error: HfHubHTTPError) -> str:
     status = error.response.status_code
     if status == 401:
         return (
-            "The Hub does not know your token (HF_TOKEN, where it is set, comes before what "
-            f"`hf auth login` stored). {LOGIN}"
+            "The Hub does not know your token (HF_TOKEN, if set, takes precedence over the token "
+            f"that `hf auth login` stored). {LOGIN}"
         )
     if status == 403:
         return (
-            f"Your token may not write to {repo}: it may only read, or the owner is neither you "
-            f"nor an organisation of yours. {LOGIN}"
+            f"Your token may not write to {repo}: it has read access only, or the owner is neither "
+            f"you nor an organisation of yours. {LOGIN}"
         )
     if status == 412:
-        return f"{repo} was changed on the Hub meanwhile. Run the same command again."
+        return f"{repo} was changed on the Hub in the meantime. Run the same command again."
     return f"The Hub refused ({repo}): {error.server_message or error}"

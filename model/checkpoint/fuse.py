@@ -1,4 +1,4 @@
-"""Making a fused checkpoint (model/fused.py says what it is) from a target and a head."""
+"""Write a fused checkpoint from a target and a draft head (see `layout.py`)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
-from headstart.model.checkpoint.custom_generate.write import (
-    undraftable_alone,
-    write_custom_generate,
-)
 from headstart.model.target import gguf
 from headstart.model.target.load import load_target
 from headstart.model.target.lora import is_joint, merge
@@ -20,12 +16,15 @@ from headstart.model.target.pretrained import stored_dtype
 from headstart.model.target.target import Target
 
 from .atomic import atomic_folder, check_overwrite
-from .download import CHAT_TEMPLATES, CONFIG, HEADS, OURS, TARGET_FILES
-from .head import folder_of_head, has_edited_card, is_fused, load_head, read_head_file, save_head
+from .custom_generate.write import write_custom_generate
+from .engine_support import support
+from .fused import has_edited_card, is_fused
+from .head import folder_of_head, load_head, read_head_file, save_head
+from .layout import CARD, CHAT_TEMPLATES, CONFIG, HEADS, OURS, TARGET_CARD, TARGET_FILES
 from .metadata import HeadMeta
-from .model_card import CARD, TARGET_CARD, model_card
+from .model_card import model_card
 from .mtp_index import write_index
-from .native_mtp import write_native
+from .native_mtp import write_native_mtp
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
@@ -40,21 +39,27 @@ def fuse(
     native: bool = False,
     regraft: HeadMeta | None = None,
 ) -> None:
-    """Write a fused checkpoint, whole or not at all.
+    """Write a fused checkpoint, atomically.
 
-    source: the target as a folder, a Hub id or a GGUF file (which is written out as a plain
-    folder). head_folder: a head trained on it, as a folder or on the Hub. link: hard-link the
-    target's weight files instead of copying them; saves the space, but whoever changes one changes
-    both. index: list the head among the target's own weights, for transformers'
-    `generate(use_mtp=True)` (see `indexed.py`). native: write it over the multi-token prediction
-    layer that the target carries (see `published.py`). regraft: what is known of a head that was
-    trained on another target of the same sizes; its hash is then not compared, but made anew.
+    source: the target as a folder, a Hub id or a GGUF file (which is dequantised to a folder).
+    head_folder: a head trained on it, as a folder or Hub id.
+    link: hard-link the target's weight files instead of copying them, to save disk space. A change
+        to one of the files then changes both.
+    index: list the head among the target's own weights, for transformers' `generate(use_mtp=True)`
+        (see `mtp_index.py`).
+    native: overwrite the target's own multi-token prediction layer with the head (see
+        `native_mtp.py`).
+    regraft: metadata of a head that was trained on another target of the same sizes; its target
+        hash is recomputed instead of compared.
     """
     if index and native:
-        raise ValueError("A head is either listed (index) or written over (native), not both.")
-    check_place(out)
+        raise ValueError(
+            "index lists the head beside the target's weights and native overwrites a layer of the "
+            "target with it. Choose one of the two."
+        )
+    check_output(out)
     head_folder = folder_of_head(head_folder)
-    # What a GGUF file is written out as should not depend on whether there is an accelerator.
+    # The dtype that a GGUF file is dequantised to should not depend on the device.
     is_gguf = Path(source).suffix == gguf.SUFFIX
     joint = is_joint(head_folder) and regraft is None
     target = load_target(source, dtype=torch.float32 if is_gguf or joint else "auto")
@@ -68,37 +73,37 @@ def fuse(
     ):
         spare = Path(beside, "target")
         if joint:
-            target, plain = _changed(target, head_folder, str(source), spare), spare
+            target, plain = _merged(target, head_folder, str(source), spare), spare
             head.bind(target)
         else:
             plain = _plain_folder(str(source), target, spare)
         for file in _files_to_keep(plain):
             name = TARGET_CARD if file.name == CARD else file.relative_to(plain)
-            _take(file, part / name, (link or plain == spare) and file.suffix == ".safetensors")
+            _copy(file, part / name, (link or plain == spare) and file.suffix == ".safetensors")
         if native:
-            meta = meta.model_copy(update={"replaces": write_native(head, part)})
+            meta = meta.model_copy(update={"replaces": write_native_mtp(head, part)})
         save_head(head, part / HEADS, meta, with_lm_head=True)
         if index:
             write_index(head, part)
-        elif undraftable_alone(head) is None:  # with the index transformers drafts by itself
+        elif support(head, "transformers") is None:  # with the index it drafts by itself
             write_custom_generate(part)
         card = model_card(head, meta, part)
         (part / CARD).write_text(card, encoding="utf-8")
 
 
-def check_place(out: str | Path) -> None:
-    """ValueError where a fused checkpoint would take the place of something that is not one, or
-    whose card was edited by hand."""
+def check_output(out: str | Path) -> None:
+    """Raise ValueError if writing a fused checkpoint would replace other files, or a card that was
+    edited by hand."""
     if has_edited_card(out) and is_fused(out):
         raise ValueError(
-            f"{Path(out) / CARD} was edited by hand, and fusing anew would lose that. Move it "
+            f"{Path(out) / CARD} was edited by hand, and fusing again would overwrite it. Move it "
             "away, or name a new folder."
         )
     check_overwrite(Path(out).absolute(), f"{HEADS}/{CONFIG}", OURS)
 
 
-def _changed(target: Target, head_folder: Path, source: str, spare: Path) -> Target:
-    """The target with a joint head's adapters in its weights, in the type that it is stored in."""
+def _merged(target: Target, head_folder: Path, source: str, spare: Path) -> Target:
+    """Merge the adapters of a jointly trained head into the target, in the dtype of its files."""
     merge(target.model, head_folder)
     target.model.to(stored_dtype(source))
     gguf.save_plain(target, spare)
@@ -113,7 +118,7 @@ def _plain_folder(source: str, target: Target, spare: Path) -> Path:
 
 
 def plain_source(source: str) -> Path:
-    """The folder of a target that is a folder or a Hub id: with all files of that, on disk."""
+    """Return the folder of a target with all its files, downloaded if it is a Hub id."""
     if Path(source).suffix == gguf.SUFFIX:
         raise ValueError(f"{source} is a GGUF file. Name the folder or Hub id of the model itself.")
     if Path(source).is_dir():
@@ -124,18 +129,18 @@ def plain_source(source: str) -> Path:
 
 
 def _files_to_keep(folder: Path) -> list[Path]:
-    """Files at the root, and chat templates beside the main one. Pickled weights are left behind
-    where there are safetensors."""
+    """Files at the root and additional chat templates, without pickled weights if there are
+    safetensors files."""
     files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
     files += sorted(folder.glob(f"{CHAT_TEMPLATES}/*.jinja"))
     if any(file.suffix == ".safetensors" for file in files):
         files = [file for file in files if file.suffix not in PICKLES]
-    if any(file.name == TARGET_CARD for file in files):  # it was fused before: that card is ours
+    if any(file.name == TARGET_CARD for file in files):  # a fused checkpoint: the card is ours
         files = [file for file in files if file.name != CARD]
     return files
 
 
-def _take(file: Path, to: Path, link: bool) -> None:
+def _copy(file: Path, to: Path, link: bool) -> None:
     to.parent.mkdir(exist_ok=True)
     if link:
         to.hardlink_to(file.resolve())

@@ -1,6 +1,6 @@
-"""Whether a head can be carried over to a changed target: a fine-tune or a merge of its own.
+"""Check whether a head can be transferred to a changed target, such as a fine-tune or a merge.
 
-Only configurations and tokenizers are read here, so what does not fit is refused within seconds.
+Only configurations and tokenizers are loaded, so a head that does not fit fails within seconds.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ from headstart.model.target.load import target_from_config
 from headstart.model.target.lora import is_joint
 from headstart.model.target.pretrained import open_tokenizer
 
-from .download import HEADS, fetch_fused, hub_name
-from .head import HeadFile, build_head, folder_of_head, is_fused, read_head_file
+from .download import fetch_fused, hub_name
+from .fused import is_fused
+from .head import build_head, folder_of_head, read_head_file
+from .layout import HEADS
+from .metadata import HeadFile
 
 
 @dataclass(frozen=True)
 class TrainedHead:
-    """A head that is to be carried over.
+    """A head that is to be transferred.
 
-    name: of its folder or of the fused one, as it was given. folder: its own. original: where the
-    target that it was trained on should be on this disk (its weights may have been changed there);
-    None where that is not known.
+    name: the folder of the head or the fused checkpoint, as the user named it.
+    folder: the folder of the head.
+    file: its configuration and metadata.
+    original: local folder of the target it was trained on, whose weights may have changed since, or
+        None if there is none.
     """
 
     name: str
@@ -34,21 +39,24 @@ class TrainedHead:
 
     @classmethod
     def find(cls, name: str | Path, changed: str) -> TrainedHead:
-        """name: a fused checkpoint or a head, as a folder or on the Hub. changed: the new target.
+        """Open a head and check that it fits the changed target.
 
-        ValueError for no head, and for one that does not fit the changed target.
+        name: a fused checkpoint or a head, as a folder or Hub id.
+        changed: the changed target.
+
+        ValueError if there is no head or it does not fit.
         """
         folder = folder_of_head(name)
         file = read_head_file(folder)
         if is_joint(folder):
             raise ValueError(
-                f"The head in {folder} was trained along with its target, and its guesses are for "
-                f"that one, which is not made yet. Make it first (`headstart fuse "
-                f"{file.meta.target} {folder} FUSED`), then graft FUSED."
+                f"The head in {folder} was trained jointly with its target, and that changed "
+                f"target is not written yet. Write it first (`headstart fuse {file.meta.target} "
+                f"{folder} FUSED`), then graft FUSED."
             )
         original = _original(name, folder, file.meta.target)
         if original is not None and Path(original).resolve() == Path(changed).resolve():
-            original = None  # it was changed in its place
+            original = None  # the target was changed in place
         found = cls(str(name), folder, file, original)
         found._check_sizes(changed)
         if original is not None:
@@ -64,13 +72,13 @@ class TrainedHead:
         if layers != target.num_layers:
             raise ValueError(
                 f"The head in {self.name} was trained on a target with {layers} layers, but "
-                f"{changed} has {target.num_layers}. A head is carried over between targets of the "
-                "same sizes: train a new one with `headstart train`."
+                f"{changed} has {target.num_layers}. A head is transferred between targets of the "
+                "same sizes only. Train a new one with `headstart train`."
             )
 
 
 def _original(name: str | Path, folder: Path, target: str) -> str | None:
-    """A fused checkpoint holds it; of a head alone, it is where it was in training."""
+    """The target in the fused checkpoint, or for a head alone the one it was trained on."""
     if folder.name == HEADS and is_fused(folder.parent):
         whole = fetch_fused(name) if hub_name(name) is not None else folder.parent
         return str(whole)
@@ -78,18 +86,19 @@ def _original(name: str | Path, folder: Path, target: str) -> str | None:
 
 
 def _check_vocabulary(original: str, changed: str) -> None:
-    """Added tokens may differ: fine-tunes add some, and give reserved ones a name."""
+    """Raise ValueError if token ids differ, except for added tokens: fine-tunes add and rename
+    those."""
     left, right = open_tokenizer(original), open_tokenizer(changed)
     if isinstance(left, str) or isinstance(right, str):
-        return  # whoever decodes text says so
+        return  # decoding reports the missing tokenizer
     ours, theirs = _plain_tokens(left), _plain_tokens(right)
     wrong = sorted(token for token in ours.keys() & theirs if ours[token] != theirs[token])
     if wrong:
         first = wrong[0]
         raise ValueError(
-            f"{changed} has another vocabulary than {original}: {len(wrong):,} tokens mean other "
-            f"text (token {first} is {theirs[first]!r} instead of {ours[first]!r}), so what the "
-            "head guesses would be other text too. Train a new head with `headstart train`."
+            f"{changed} has another vocabulary than {original}: {len(wrong):,} token ids stand for "
+            f"other text (token {first} is {theirs[first]!r} instead of {ours[first]!r}), so the "
+            "head would draft the wrong tokens. Train a new head with `headstart train`."
         )
 
 

@@ -1,85 +1,121 @@
-"""How a head was trained and what was measured: stored beside its weights, shown in its card."""
+"""Metadata of a trained head: how it was trained and what was measured.
+
+It is stored under "headstart" in the head's config.json and shown in its model card.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Measurement(BaseModel):
-    """Real decoding on one set of prompts.
+class Section(BaseModel):
+    """A part of the metadata. Unknown keys are an error; keys of earlier versions are translated.
 
-    accepted_length: emitted tokens per forward pass of the target, the bonus token included.
-    acceptance: share of rounds in which the token of each depth was accepted. speedup: total tokens
-    over total time, relative to plain decoding in the same engine. identical: answers that equal
-    the plain ones, of `answers`. conditions: machine, dtype and versions, tree shape and sampling.
+    RENAMED: today's names by those that earlier versions wrote.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translate_old_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        # An old key beside today's stays, and is an unknown key then.
+        renamed = {old: new for old, new in cls.RENAMED.items() if new not in values}
+        return {renamed.get(key, key): value for key, value in values.items()}
+
+
+class Measurement(Section):
+    """Real decoding of one set of prompts.
+
+    prompts: the set, how many, and the most new tokens of each.
+    tokens: generated tokens.
+    acceptance_length: mean tokens per forward pass of the target, bonus token included.
+    acceptance_rates: acceptance rate per draft position, the first one first.
+    speedup: total tokens over total time, relative to autoregressive decoding in the same engine.
+    responses: number of responses that were compared with autoregressive decoding.
+    identical: number of those that were equal to it.
+    conditions: device, dtype, versions, tree shape and sampling.
+    """
+
+    RENAMED = {
+        "accepted_length": "acceptance_length",
+        "acceptance": "acceptance_rates",
+        "answers": "responses",
+    }
 
     prompts: str
     tokens: int
     acceptance_length: float
-    acceptance: tuple[float, ...] = ()
+    acceptance_rates: tuple[float, ...] = ()
     speedup: float | None = None
-    answers: int = 0
+    responses: int = 0
     identical: int = 0
     conditions: str
 
 
-class Lora(BaseModel):
-    """How the target was changed along with the head, by low-rank adapters (model/joint.py).
+class Lora(Section):
+    """Low-rank adapters of the target that were trained jointly with the head.
 
-    keep: weight of the divergence from the original target in training. divergence: mean
-    Kullback-Leibler divergence from the original per held-out answer token, in nats.
+    divergence_weight: weight in the loss of the divergence from the original target.
+    divergence: mean Kullback-Leibler divergence from it per held-out response token, in nats.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    RENAMED = {"keep": "divergence_weight"}
 
     rank: int
     alpha: float
-    keep: float
+    divergence_weight: float
     divergence: float | None = None
 
 
-class Graft(BaseModel):
-    """A head that was carried over to a changed target (`headstart graft`).
+class Graft(Section):
+    """A transfer of the head to a changed target (`headstart graft`).
 
-    source: the target that it came from. before, after: the accepted length there, None where that
-    target was not at hand, and on the changed one: the same prompts and trees, both uncalibrated.
+    source: the target it was transferred from.
+    before, after: acceptance length on the source (None if it was not available) and on the changed
+        target, for the same prompts and trees, both uncalibrated.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str
     before: float | None = None
     after: float
 
 
-class HeadMeta(BaseModel):
-    """What is known about a trained head.
+class HeadMeta(Section):
+    """Metadata of a trained head.
 
-    target: the Hub id or name of its target. grafts: how it came there from the one that it was
-    trained on, the first one's source; empty where that is the target. steps: how many steps
-    ahead it was trained for. tokens: how many answer tokens it saw. data_hash: sha256 of the
-    training data. start: the trained head that it began as. replaces: the target's own tensors in
-    whose place it also is. joint: how its target was changed along with it. weight_only: what the
-    target's layers were held in while it was trained, if not in their own type. recipe: the
-    settings that it was trained with, by section.
+    target: Hub id or name of its target.
+    grafts: transfers from the target it was trained on to this one, in order.
+    license: license of the target.
+    steps: number of draft steps in training.
+    tokens: number of response tokens in training.
+    data, data_hash: description and sha256 of the training data.
+    start: trained head that training started from.
+    replaces: tensors of the target in whose place the head also is.
+    joint: adapters of the target that were trained jointly with the head.
+    weight_only: weight-only format of the target's layers in training (default: their own dtype).
+    recipe: settings of the training run, by section.
 
-    Calibration, all of it empty before (training/calibrate.py). temperatures: one per depth,
-    dividing its logits so that path probabilities are calibrated; what a loaded head drafts with.
-    rank_acceptance: per depth, the share of positions whose next token is the head's likeliest
-    guess, its second likeliest, and so on, where the path up to there was guessed.
-    calibration_rows: positions per depth. calibration_errors: per depth, the expected calibration
-    error of its guesses before and after. path_errors: that of the nodes of drafted trees.
+    Calibration (empty without one):
+
+    temperatures: per depth, the divisor of the draft logits. Loaded heads draft with them.
+    rank_acceptance: per depth, how often the top-1 draft token is right, the second likeliest and
+        so on, given that the path up to there was drafted.
+    calibration_positions: per depth, the number of measured positions.
+    calibration_errors: per depth, the expected calibration error before and after.
+    path_errors: the same for the path probabilities of drafted trees.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    RENAMED = {"calibration_rows": "calibration_positions"}
 
     target: str
     grafts: tuple[Graft, ...] = ()
@@ -95,22 +131,27 @@ class HeadMeta(BaseModel):
     recipe: dict[str, dict[str, Any]] | None = None
     temperatures: tuple[Temperature, ...] = ()
     rank_acceptance: tuple[tuple[Share, ...], ...] = ()
-    calibration_rows: tuple[int, ...] = ()
+    calibration_positions: tuple[int, ...] = ()
     calibration_errors: tuple[tuple[float, float], ...] = ()
     path_errors: tuple[float, float] | None = None
     measured: tuple[Measurement, ...] = ()
 
     @property
     def trained_on(self) -> str:
+        """The target that the head was trained on."""
         return self.grafts[0].source if self.grafts else self.target
 
     def grafted(
         self, target: str, before: float | None, after: float, measured: Measurement
     ) -> HeadMeta:
-        """What is known on a changed target: how the head was trained, and the new measurement.
+        """Return the metadata of the head on a changed target.
 
-        Calibration, earlier measurements and the licence were of the old target. target: its name.
-        before, after: as in `Graft`.
+        What describes the training is kept; calibration, earlier measurements and the license
+        belong to the old target and are dropped.
+
+        target: name of the changed target.
+        before, after: acceptance lengths, as in `Graft`.
+        measured: measurement on the changed target.
         """
         kept = ("steps", "tokens", "data", "data_hash", "start", "joint", "weight_only", "recipe")
         graft = Graft(source=self.target, before=before, after=after)
@@ -120,3 +161,19 @@ class HeadMeta(BaseModel):
             measured=(measured,),
             **{name: getattr(self, name) for name in kept},
         )
+
+
+class HeadFile(BaseModel):
+    """The section "headstart" of a head's config.json.
+
+    version: version of Headstart that wrote the folder.
+    target_hash: hash of the weights of the target that the head belongs to.
+    head: configuration of the head; its `kind` says of which class.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: str
+    target_hash: str
+    head: dict[str, Any]
+    meta: HeadMeta

@@ -1,7 +1,7 @@
 """The model card of a fused checkpoint or of a head alone, from `card.md.jinja`.
 
-A card ends with a seal, the hash of what is before it: one that was edited by hand is known by it,
-and never written over.
+A card ends with a seal, the hash of the text before it. A card without a matching seal was edited
+by hand and is never overwritten.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined, Template
 from safetensors import safe_open
 
-from headstart.model.checkpoint.custom_generate.write import FILES
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.lora import is_joint
 
-from .download import HEADS, WEIGHTS
-from .engine_config import ENGINES, LM_HEAD, launch_line, undraftable
+from .custom_generate.write import FILES
+from .engine_support import ENGINES, support
+from .launch import launch_line
+from .layout import HEADS, LM_HEAD, TARGET_CARD, WEIGHTS
 from .metadata import HeadMeta
 
-CARD, TEMPLATE = "README.md", "card.md.jinja"
-FOLDER = "FOLDER"  # how commands name a checkpoint whose place is not known
+TEMPLATE = "card.md.jinja"
+FOLDER = "FOLDER"  # stands for the checkpoint in commands if its location is not known
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-TARGET_CARD = "README.target.md"  # the target's own card, kept beside ours
 SEAL = re.compile(
     r"\n<!-- written by headstart ([0-9a-f]{16}); a card that was edited is kept -->\n$"
 )
 HEADER = re.compile(r"\A\s*---\n.*?\n---\s*", re.DOTALL)
-LICENCE = ("license", "license_name", "license_link")  # the Hub's keys
+LICENSE_KEYS = ("license", "license_name", "license_link")  # in the header of a card
 
 
 def model_card(
@@ -43,17 +44,19 @@ def model_card(
     *,
     place: str = FOLDER,
     alone: bool = False,
-    licence: Mapping[str, str] | None = None,
+    license: Mapping[str, str] | None = None,
 ) -> str:
-    """Markdown with the Hub's header, sealed. The head need not be bound.
+    """Render the model card: Markdown with the Hub's header, sealed.
 
-    folder: what the card is about; a fused one holds the target's card, and in it its licence.
-    place: how it is named in commands, the folder or a Hub id. alone: a head without its target.
-    licence: the target's, where its card is not in the folder (keys of the Hub's header).
+    head: need not be bound to its target.
+    folder: the head or fused checkpoint that the card describes.
+    place: its name in commands, a folder or Hub id.
+    alone: the folder holds a head without its target.
+    license: license keys of the target, if the folder holds no card of the target.
     """
     name = meta.target.split("/")[-1]
     noted = {} if meta.license is None else {"license": meta.license}
-    terms: dict[str, Any] = licence_of(folder / TARGET_CARD) or dict(licence or {}) or noted
+    terms: dict[str, Any] = license_of(folder / TARGET_CARD) or dict(license or {}) or noted
     data = ModelCardData(
         base_model=meta.target if HUB_ID.fullmatch(meta.target) else None,
         base_model_relation="adapter" if alone else "finetune",
@@ -65,10 +68,9 @@ def model_card(
         **terms,
     )
     fused = "fused" if alone else place
-    unsupported = undraftable(head)
-    card = ModelCard.from_template(
-        data,
-        template_str=resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
+    unsupported = support(head, "vllm")
+    text = card_template().render(
+        card_data=data.to_yaml(),
         name=name,
         head=head,
         meta=meta,
@@ -76,18 +78,26 @@ def model_card(
         alone=alone,
         place=place,
         fused=fused,
-        whole=meta.target if alone and not is_joint(folder) else fused,  # the target's weights
+        weights=meta.target if alone and not is_joint(folder) else fused,
         custom_generate=(folder / FILES[0]).is_file(),
         unsupported=unsupported,
         serving=[] if unsupported else _serving(head, meta, folder, place, alone),
         recipe=yaml.safe_dump(meta.recipe, sort_keys=False) if meta.recipe else "",
     )
-    return _sealed(f"{card}\n")
+    return _sealed(f"{ModelCard(text)}\n")
+
+
+def card_template() -> Template:
+    """The template of the card, in which an undefined name is an error."""
+    text = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
+    return Environment(undefined=StrictUndefined).from_string(text)
 
 
 def is_edited(text: str) -> bool:
-    """Whether somebody wrote or changed this card by hand. One without a text, as the Hub makes
-    for a new repository, has nothing to lose."""
+    """Whether a card was written or edited by hand.
+
+    False for a card without text, as the Hub makes for a new repository.
+    """
     found = SEAL.search(text)
     if found is None:
         return bool(HEADER.sub("", text).strip())
@@ -103,14 +113,14 @@ def _hash(text: str) -> str:
 
 
 def _results(meta: HeadMeta) -> list[EvalResult]:
-    """The Hub's model-index: what was measured, with the conditions as its configuration."""
+    """The measurements for the Hub's model-index, with the conditions as their configuration."""
     found = []
     for one in meta.measured:
-        figures = {"acceptance_length": one.acceptance_length}
+        metrics = {"acceptance_length": one.acceptance_length}
         if one.speedup is not None:
-            figures["speedup"] = one.speedup
-        if one.answers:
-            figures["identical_to_plain"] = one.identical / one.answers
+            metrics["speedup"] = one.speedup
+        if one.responses:
+            metrics["identical_to_baseline"] = one.identical / one.responses
         found += [
             EvalResult(
                 task_type="text-generation",
@@ -121,13 +131,13 @@ def _results(meta: HeadMeta) -> list[EvalResult]:
                 metric_name=metric.replace("_", " "),
                 metric_value=value,
             )
-            for metric, value in figures.items()
+            for metric, value in metrics.items()
         ]
     return found
 
 
 def _serving(head: DraftHead, meta: HeadMeta, folder: Path, place: str, alone: bool) -> list[str]:
-    """Shell commands that make vLLM and SGLang serve the target with the head."""
+    """Shell commands that serve the target with the head in vLLM and SGLang."""
     target, draft, before = "fused", f"fused/{HEADS}", []
     if alone and _holds_lm_head(head, folder) and not is_joint(folder):
         target, draft = meta.target, place
@@ -135,22 +145,22 @@ def _serving(head: DraftHead, meta: HeadMeta, folder: Path, place: str, alone: b
         before = [f"headstart fuse {meta.target} {place} fused"]
     elif place == FOLDER:
         target, draft = place, f"{place}/{HEADS}"
-    else:  # they find a draft model by a folder or a whole repository, not inside one
+    else:  # engines do not find a draft model inside a repository
         before = [f"hf download {place} --local-dir fused"]
     return [*before, *(launch_line(engine, target, draft, meta.steps) for engine in ENGINES)]
 
 
 def _holds_lm_head(head: DraftHead, folder: Path) -> bool:
-    """Whether a head's file has the LM head rows that engines want of a draft vocabulary."""
+    """Whether the head's file has the LM head rows that engines need for its draft vocabulary."""
     if head.config.draft_vocab is None:
         return True
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         return LM_HEAD in file.keys()
 
 
-def licence_of(card: Path) -> dict[str, str]:
-    """What the header of a card says of the licence; empty where there is none."""
+def license_of(card: Path) -> dict[str, str]:
+    """Read the license keys in the header of a card; empty without a card or keys."""
     if not card.exists():
         return {}
     data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    return {key: data[key] for key in LICENCE if isinstance(data.get(key), str)}
+    return {key: data[key] for key in LICENSE_KEYS if isinstance(data.get(key), str)}

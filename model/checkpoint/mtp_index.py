@@ -1,8 +1,10 @@
-"""The other form of a fused checkpoint: an mtp head listed among the target's own weights.
+"""The indexed form of a fused checkpoint: an mtp head listed among the target's own weights.
 
 transformers drafts with such a head by itself: `generate(..., use_mtp=True)` on a model opened with
 `trust_remote_code=True`, which runs the three lines written below. The price: config.json and the
-index are no longer the target's own, and vLLM refuses the extra tensors. All weights stay the same.
+index are no longer the target's own, and vLLM rejects the extra tensors. All weights stay the same.
+
+Legend: B sequences, T positions, D hidden size.
 """
 
 from __future__ import annotations
@@ -21,15 +23,17 @@ from headstart.model.backends.int8 import full_precision
 from headstart.model.heads import mtp
 from headstart.model.heads.common.base import DraftHead
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-RENAMED, ADDED = "model-target.safetensors", "model-draft-head.safetensors"
+from .layout import CONFIG, HEADS, INDEX, WEIGHTS
+
+TARGET_WEIGHTS, HEAD_WEIGHTS = "model-target.safetensors", "model-draft-head.safetensors"
 CODE = "modeling_fused"
 
 
 def write_index(head: DraftHead, folder: Path) -> None:
-    """Turn a fused folder into the indexed form. ValueError when transformers cannot draft so.
+    """Turn a fused checkpoint into the indexed form.
 
-    The head is tried with transformers' own code: it must say what ours says.
+    The head is run with transformers' own code and must compute the same as ours. ValueError if
+    transformers cannot draft with it.
     """
     if not isinstance(head, mtp.Head):
         raise ValueError(
@@ -38,20 +42,20 @@ def write_index(head: DraftHead, folder: Path) -> None:
         )
     if head.taps:
         raise ValueError(
-            "transformers gives a head the hidden state behind the target's final norm, and this "
-            "one reads another. Fuse it without the index."
+            "transformers gives a head the hidden state after the target's final norm, and this "
+            "one takes another. Fuse it without the index."
         )
     if head.target.recurrent:
         raise ValueError(
-            f"{head.target.name} has recurrent layers, and transformers cannot take a guess back "
-            "from them. Fuse it without the index."
+            f"{head.target.name} has recurrent layers, from whose state transformers cannot remove "
+            "rejected draft tokens. Fuse it without the index."
         )
     prefix = f"model.layers.{head.target.num_layers}."
-    _refuse_own(folder, prefix)
-    stored = load_file(folder / "draft_heads" / SINGLE)
+    _check_no_native_mtp(folder, prefix)
+    stored = load_file(folder / HEADS / WEIGHTS)
     tensors = {name: tensor for name, tensor in stored.items() if name.startswith(prefix)}
-    (folder / ADDED).write_bytes(save(tensors, metadata={"format": "pt"}))
-    _list_weights(folder, dict.fromkeys(tensors, ADDED))
+    (folder / HEAD_WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    _list_weights(folder, dict.fromkeys(tensors, HEAD_WEIGHTS))
     pattern = prefix.replace(".", r"\.")
     model_class = type(head.target.model).__name__
     _write_config(folder, model_class)
@@ -60,29 +64,29 @@ def write_index(head: DraftHead, folder: Path) -> None:
         f'    _keys_to_ignore_on_load_unexpected = [r"{pattern}.*"]\n',
         encoding="utf-8",
     )
-    _try_out(head, folder, pattern)
+    _check_in_transformers(head, folder, pattern)
 
 
-def _refuse_own(folder: Path, prefix: str) -> None:
-    """A checkpoint that carries such a layer would then have two of one name."""
+def _check_no_native_mtp(folder: Path, prefix: str) -> None:
+    """Raise ValueError if the target has such a layer itself, whose tensor names would clash."""
     if (folder / INDEX).exists():
         names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
     else:
-        with safe_open(folder / SINGLE, framework="pt") as file:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
             names = file.keys()
     if any(name.startswith(prefix) for name in names):
         raise ValueError(
-            f"The target carries a layer {prefix}* of its own, in whose place the head can be "
-            "written: fuse with --native instead of --index."
+            f"The target carries a multi-token prediction layer {prefix}* itself. Fuse with "
+            "--native instead of --index, which overwrites that layer with the head."
         )
 
 
 def _list_weights(folder: Path, added: dict[str, str]) -> None:
     if not (folder / INDEX).exists():
-        # A file of the usual name would be opened before any index.
-        (folder / SINGLE).rename(folder / RENAMED)
-        with safe_open(folder / RENAMED, framework="pt") as file:
-            names = dict.fromkeys(file.keys(), RENAMED)
+        # transformers prefers a file of the usual name to an index.
+        (folder / WEIGHTS).rename(folder / TARGET_WEIGHTS)
+        with safe_open(folder / TARGET_WEIGHTS, framework="pt") as file:
+            names = dict.fromkeys(file.keys(), TARGET_WEIGHTS)
         index: dict[str, Any] = {"weight_map": names}
     else:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -93,7 +97,7 @@ def _list_weights(folder: Path, added: dict[str, str]) -> None:
 
 
 def _write_config(folder: Path, model_class: str) -> None:
-    path = folder / "config.json"
+    path = folder / CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {
         "num_mtp_layers": 1,
@@ -105,26 +109,28 @@ def _write_config(folder: Path, model_class: str) -> None:
 
 
 @torch.no_grad()
-def _try_out(head: mtp.Head, folder: Path, pattern: str) -> None:
-    """Compare the first step on a short text: norms, rotary positions and names must all agree."""
+def _check_in_transformers(head: mtp.Head, folder: Path, pattern: str) -> None:
+    """Compare the first draft step on 16 tokens: norms, rotary positions and names must agree."""
     model = head.target.model
     tokens_BT = torch.arange(1, 17, device=head.target.device)[None] % head.config.vocab_size
-    seen = head.target.forward(tokens_BT)
+    output = head.target.forward(tokens_BT)
     with full_precision(head):
-        ours_BTD = head.unroll(seen, tokens_BT, 1)[0][:, :-1]
+        ours_BTD = head.unroll(output, tokens_BT, 1)[0][:, :-1]
+    lm_head_input_BTD = output.lm_head_input_BTD
     try:
-        theirs_BTD = _transformers_step(model, folder, pattern, tokens_BT, seen.lm_head_input_BTD)
+        theirs_BTD = _transformers_step(model, folder, pattern, tokens_BT, lm_head_input_BTD)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"transformers cannot draft with this head on {head.target.name}: {error} "
             "Fuse it without the index."
         ) from error
     scale = float(ours_BTD.abs().max())
-    off = float((ours_BTD - theirs_BTD).abs().max()) / scale
-    if not off < 1e-3 + 4 * torch.finfo(ours_BTD.dtype).eps:
+    relative_error = float((ours_BTD - theirs_BTD).abs().max()) / scale
+    if not relative_error < 1e-3 + 4 * torch.finfo(ours_BTD.dtype).eps:
         raise ValueError(
-            f"transformers computes this head differently for {head.target.name} (by {off:.0%}), "
-            "so its guesses would be worth little there. Fuse it without the index."
+            f"transformers computes this head differently for {head.target.name} "
+            f"(by {relative_error:.0%}), so few of its draft tokens would be accepted there. Fuse "
+            "it without the index."
         )
 
 
@@ -135,7 +141,7 @@ def _transformers_step(
     tokens_BT: torch.Tensor,
     lm_head_input_BTD: torch.Tensor,
 ) -> torch.Tensor:
-    """The head's first step on all pairs, B x T-1 x D, by transformers."""
+    """The head's first draft step in transformers, B x T-1 x D."""
     before = model.config.name_or_path
     changes = {"num_mtp_layers": 1, "mtp_layer_types": ["full_attention"], "name_or_path": folder}
     model.config.update(changes)

@@ -1,8 +1,8 @@
-"""Multi-token prediction layers as model families publish them, beside the target's own tensors.
+"""Native multi-token prediction (MTP) layers, stored among the tensors of a checkpoint.
 
-A layout says under which names; reading and writing go through `places`, so what is written back is
-what was read. Beside names, families differ in the order in which the two inputs are joined and in
-which hidden state goes in:
+A `Layout` gives the tensor names of a family; loading and writing both go through `tensor_views`,
+so writing back what was loaded changes nothing. Families also differ in the order in which the two
+inputs are concatenated and in which hidden state is the input:
 
     u = proj([norm(embed(x[t+1])), norm(h[t])])   or   proj([norm(h[t]), norm(embed(x[t+1]))])
 
@@ -27,23 +27,28 @@ from headstart.model.heads import mtp
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.heads.common.layers import ZeroCentredNorm
 
-from .engine_config import unservable
+from .engine_support import support
+from .layout import INDEX, WEIGHTS
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXPERTS = "mlp.experts."
-IGNORED = "rotary_emb.inv_freq"  # older checkpoints store what follows from the configuration
-MARKS = ("mtp", "nextn", "eh_proj")  # in the names of layouts that are not known
+IGNORED = "rotary_emb.inv_freq"  # stored by older checkpoints, derived from the configuration
+MTP_MARKS = ("mtp", "nextn", "eh_proj")  # parts of tensor names in unknown layouts
 
 
 @dataclass(frozen=True)
 class Layout:
-    """enorm, hnorm, proj, norm: names of our parts. hidden_first: the order in `proj`. before_norm:
-    h[t] comes from before the target's final norm. zero_centred: the weights of those norms are
-    added to 1. embed, head: copies of the target's embedding and LM head. layer: in front of the
-    decoder layer's tensors, which have the names of the target's own layers.
+    """Tensor names of an MTP layer, and how it is computed.
+
+    prefix: of all its tensors; {layers} is the number of the target's decoder layers.
+    enorm, hnorm, proj, norm: modules that `mtp.Head` calls enorm, hnorm, eh_proj and norm.
+    hidden_first: proj takes the hidden state before the embedding.
+    before_norm: the hidden state is the one before the target's final norm.
+    zero_centred: norms scale by 1 + weight.
+    layer: prefix of the decoder layer, whose tensors have the names of the target's own layers.
+    embed, head: copies of the target's embedding and LM head.
     """
 
-    prefix: str  # {layers}: how many decoder layers the target has
+    prefix: str
     enorm: str
     hnorm: str
     proj: str
@@ -60,9 +65,9 @@ class Layout:
 
 
 LAYOUTS = {
-    # GLM-4.5 to 5, DeepSeek-V3 to V3.2 and R1; what `headstart fuse --index` writes
+    # GLM-4.5 to 5, DeepSeek-V3 to V3.2 and R1; also written by `headstart fuse --index`
     "glm": Layout("model.layers.{layers}.", "enorm", "hnorm", "eh_proj", "shared_head.norm"),
-    # MiMo-7B; what vLLM computes, whose class is of the authors
+    # MiMo-7B, as computed in vLLM, whose class its authors wrote
     "mimo": Layout(
         "model.mtp_layers.0.",
         "token_layernorm",
@@ -72,7 +77,7 @@ LAYOUTS = {
         hidden_first=True,
         before_norm=True,
     ),
-    # Qwen3-Next and Qwen3.5; what vLLM computes
+    # Qwen3-Next and Qwen3.5, as computed in vLLM
     "qwen": Layout(
         "mtp.",
         "pre_fc_norm_embedding",
@@ -87,7 +92,12 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class NativeMTP:
-    """The layer in a checkpoint's folder. files: of each tensor, by its name without the prefix."""
+    """The MTP layer of a checkpoint.
+
+    folder: of the checkpoint.
+    prefix: of the layer's tensor names.
+    files: the file of each tensor, by its name without the prefix.
+    """
 
     folder: Path
     layout: Layout
@@ -99,8 +109,11 @@ class NativeMTP:
             return file.get_tensor(self.prefix + name)
 
 
-def find(folder: Path, layers: int) -> NativeMTP:
-    """The layer that a checkpoint with so many decoder layers carries. ValueError without one."""
+def find_native_mtp(folder: Path, layers: int) -> NativeMTP:
+    """Find the MTP layer of a checkpoint. ValueError if it has none, or one that is not supported.
+
+    layers: number of decoder layers of the target.
+    """
     files = _files(folder)
     for layout in LAYOUTS.values():
         prefix = layout.at(layers)
@@ -110,50 +123,59 @@ def find(folder: Path, layers: int) -> NativeMTP:
             if name.startswith(prefix) and not name.endswith(IGNORED)
         }
         if layout.proj + ".weight" in found:
-            _refuse_more(files, layout, layers, folder)
+            _check_single_layer(files, layout, layers, folder)
             return NativeMTP(folder, layout, prefix, found)
-    others = sorted(name for name in files if any(mark in name for mark in MARKS))
+    others = sorted(name for name in files if any(mark in name for mark in MTP_MARKS))
     if others:
         raise ValueError(
-            f"{folder} carries multi-token prediction tensors under names that are not known here "
-            f"({', '.join(others[:3])}, ...). Known: GLM and DeepSeek-V3 (model.layers.N.eh_proj), "
-            "MiMo (model.mtp_layers.0.input_proj), Qwen3-Next and Qwen3.5 (mtp.fc). Train a head "
-            "with `headstart train` instead."
+            f"{folder} carries multi-token prediction tensors in an unknown layout "
+            f"({', '.join(others[:3])}, ...). Supported: GLM and DeepSeek-V3 "
+            "(model.layers.N.eh_proj), MiMo (model.mtp_layers.0.input_proj), Qwen3-Next and "
+            "Qwen3.5 (mtp.fc). Train a head with `headstart train` instead."
         )
     raise ValueError(
-        f"{folder} carries no multi-token prediction layer: there is none among its "
-        f"{len(files)} tensors. Train a head with `headstart train` instead."
+        f"{folder} carries no multi-token prediction layer among its {len(files)} tensors. "
+        "Train a head with `headstart train` instead."
     )
 
 
-def _refuse_more(files: Mapping[str, Path], layout: Layout, layers: int, folder: Path) -> None:
+def _check_single_layer(
+    files: Mapping[str, Path], layout: Layout, layers: int, folder: Path
+) -> None:
     after = (layout.prefix + layout.layer).replace(".0.", ".1.").format(layers=layers + 1)
     if any(name.startswith(after) for name in files):
         raise ValueError(
             f"{folder} carries several multi-token prediction layers ({after}* too), one for each "
-            "step. A head of kind mtp has one for all steps, so these cannot be used."
+            "draft step. A head of kind mtp uses one layer for all steps, so this checkpoint is "
+            "not supported."
         )
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor of a checkpoint."""
+    """The file of each tensor of a checkpoint."""
     index = folder / INDEX
     try:
         if index.is_file():
             names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             return {name: folder / file for name, file in names.items()}
-        if not (folder / SINGLE).is_file():
-            raise ValueError(f"{folder} has no safetensors files, which the layer is read from.")
-        with safe_open(folder / SINGLE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), folder / SINGLE)
+        if not (folder / WEIGHTS).is_file():
+            raise ValueError(
+                f"{folder} has no safetensors files, and multi-token prediction layers are loaded "
+                "from no other format."
+            )
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return dict.fromkeys(file.keys(), folder / WEIGHTS)
     except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"The tensors of {folder} cannot be listed: {error}") from error
 
 
-def tensor_views(head: mtp.Head, published: NativeMTP) -> dict[str, list[Tensor]]:
-    """For each published tensor, without the prefix, the parts of the head's own ones that stand
-    side by side in it (along the last dimension). They share the head's memory."""
-    layout = published.layout
+def tensor_views(head: mtp.Head, native: NativeMTP) -> dict[str, list[Tensor]]:
+    """Map the tensors of an MTP layer to those of a head, with which they share memory.
+
+    Returns for each name without the prefix the head's tensors whose concatenation along the last
+    dimension is the stored one.
+    """
+    layout = native.layout
     size = head.config.hidden_size
     embedding, hidden = head.eh_proj.weight.data.split(size, 1)
     found = {
@@ -166,15 +188,15 @@ def tensor_views(head: mtp.Head, published: NativeMTP) -> dict[str, list[Tensor]
     }
     for own, tensor in head.layer.state_dict().items():
         name = own.removeprefix("block.")
-        whole = layout.layer + name in published.files
-        parts = {name: [tensor]} if whole else _in_layer(name, tensor)
+        whole = layout.layer + name in native.files
+        parts = {name: [tensor]} if whole else _expert_views(name, tensor)
         found |= {layout.layer + one: part for one, part in parts.items()}
     return found
 
 
-def _in_layer(name: str, tensor: Tensor) -> dict[str, list[Tensor]]:
-    """Experts that are published one by one are held together, E x 2F x D (gate, up) and
-    E x D x F."""
+def _expert_views(name: str, tensor: Tensor) -> dict[str, list[Tensor]]:
+    """Views for experts that are stored one by one. The head stacks them: E x 2F x D (gate, up)
+    and E x D x F."""
     if not name.startswith(EXPERTS):
         return {name: [tensor]}
     kind = name.removeprefix(EXPERTS)
@@ -190,102 +212,108 @@ def _in_layer(name: str, tensor: Tensor) -> dict[str, list[Tensor]]:
 
 
 @torch.no_grad()
-def read_into(head: mtp.Head, published: NativeMTP) -> None:
-    """Fill a head, bound to its target, with the published layer. ValueError where they differ."""
-    expected = tensor_views(head, published)
-    _same_names(expected, published)
+def load_native_mtp(head: mtp.Head, native: NativeMTP) -> None:
+    """Copy an MTP layer into a head that is bound to its target. ValueError if they do not fit."""
+    expected = tensor_views(head, native)
+    _same_names(expected, native)
     for name, parts in expected.items():
-        stored = published.read(name)
-        _same_shape(name, parts, stored, published)
+        stored = native.read(name)
+        _same_shape(name, parts, stored, native)
         widths = [part.shape[-1] for part in parts]
         for part, piece in zip(parts, stored.split(widths, -1), strict=True):
             part.copy_(piece)
-    _same_copies(head, published)
+    _same_copies(head, native)
 
 
-def _same_names(expected: Mapping[str, object], published: NativeMTP) -> None:
-    copies = {published.layout.embed, published.layout.head}
-    missing = sorted(expected.keys() - published.files.keys())
-    unknown = sorted(published.files.keys() - expected.keys() - copies)
+def _same_names(expected: Mapping[str, object], native: NativeMTP) -> None:
+    copies = {native.layout.embed, native.layout.head}
+    missing = sorted(expected.keys() - native.files.keys())
+    unknown = sorted(native.files.keys() - expected.keys() - copies)
     if missing or unknown:
         raise ValueError(
-            f"The multi-token prediction layer in {published.folder} ({published.prefix}*) is not "
-            f"built as its names and the target's own layers say: missing "
+            f"The multi-token prediction layer in {native.folder} ({native.prefix}*) does not "
+            f"have the tensors of its layout and the target's own layers: missing "
             f"{missing[:5] or 'nothing'}, unknown {unknown[:5] or 'nothing'}."
         )
 
 
-def _same_shape(name: str, parts: list[Tensor], stored: Tensor, published: NativeMTP) -> None:
+def _same_shape(name: str, parts: list[Tensor], stored: Tensor, native: NativeMTP) -> None:
     shape = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
     if stored.shape != shape or not stored.is_floating_point():
         raise ValueError(
-            f"{published.prefix}{name} in {published.folder} is {stored.dtype} "
-            f"{list(stored.shape)}, but the head has {list(shape)} there."
+            f"{native.prefix}{name} in {native.folder} is {stored.dtype} "
+            f"{list(stored.shape)}, but the head expects {list(shape)}."
         )
 
 
-def _same_copies(head: mtp.Head, published: NativeMTP) -> None:
-    """Heads share the target's embedding and LM head, so copies of them must be copies."""
+def _same_copies(head: mtp.Head, native: NativeMTP) -> None:
+    """Check stored copies of the embedding and LM head, which heads share with the target."""
     model = head.target.model
     for name, owner in (
-        (published.layout.embed, model.get_input_embeddings()),
-        (published.layout.head, model.get_output_embeddings()),
+        (native.layout.embed, model.get_input_embeddings()),
+        (native.layout.head, model.get_output_embeddings()),
     ):
-        if name not in published.files:
+        if name not in native.files:
             continue
         shared: Tensor = owner.weight
-        if not torch.equal(published.read(name).bfloat16(), shared.bfloat16().cpu()):
+        if not torch.equal(native.read(name).bfloat16(), shared.bfloat16().cpu()):
             raise ValueError(
-                f"{published.prefix}{name} in {published.folder} is not the target's own, and "
-                "heads share the target's embedding and LM head. Heads with one of their own are "
+                f"{native.prefix}{name} in {native.folder} differs from the target's own. "
+                "Heads share the target's embedding and LM head; an MTP layer with other ones is "
                 "not supported."
             )
 
 
-def write_native(head: DraftHead, folder: Path) -> str:
-    """Put a head's weights in the place of the layer that a checkpoint carries; returns the names.
-    ValueError where the head is another one than the checkpoint's engines compute.
+def write_native_mtp(head: DraftHead, folder: Path) -> str:
+    """Overwrite the MTP layer of a checkpoint with the weights of a head.
 
-    Only the bytes of tensors that differ (in bfloat16) change: no name, type or file does, so every
-    engine that reads the checkpoint reads the new layer.
+    Only the bytes of tensors that differ (in bfloat16) change. Names, dtypes and files stay, so
+    every engine that loads the checkpoint loads the new layer.
+
+    Returns the pattern of the tensor names. ValueError if engines would compute another head.
     """
-    reason = unservable(head)
-    if not isinstance(head, mtp.Head) or reason is not None:
+    reason = support(head, "native_mtp")
+    if reason is not None:
         raise ValueError(
-            f"Only a head of kind mtp that engines can draft with is written over the target's own "
-            f"layer, and this one is {head.kind}{': ' if reason else ''}{reason or ''}."
+            f"This head cannot be written over the target's own MTP layer: {reason}. Fuse it "
+            "without --native."
         )
-    published = find(folder, head.target.num_layers)
-    _refuse_other_norms(head, published)
+    assert isinstance(head, mtp.Head)
+    native = find_native_mtp(folder, head.target.num_layers)
+    _check_norms(head, native)
     last = head.target.num_layers - 1
-    if head.taps != ((last,) if published.layout.before_norm else ()):
+    if head.taps != ((last,) if native.layout.before_norm else ()):
         raise ValueError(
-            f"The layer in {published.prefix}* of {folder} reads the target's hidden state "
-            f"{'before' if published.layout.before_norm else 'after'} its final norm, and this "
-            "head another one. Write a head that began with `headstart adopt`."
+            f"The layer in {native.prefix}* of {folder} takes the target's hidden state "
+            f"{'before' if native.layout.before_norm else 'after'} its final norm, and this "
+            "head another one. Use a head that was trained from `headstart adopt`."
         )
-    expected = tensor_views(head, published)
-    _same_names(expected, published)
+    expected = tensor_views(head, native)
+    _same_names(expected, native)
     for name, parts in expected.items():
-        stored = published.read(name)
-        _same_shape(name, parts, stored, published)
+        stored = native.read(name)
+        _same_shape(name, parts, stored, native)
         ours = torch.cat([part.cpu() for part in parts], -1)
         if not torch.equal(ours.bfloat16(), stored.bfloat16()):
-            _overwrite(published.files[name], published.prefix + name, ours.to(stored.dtype))
-    return f"{published.prefix}*"
+            _overwrite(native.files[name], native.prefix + name, ours.to(stored.dtype))
+    return f"{native.prefix}*"
 
 
-def _refuse_other_norms(head: mtp.Head, published: NativeMTP) -> None:
-    if isinstance(head.norm, ZeroCentredNorm) != published.layout.zero_centred:
+def _check_norms(head: mtp.Head, native: NativeMTP) -> None:
+    if isinstance(head.norm, ZeroCentredNorm) != native.layout.zero_centred:
         raise ValueError(
-            f"The norms in {published.prefix}* of {published.folder} are held in another way than "
-            "this head's. Write a head that began with `headstart adopt`."
+            f"The norms in {native.prefix}* of {native.folder} are "
+            f"{'' if native.layout.zero_centred else 'not '}zero-centred, unlike this head's. "
+            "Use a head that was trained from `headstart adopt`."
         )
 
 
 def _overwrite(file: Path, name: str, tensor: Tensor) -> None:
-    """A tensor's bytes in a safetensors file: 8 bytes of length, a table as JSON, the tensors."""
-    if file.stat().st_nlink > 1:  # the target's own file must stay as it is
+    """Replace the bytes of a tensor in a safetensors file.
+
+    The format: the length of the table (8 bytes), the table as JSON, the tensors.
+    """
+    if file.stat().st_nlink > 1:  # hard-linked to the target's own file, which must not change
         part = file.with_name(f".{file.name}.part")
         shutil.copyfile(file, part)
         os.replace(part, file)

@@ -1,4 +1,4 @@
-"""A fused checkpoint as two GGUF files for llama.cpp, written by llama.cpp's own converter."""
+"""Export a fused checkpoint as two GGUF files, with llama.cpp's own converter."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Literal
 import torch
 
 from headstart.model.checkpoint.atomic import atomic_folder
-from headstart.model.checkpoint.download import HEADS
-from headstart.model.checkpoint.engine_config import inconvertible, launch_line
-from headstart.model.checkpoint.head import build_head, load_fused, read_head_file
+from headstart.model.checkpoint.engine_support import support
+from headstart.model.checkpoint.fused import load_fused
+from headstart.model.checkpoint.head import build_head, read_head_file
+from headstart.model.checkpoint.launch import launch_line
+from headstart.model.checkpoint.layout import HEADS
 from headstart.model.target.gguf import SUFFIX
 
-from .vllm_sglang import fused_root, refuse_other_ends
+from .vllm_sglang import check_embedding_and_lm_head, fused_root
 
 CONVERTER = "convert_hf_to_gguf.py"
 TARGET, HEAD = f"target{SUFFIX}", f"head{SUFFIX}"
@@ -31,31 +33,34 @@ def export_gguf(
     precision: Precision = "auto",
     verifier: str | None = None,
 ) -> str:
-    """Write the head and its target as GGUF files, both or none; returns the line that starts
-    llama.cpp's server with them.
+    """Write the head and its target as GGUF files, atomically.
 
-    folder: a fused checkpoint, here or on the Hub. source: llama.cpp's source code. precision: of
-    the matrices; auto takes what they are stored in. verifier: a GGUF file of the target that is
-    there already, whose place none takes. ValueError where llama.cpp would not draft as the head
-    does.
+    folder: a fused checkpoint, as a folder or Hub id.
+    out: the folder to write.
+    source: folder with llama.cpp's source code.
+    precision: of the matrices (auto: as they are stored).
+    verifier: an existing GGUF file of the target, to be used instead of converting the target.
+
+    Returns the command that starts llama.cpp's server with them. ValueError if llama.cpp would not
+    draft the same tokens as the head.
     """
     converter = _converter(source)
     if verifier is not None and not (verifier.endswith(SUFFIX) and Path(verifier).is_file()):
         raise ValueError(
-            f"--verifier {verifier} is no {SUFFIX} file. Name the one that llama.cpp is to serve, "
-            "or leave it out to have the target converted too."
+            f"--verifier {verifier} is not a {SUFFIX} file. Name the file that llama.cpp is to "
+            "serve, or leave the option out to convert the target too."
         )
     root = fused_root(folder, out)
     file = read_head_file(root)
     with torch.device("meta"):
-        reason = inconvertible(build_head(file, root))
+        reason = support(build_head(file, root), "llama.cpp")
     if reason is not None:
         raise ValueError(
             f"llama.cpp cannot draft with the head in {root}: {reason}. Use `headstart serve`, or "
             "`headstart export` for another engine."
         )
-    _, head = load_fused(root, device="cpu")  # it also says whether the two belong together
-    refuse_other_ends(head)
+    _, head = load_fused(root, device="cpu")  # also checks that head and target fit
+    check_embedding_and_lm_head(head)
     with atomic_folder(Path(out), HEAD) as part:
         if verifier is None:
             _convert(converter, root, part / TARGET, precision)
@@ -75,7 +80,7 @@ def _converter(source: Path) -> Path:
         )
     if find_spec("sentencepiece") is None:
         raise ValueError(
-            f"llama.cpp's {CONVERTER} needs a package that is not installed (sentencepiece). Run "
+            f"llama.cpp's {CONVERTER} needs the package sentencepiece, which is not installed. Run "
             "pip install 'headstart[llama-cpp]'."
         )
     return converter
@@ -86,8 +91,8 @@ def _convert(converter: Path, folder: Path, file: Path, precision: Precision, *m
     command = [sys.executable, str(converter), str(folder), *options]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        lines = done.stderr.strip().splitlines() or ["no message"]
         raise ValueError(
-            f"llama.cpp's {CONVERTER} does not convert {folder}: {lines[-1]}. Try the llama.cpp of "
-            "another day, or `headstart export` for another engine."
+            f"llama.cpp's {CONVERTER} failed to convert {folder}: {lines[-1]}. Try another version "
+            "of llama.cpp, or `headstart export` for another engine."
         )

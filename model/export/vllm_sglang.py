@@ -1,9 +1,8 @@
-"""The head of a fused checkpoint as a folder of its own, in a form that a production engine reads
-(for llama.cpp: `model/llama_cpp.py`).
+"""Export the head of a fused checkpoint as a folder for vLLM or SGLang.
 
-    native        for vLLM and SGLang: what `draft_heads/` holds. Each engine reads its own keys.
-    speculators   for vLLM: the format of the speculators library, which names the target (its
-                  verifier), so that `vllm serve OUT` finds all by itself.
+    native        for vLLM and SGLang: the same as `draft_heads/`. Each engine reads its own keys.
+    speculators   for vLLM: the format of the speculators library, which names the target (the
+                  verifier), so that `vllm serve OUT` needs no further options.
 
 Legend: V vocabulary, D hidden size.
 """
@@ -17,36 +16,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from headstart.model.checkpoint.atomic import atomic_folder
-from headstart.model.checkpoint.download import CONFIG, HEADS, OURS, WEIGHTS, fetch_fused, hub_name
-from headstart.model.checkpoint.engine_config import (
-    LM_HEAD,
-    USUAL_STEPS,
-    Engine,
-    engine_keys,
-    launch_line,
-    native_line,
-    undraftable,
-    unservable,
-)
-from headstart.model.checkpoint.head import (
-    HeadFile,
-    build_head,
-    is_fused,
-    load_fused,
-    read_head_file,
-)
-from headstart.model.heads import mtp
+from headstart.model.checkpoint.download import fetch_fused, hub_name
+from headstart.model.checkpoint.engine_config import engine_keys
+from headstart.model.checkpoint.engine_support import Engine, support
+from headstart.model.checkpoint.fused import is_fused, load_fused
+from headstart.model.checkpoint.head import build_head, read_head_file, write_weights
+from headstart.model.checkpoint.launch import DEFAULT_DRAFT_STEPS, launch_line, mtp_launch_line
+from headstart.model.checkpoint.layout import CONFIG, HEADS, LM_HEAD, OURS, WEIGHTS
+from headstart.model.checkpoint.metadata import HeadFile
 from headstart.model.heads.common.base import DraftHead
 
 Format = Literal["native", "speculators"]
 
-# Families whose multi-token prediction layers engines have classes for, among those that
-# `fuse --native` writes.
-STOCK_MTP = (
+# Families for whose MTP layers engines have classes, among those that `fuse --native` writes.
+ENGINE_MTP = (
     "deepseek_v3",
     "deepseek_v32",
     "glm4_moe",
@@ -59,7 +46,7 @@ STOCK_MTP = (
 )
 SPECULATORS = "0.9.0"  # the version whose format is written
 EMBEDDING = "embed_tokens.weight"
-# Keys of the draft's decoder layer, and of the whole draft: the same in both formats.
+# Keys of the draft model's decoder layer and of the whole model, which both formats share.
 LAYER_KEYS = (
     "model_type",
     "hidden_size",
@@ -77,7 +64,7 @@ LAYER_KEYS = (
     "rope_theta",
     "rope_parameters",
     "tie_word_embeddings",
-    "num_aux_hidden_states",  # vLLM sizes fc by it
+    "num_aux_hidden_states",  # vLLM takes the size of fc from it
 )
 DRAFT_KEYS = (
     "norm_before_residual",
@@ -87,7 +74,7 @@ DRAFT_KEYS = (
     "eagle_aux_hidden_state_layer_ids",
     "torch_dtype",
 )
-# vLLM looks for the tokenizer where the draft is.
+# vLLM looks for the tokenizer in the folder of the draft model.
 TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -107,32 +94,36 @@ def export(
     form: Format = "native",
     verifier: str | None = None,
 ) -> str:
-    """Write the head of a fused checkpoint for an engine, whole or not at all; returns the line
-    that starts the engine.
+    """Write the head of a fused checkpoint for an engine, atomically.
 
-    folder: a fused checkpoint, here or on the Hub. verifier: what the engine is to serve, a folder
-    or a Hub id, if not the fused checkpoint itself. ValueError where the engine would not draft as
-    the head does.
+    folder: a fused checkpoint, as a folder or Hub id.
+    out: the folder to write.
+    form: format of the folder.
+    verifier: the target that the engine serves, as a folder or Hub id (default: the fused
+        checkpoint itself).
+
+    Returns the command that starts the engine. ValueError if the engine would not draft the same
+    tokens as the head.
     """
     if engine == "sglang" and form == "speculators":
         raise ValueError(
-            "SGLang does not read the format speculators. Leave --format out: the native form is "
-            "right for both engines."
+            "SGLang does not support the format speculators. Leave --format out: the native format "
+            "works in both engines."
         )
     root = fused_root(folder, out)
     file = read_head_file(root)
-    refuse_undraftable(file, root)
+    check_engine_support(file, root)
     served = _verifier(folder, verifier)
     architectures = _architectures(served, root)
-    _, head = load_fused(root, device="cpu")  # it also says whether the two belong together
-    refuse_other_ends(head)
+    _, head = load_fused(root, device="cpu")  # also checks that head and target fit
+    check_embedding_and_lm_head(head)
     keys = engine_keys(head, head.target.config)
     tensors = load_file(root / HEADS / WEIGHTS)
     if form == "speculators":
         keys = _speculators_keys(keys, file.meta.steps, served, architectures)
         tensors = _speculators_tensors(tensors, head)
     with atomic_folder(Path(out), CONFIG, OURS) as part:
-        _write(part, keys | {OURS: file.model_dump(mode="json")}, tensors)
+        write_weights(part, keys | {OURS: file.model_dump(mode="json")}, tensors)
         if form == "speculators":
             _copy_tokenizer(root, part)
     where = str(Path(out).resolve())
@@ -142,7 +133,10 @@ def export(
 
 
 def fused_root(folder: str | Path, out: str | Path) -> Path:
-    """The fused checkpoint on this machine. ValueError for others, and for an `out` inside it."""
+    """Return the local folder of a fused checkpoint.
+
+    ValueError if it is none, or if `out` is inside it.
+    """
     root = fetch_fused(folder)
     if not is_fused(root):
         raise ValueError(
@@ -150,19 +144,21 @@ def fused_root(folder: str | Path, out: str | Path) -> Path:
             "`headstart fuse`, which puts the target's LM head rows beside the head."
         )
     if Path(out).resolve().is_relative_to(root.resolve()):
-        raise ValueError(
-            f"{out} is a part of {folder}, which is to stay as it is. Name a new folder."
-        )
+        raise ValueError(f"{out} is inside {folder}, which must not change. Name a new folder.")
     return root
 
 
-def refuse_undraftable(file: HeadFile, root: Path) -> None:
-    """ValueError for a head that vLLM and SGLang cannot draft with."""
+def check_engine_support(file: HeadFile, root: Path) -> None:
+    """Raise ValueError if vLLM and SGLang cannot draft with the folder of a head.
+
+    file: configuration of the head.
+    root: folder of the fused checkpoint.
+    """
     with torch.device("meta"):
         head = build_head(file, root)
-    if isinstance(head, mtp.Head) and unservable(head) is None:
-        raise ValueError(_instead_of_mtp(file, root))
-    reason = undraftable(head)
+    if support(head, "native_mtp") is None:
+        raise ValueError(_mtp_alternative(file, root))
+    reason = support(head, "vllm")
     if reason is not None:
         raise ValueError(
             f"vLLM and SGLang cannot draft with the head in {root}: {reason}. They serve the "
@@ -170,54 +166,57 @@ def refuse_undraftable(file: HeadFile, root: Path) -> None:
         )
 
 
-def _instead_of_mtp(file: HeadFile, root: Path) -> str:
-    """What to do with a multi-token prediction layer, which engines read beside the target only."""
+def _mtp_alternative(file: HeadFile, root: Path) -> str:
+    """The way to draft with an mtp head, which engines load only as a part of the target."""
     config = json.loads((root / CONFIG).read_text(encoding="utf-8"))
     family = config.get("text_config", config)["model_type"]
-    if family not in STOCK_MTP:
+    if family not in ENGINE_MTP:
         return (
-            "vLLM and SGLang draft with a head of kind mtp in families that come with such layers "
-            f"({', '.join(STOCK_MTP)}), and have no class for one of {family}. Train a head of "
-            "kind eagle3, or use `headstart serve`."
+            "vLLM and SGLang draft with a head of kind mtp in families that have such layers "
+            f"({', '.join(ENGINE_MTP)}), and have no class for {family}. Train a head of kind "
+            "eagle3, or use `headstart serve`."
         )
     if file.meta.replaces is not None:
         return (
-            "There is nothing to export: the head already is the target's own layer "
-            f"({file.meta.replaces}), and engines serve the folder as it is: "
-            f"`{native_line(str(root), file.meta.steps)}`."
+            "There is nothing to export: the head is already in the place of the target's MTP "
+            f"layer ({file.meta.replaces}), and engines serve the folder as it is: "
+            f"`{mtp_launch_line(str(root), file.meta.steps)}`."
         )
     return (
-        "Engines read a head of kind mtp in the place of the layer that the target carries, not "
-        f"in a folder of its own: `headstart fuse {file.meta.target} HEAD OUT --native` puts it "
-        f"there (HEAD: {root / HEADS})."
+        "Engines load a head of kind mtp as the MTP layer of the target, not from a folder of its "
+        f"own. Write it there: `headstart fuse {file.meta.target} HEAD OUT --native` (HEAD: "
+        f"{root / HEADS})."
     )
 
 
 @torch.no_grad()
-def refuse_other_ends(head: DraftHead) -> None:
-    """Engines take plain rows of the target's embedding, and its LM head without a bias. That a
-    family scales or caps logits changes no order, so no greedy guess. ValueError for others."""
+def check_embedding_and_lm_head(head: DraftHead) -> None:
+    """Raise ValueError if engines would use the target's embedding or LM head in another way.
+
+    They take unscaled rows of the embedding, and an LM head without bias. Scaled or capped logits
+    do not matter, since they keep the order and therefore greedy draft tokens.
+    """
     embedding = head.target.model.get_input_embeddings()
     token = torch.tensor([head.config.vocab_size // 2])
     if not torch.equal(head.target.embed(token), embedding.weight[token]):
         raise ValueError(
-            f"{head.target.name} scales its embeddings, which this head learned with, and the "
-            "EAGLE-3 layers of engines read them as they are stored. Use `headstart serve`."
+            f"{head.target.name} scales its embeddings, and the EAGLE-3 layers of engines take "
+            "them unscaled, unlike this head in training. Use `headstart serve`."
         )
     if getattr(head.target.model.get_output_embeddings(), "bias", None) is not None:
         raise ValueError(
-            f"The LM head of {head.target.name} has a bias, and the one that engines draft with "
-            "has none. Use `headstart serve`."
+            f"The LM head of {head.target.name} has a bias, and engines draft without one. Use "
+            "`headstart serve`."
         )
 
 
 def _verifier(folder: str | Path, verifier: str | None) -> str:
-    """The name under which an engine finds the target."""
+    """The name by which an engine finds the target."""
     if verifier is not None:
         if not Path(verifier).is_dir() and hub_name(verifier) is None:
             raise ValueError(
                 f"--verifier {verifier} is neither a folder nor a Hub id (owner/name). Name what "
-                "the engine is to serve, or leave it out for the fused checkpoint."
+                "the engine serves, or leave it out for the fused checkpoint."
             )
         return verifier if hub_name(verifier) is not None else str(Path(verifier).resolve())
     found = hub_name(folder)
@@ -226,14 +225,14 @@ def _verifier(folder: str | Path, verifier: str | None) -> str:
     repo, revision = found
     if revision is not None:
         raise ValueError(
-            f"Engines take no revision in the name of a model, so {folder} cannot be named as "
-            "what is served. Add --verifier with a folder or an owner/name."
+            f"Engines take no revision in a model name, so they cannot serve {folder}. Add "
+            "--verifier with a folder or an owner/name."
         )
     return repo
 
 
 def _architectures(verifier: str, root: Path) -> list[str]:
-    """The target's, which the fused checkpoint has too. ValueError where the verifier's differ."""
+    """Architectures of the target. ValueError if the verifier is another model."""
     config = json.loads((root / CONFIG).read_text(encoding="utf-8"))
     theirs = config
     if Path(verifier).is_dir():
@@ -250,13 +249,13 @@ def _architectures(verifier: str, root: Path) -> list[str]:
 def _speculators_keys(
     native: dict[str, Any], steps: int | None, verifier: str, architectures: list[str]
 ) -> dict[str, Any]:
-    greedy = {"proposal_type": "greedy", "speculative_tokens": steps or USUAL_STEPS}
+    greedy = {"proposal_type": "greedy", "speculative_tokens": steps or DEFAULT_DRAFT_STEPS}
     return {
         "architectures": ["Eagle3DraftModel"],
         "speculators_model_type": "eagle3",
         "speculators_version": SPECULATORS,
         "draft_vocab_size": native["draft_vocab_size"] or native["vocab_size"],
-        "target_hidden_size": None,  # the draft is as wide as its target
+        "target_hidden_size": None,  # the same as that of the draft model
         **{key: native[key] for key in DRAFT_KEYS},
         "embed_requires_grad": False,
         "transformer_layer_config": {key: native[key] for key in LAYER_KEYS},
@@ -270,9 +269,10 @@ def _speculators_keys(
 
 
 def _speculators_tensors(native: dict[str, Tensor], head: DraftHead) -> dict[str, Tensor]:
-    """The layer under its name there, embedding and LM head, and which tokens can be proposed.
+    """Tensors under the names of speculators, with embedding, LM head and draft vocabulary.
 
-    speculators' own loader leaves an embedding that is not in the file as the memory was."""
+    The embedding has to be there: the loader of speculators leaves a missing one uninitialised.
+    """
     found = {
         name.replace("midlayer.", "layers.0.", 1) if name.startswith("midlayer.") else name: tensor
         for name, tensor in native.items()
@@ -282,20 +282,14 @@ def _speculators_tensors(native: dict[str, Tensor], head: DraftHead) -> dict[str
     if LM_HEAD not in found:
         found[LM_HEAD] = _bfloat16(model.get_output_embeddings().weight[:size])
     if head.draft_ids is not None:
-        proposed_V = torch.zeros(head.config.vocab_size, dtype=torch.bool)
-        proposed_V[head.draft_ids] = True
-        found["t2d"] = proposed_V
+        in_draft_vocab_V = torch.zeros(head.config.vocab_size, dtype=torch.bool)
+        in_draft_vocab_V[head.draft_ids] = True
+        found["t2d"] = in_draft_vocab_V
     return found
 
 
 def _bfloat16(weight_VD: Tensor) -> Tensor:
-    return weight_VD.detach().to(torch.bfloat16).clone()  # of its own: tied ones share memory
-
-
-def _write(part: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    # Through Python, so that a full disk is an OSError.
-    (part / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-    (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return weight_VD.detach().to(torch.bfloat16).clone()  # tied weights share memory
 
 
 def _copy_tokenizer(root: Path, part: Path) -> None:

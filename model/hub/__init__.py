@@ -1,1 +1,1 @@
-"""Publishing checkpoints."""
+"""Publishing checkpoints on the Hugging Face Hub."""

@@ -1,8 +1,8 @@
-"""Publishing a fused checkpoint, or a head alone, as a repository of the Hugging Face Hub.
+"""Publish a fused checkpoint, or a head alone, as a repository on the Hugging Face Hub.
 
-One commit brings the repository to what the folder holds, so nobody ever loads half of it. A
-stopped upload costs little: the Hub keeps the files (and with Xet the parts of files) that it has,
-and the next try sends the rest. Everything that can be wrong is looked for before anything is sent.
+One commit uploads all files, so the repository is never in a state between two checkpoints. An
+interrupted upload resumes: the Hub keeps the files (with Xet, the parts of files) that it has
+received, and the next attempt sends the rest. All checks run before anything is sent.
 """
 
 from __future__ import annotations
@@ -25,33 +25,30 @@ from safetensors import SafetensorError, safe_open
 
 from headstart.model.checkpoint.custom_generate.write import FILES as CODE_FILES
 from headstart.model.checkpoint.download import (
-    ADAPTER,
-    CONFIG,
-    HEADS,
-    OURS,
-    WEIGHTS,
     check_repo,
     head_section,
-    told,
+    hub_errors_as_value_errors,
 )
-from headstart.model.checkpoint.head import (
-    build_head,
-    has_edited_card,
-    is_fused,
-    is_head,
-    read_head_file,
-)
+from headstart.model.checkpoint.fused import has_edited_card, is_fused
+from headstart.model.checkpoint.head import build_head, is_head, read_head_file
+from headstart.model.checkpoint.layout import CARD, CONFIG, HEADS, OURS, WEIGHTS
 from headstart.model.checkpoint.metadata import HeadMeta
-from headstart.model.checkpoint.model_card import CARD, HUB_ID, LICENCE, is_edited, model_card
+from headstart.model.checkpoint.model_card import HUB_ID, LICENSE_KEYS, is_edited, model_card
+from headstart.model.target.lora import ADAPTER
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf")
 INDEX = ".safetensors.index.json"
-PATH = re.compile(r"[/\\~.]|[A-Za-z]:[/\\]")  # how the path of a file begins
+PATH = re.compile(r"[/\\~.]|[A-Za-z]:[/\\]")  # the beginning of a file's path
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """What a push did. url: of the repository. notes: what was left as it is, and why."""
+    """Result of a push.
+
+    url: of the repository.
+    commit: hash of the commit.
+    notes: files that were kept instead of replaced, and why.
+    """
 
     url: str
     commit: str
@@ -68,27 +65,33 @@ def publish(
     base_model: str | None = None,
     replace: bool = False,
 ) -> PushResult:
-    """Upload a fused folder or a head's folder as `owner/name`, in one commit.
+    """Upload a fused checkpoint or a head in one commit.
 
-    private: of a repository that is made now. revision: a branch, made where there is none.
-    base_model: the target's Hub id, where the head was trained on a folder. replace: also where the
-    repository holds another model, or has a card that was edited there. ValueError, before anything
-    is sent, for what cannot be published; ValueError too when the connection is lost.
+    folder: the folder to upload.
+    repo: name of the repository, `owner/name`.
+    private: create a new repository as private.
+    revision: branch to commit to, created if there is none.
+    message: commit message.
+    base_model: Hub id of the target (default: the name it was trained under).
+    replace: also replace another model, or a card that was edited on the Hub.
+
+    ValueError if the folder cannot be published (before anything is sent), or if the connection is
+    lost.
     """
     check_repo(repo)
     if base_model is not None:
         check_repo(base_model)
     mine = _Folder(Path(folder))
     api = HfApi()
-    with told(repo):
+    with hub_errors_as_value_errors(repo):
         api.whoami()
         there = _Repository.look(api, repo, revision)
         if there is not None:
             there.check(mine, private, replace)
-        target, licence = _base_model(api, mine, base_model)
-        meta = _public(mine.meta, target)
+        target, license = _base_model(api, mine, base_model)
+        meta = publishable(mine.meta, target)
         notes: list[str] = []
-        card = _card(mine, meta, repo, licence, None if replace else there, notes)
+        card = _card(mine, meta, repo, license, None if replace else there, notes)
         changes = mine.additions(meta, card)
         if there is not None:
             changes += there.deletions({one.path_in_repo for one in changes}, replace)
@@ -108,7 +111,7 @@ def _commit(
     message: str,
     there: _Repository | None,
 ) -> str:
-    """Send everything; the hash of the commit."""
+    """Upload the changes. Returns the hash of the commit."""
     try:
         info = api.create_commit(
             repo,
@@ -117,16 +120,17 @@ def _commit(
             revision=revision,
             parent_commit=None if there is None else there.info.sha,
         )
-    except (RuntimeError, ConnectionError) as error:  # how an upload of a large file fails
+    except (RuntimeError, ConnectionError) as error:  # raised by uploads of large files
         raise ValueError(
-            f"The upload to {repo} was cut off: {error.__cause__ or error} The Hub keeps what it "
-            "has; nobody sees it before all is there. Run the same command again to go on."
+            f"The upload to {repo} was interrupted: {error.__cause__ or error} The Hub keeps what "
+            "it has received and shows nothing before all is there. Run the same command again to "
+            "resume."
         ) from error
     return str(info.oid)
 
 
 class _Folder:
-    """What is to be published. ValueError where it is not fit for that."""
+    """The folder to publish. ValueError if it is incomplete."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -134,7 +138,7 @@ class _Folder:
         if not self.fused and not is_head(folder):
             raise ValueError(
                 f"{folder} is neither a fused checkpoint nor the folder of a head, so there is "
-                "nothing to publish. Name what `headstart fuse` wrote, or a run's best/ folder."
+                "nothing to publish. Name the output of `headstart fuse`, or a run's best/ folder."
             )
         self.inner = folder / HEADS if self.fused else folder
         self.file = read_head_file(folder)
@@ -145,7 +149,7 @@ class _Folder:
                 pass
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"{self.inner / WEIGHTS} cannot be read ({error}). It is missing or was cut short. "
+                f"{self.inner / WEIGHTS} cannot be read ({error}). It is missing or truncated. "
                 "Copy it again."
             ) from error
         if self.fused and not any(_is_weights(file.name) for file in folder.iterdir()):
@@ -161,8 +165,8 @@ class _Folder:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """By name in the repository. Hidden files and folders stay here: caches of downloads,
-        unfinished parts."""
+        """Paths by name in the repository, without hidden files (download caches, unfinished
+        parts)."""
         found = {}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
@@ -173,7 +177,7 @@ class _Folder:
     def additions(
         self, meta: HeadMeta, card: str | None
     ) -> list[CommitOperationAdd | CommitOperationDelete]:
-        """card: None leaves the one on the Hub as it is."""
+        """The files to upload. card: None keeps the one on the Hub."""
         place = f"{HEADS}/{CONFIG}" if self.fused else CONFIG
         config = json.loads(self.files[place].read_text(encoding="utf-8"))
         config[OURS]["meta"] = meta.model_dump(mode="json")
@@ -192,14 +196,15 @@ class _Folder:
 
 @dataclass(frozen=True)
 class _Repository:
-    """A repository as it is on the Hub before the push."""
+    """The repository on the Hub before the push."""
 
     info: ModelInfo
     repo: str
 
     @classmethod
     def look(cls, api: HfApi, repo: str, revision: str | None) -> _Repository | None:
-        """None where there is none yet. A branch that is to be made begins as the main one."""
+        """Fetch the state of a repository; None if there is none. A new branch starts from the main
+        one."""
         try:
             try:
                 info = api.model_info(repo, revision=revision)
@@ -217,21 +222,21 @@ class _Repository:
         return Path(hf_hub_download(self.repo, name, revision=self.info.sha)).read_bytes()
 
     def check(self, mine: _Folder, private: bool, replace: bool) -> None:
-        """ValueError where something would be lost, or be seen that should not."""
+        """Raise ValueError if the push would replace another model or publish a private one."""
         if private and not self.info.private:
             raise ValueError(
-                f"{self.repo} exists and is public, and a private upload was asked for. Make it "
+                f"{self.repo} exists and is public, but --private was given. Make it "
                 "private in its settings on the Hub, or choose another name."
             )
         loss = self._loss(mine)
         if loss is not None and not replace:
             raise ValueError(
                 f"{self.repo} on the Hub holds {loss}, which would be replaced. Choose another "
-                "name, or add --replace (what is there stays in the repository's history)."
+                "name, or add --replace (the old files stay in the repository's history)."
             )
 
     def _loss(self, mine: _Folder) -> str | None:
-        """What of another sort is there and would go."""
+        """Another model on the Hub that the push would replace, in words."""
         fused = f"{HEADS}/{CONFIG}" in self.names
         place = f"{HEADS}/{CONFIG}" if fused else CONFIG
         section = head_section(self.read(place)) if place in self.names else None
@@ -245,8 +250,8 @@ class _Repository:
         return None
 
     def deletions(self, sent: set[str], replace: bool) -> list[CommitOperationDelete]:
-        """Weights, heads and their code that are no longer part of it: a left-over file would be
-        loaded in the place of the new ones. Other files stay."""
+        """Remove old weights, heads and their code, which would be loaded instead of the new ones.
+        Other files stay."""
         old = (WEIGHT_FILES if replace else (".safetensors",)) + (INDEX,)
         return [
             CommitOperationDelete(path_in_repo=name)
@@ -269,34 +274,34 @@ def _at_root(name: str, endings: tuple[str, ...]) -> bool:
 
 
 def _base_model(api: HfApi, mine: _Folder, given: str | None) -> tuple[str | None, dict[str, str]]:
-    """The target's Hub id where it has one, and its licence as the Hub says it."""
+    """The target's Hub id, if it has one, and its license keys on the Hub."""
     name = given or mine.meta.target
     info = None
     if HUB_ID.fullmatch(name):
         try:
             info = api.model_info(name)
-        except HfHubHTTPError:  # it is no Hub id, or not ours to see
+        except HfHubHTTPError:  # not on the Hub, or private
             info = None
     if info is None and given is None:
         if not mine.fused:
             raise ValueError(
-                f"The head was trained on {mine.meta.target}, which is no repository on the Hub, "
-                "so nobody could use it. Name its target there with --base-model owner/name."
+                f"The head was trained on {mine.meta.target}, which is not a repository on the "
+                "Hub, so nobody could use the head. Name the target with --base-model owner/name."
             )
         return None, {}
     data = info.card_data.to_dict() if info is not None and info.card_data is not None else {}
-    return name, {key: data[key] for key in LICENCE if isinstance(data.get(key), str)}
+    return name, {key: data[key] for key in LICENSE_KEYS if isinstance(data.get(key), str)}
 
 
 def _card(
     mine: _Folder,
     meta: HeadMeta,
     repo: str,
-    licence: dict[str, str],
+    license: dict[str, str],
     there: _Repository | None,
     notes: list[str],
 ) -> str | None:
-    """What README.md is to be; None for what it is on the Hub. A hand's work is kept."""
+    """The text of README.md, or None to keep the one on the Hub. Edited cards are kept."""
     if has_edited_card(mine.folder):
         notes.append(f"{mine.folder / CARD} was edited by hand and is published as it is.")
         return (mine.folder / CARD).read_text(encoding="utf-8")
@@ -312,12 +317,15 @@ def _card(
         mine.folder,
         place=repo,
         alone=not mine.fused,
-        licence=licence,
+        license=license,
     )
 
 
-def _public(meta: HeadMeta, target: str | None) -> HeadMeta:
-    """What may be read by everybody: names of files, not where they lie on this machine."""
+def publishable(meta: HeadMeta, target: str | None) -> HeadMeta:
+    """Return the metadata without local paths, of which only the file names are kept.
+
+    target: Hub id of the target, or None if it has none.
+    """
     return meta.model_copy(
         update={
             "target": target or re.split(r"[/\\]", meta.target.rstrip("/\\"))[-1],

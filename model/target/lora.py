@@ -18,10 +18,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from headstart.model.checkpoint.download import ADAPTER
-
 from .sparse_attention import indexers
 
+ADAPTER = "adapter"  # folder of the adapters, inside that of the head
 INDEXERS = r".*\bindexer\b.*"  # of sparse attention: what they choose has no gradient
 
 

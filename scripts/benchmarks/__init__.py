@@ -1,1 +1,1 @@
-"""Measurements that are run by hand."""
+"""Benchmarks that are run by hand, and the report of `headstart bench`."""

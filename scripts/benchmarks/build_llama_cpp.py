@@ -1,10 +1,10 @@
-"""Builds llama.cpp's server and quantiser, and brings its converter.
+"""Build llama.cpp's server and quantiser, next to its converter.
 
     python -m headstart.scripts.benchmarks.build_llama_cpp FOLDER
 
-The source code is that in the source package of llama-cpp-python on PyPI. It takes cmake, a C++
-compiler, and about six minutes of two cores. The last line is the folder of the source code, for
---llama-cpp; the programs are in its build/bin.
+The source code comes from the source package of llama-cpp-python on PyPI. Needs cmake, a C++
+compiler and about six minutes on two cores. The last line printed is the folder of the source code,
+for --llama-cpp; the programs are in its build/bin.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ OPTIONS = (
 
 
 def build_llama_cpp(
-    folder: Annotated[Path, typer.Argument(help="A new folder for source code and programs.")],
-    jobs: Annotated[int | None, typer.Option(min=1, help="Compilers at once.")] = None,
+    folder: Annotated[Path, typer.Argument(help="New folder for source code and programs.")],
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Parallel compiler processes (default: all cores).")
+    ] = None,
 ) -> None:
-    """Download, unpack and build; goes on where it was stopped."""
+    """Download, unpack and build; an interrupted build resumes."""
     if shutil.which("cmake") is None:
         raise ValueError("llama.cpp is built with cmake, which is not installed. Install it first.")
     source = folder / "llama.cpp"
@@ -53,14 +55,14 @@ def build_llama_cpp(
 
 
 def _download(place: str) -> Path:
-    """The source package."""
+    """Download the source package."""
     source = ["--no-deps", "--no-binary", PACKAGE, f"{PACKAGE}=={VERSION}", "--dest", place]
     _run([sys.executable, "-m", "pip", "download", *source], "downloading")
     return next(Path(place).glob("*.tar.gz"))
 
 
 def _unpack(package: Path, source: Path) -> None:
-    """llama.cpp out of the package; it appears whole or not at all."""
+    """Extract llama.cpp from the package, atomically."""
     source.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=source.parent) as part:
         with tarfile.open(package) as archive:
@@ -71,7 +73,7 @@ def _unpack(package: Path, source: Path) -> None:
 def _run(command: Sequence[str], what: str) -> None:
     show(f"{what}: {' '.join(command)}")
     if subprocess.run(command).returncode:
-        raise ValueError(f"{what.capitalize()} failed; the lines above say why.")
+        raise ValueError(f"{what.capitalize()} failed; see the lines above.")
 
 
 if __name__ == "__main__":

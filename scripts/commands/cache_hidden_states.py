@@ -1,4 +1,4 @@
-"""`headstart features`: store what a target sees, for training without reading again."""
+"""`headstart features`: cache hidden states of the target, so that training does not run it."""
 
 from __future__ import annotations
 
@@ -11,51 +11,52 @@ from headstart.scripts.console import progress, say
 
 
 def features(
-    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe.")],
-    out: Annotated[Path, typer.Option(help="Folder to write to; an unfinished one goes on.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe: YAML file or name of a shipped one.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to; an unfinished one is resumed.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change: key.sub=value.")
+        list[str] | None, typer.Argument(help="Settings to override: section.key=value.")
     ] = None,
-    kind: Annotated[
+    dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16, float16 or float8; the target's own if left out."),
+        typer.Option(
+            help="Storage dtype: float32, bfloat16, float16, float8 (default: the target's)."
+        ),
     ] = None,
-    shard_mb: Annotated[int, typer.Option(min=1, help="Size of a file.")] = 512,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Maximum size of a file, in MB.")] = 512,
 ) -> None:
-    """Store the layers that the recipe's head reads; train with data.features=FOLDER."""
+    """Cache the hidden states that the recipe's head reads; train with data.features=FOLDER."""
+    from headstart.scripts.options.recipe import find_recipe, head_of, open_target
     from headstart.training.config.schema import load_recipe
     from headstart.training.data import hidden_states as store
     from headstart.training.data.conversations import read_conversations
     from headstart.training.distributed.launcher import world_size
 
-    from .train import find_recipe, head_of, open_target
-
-    if kind is not None and kind not in store.BYTES:
-        raise ValueError(f"There is no kind {kind!r}. Choose one of {', '.join(store.BYTES)}.")
+    if dtype is not None and dtype not in store.BYTES:
+        raise ValueError(f"--dtype is {dtype!r}. Choose one of {', '.join(store.BYTES)}.")
     resolved = load_recipe(find_recipe(recipe), overrides or [])
     if world_size() > 1 or resolved.parallel.target != "replicated":
         raise ValueError(
-            "`headstart features` runs in one process that holds the whole target: start it "
-            "without torchrun, and leave parallel.target out."
+            "`headstart features` runs in one process with the whole target: start it without "
+            "torchrun, and remove parallel.target."
         )
     target = open_target(resolved)
     head = head_of(resolved, target)
     data = read_conversations(resolved.data, target, resolved.train.seed)
-    wanted = store.wanted(data, target, head.taps, cast("store.Kind | None", kind))
+    wanted = store.wanted(data, target, head.taps, cast("store.Kind | None", dtype))
     size = store.size_bytes(wanted, data)
     layers = ", ".join(map(str, wanted.layers)) or "none"
     say(
-        f"{wanted.rows} conversations, layers {layers} and the LM head's input as {wanted.kind}: "
+        f"{wanted.rows} conversations; layers {layers} and the LM head's input in {wanted.kind}: "
         f"{size / 1e9:.3f} GB in {out}"
     )
-    with progress("storing features", wanted.rows) as update:
+    with progress("caching hidden states", wanted.rows) as update:
         done = store.write_features(
             out,
             wanted,
             data,
             target,
-            batch_tokens=resolved.data.batch_tokens,
+            batch_tokens=resolved.data.global_batch_tokens,
             shard_bytes=shard_mb * 1_000_000,
             progress=lambda rows, total: update(rows, "", total),
         )
-    say(f"{len(done.shards)} files; storing changed the values by {done.error:.2%} (rms)")
+    say(f"{len(done.shards)} files; rounding error of the stored values: {done.error:.2%} (rms)")

@@ -1,8 +1,8 @@
-"""`headstart demo`: the whole main job on a real model, on a laptop.
+"""`headstart demo`: the whole workflow on a real model, on a laptop.
 
-The target answers prompts, a head is trained on the answers, both are fused, and held-out prompts
-are decoded plainly, with the fresh head and with the shipped one. Every stage keeps what it made,
-so an interrupted demo goes on where it stopped.
+The target generates responses to prompts, a head is trained on them, both are fused, and held-out
+prompts are decoded autoregressively, with the new head and with the shipped one. Every stage keeps
+its result, so an interrupted demo resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from rich.markup import escape
 
 from headstart.model.target.load import load_target
 from headstart.scripts.console import console, legend, say, show
-from headstart.scripts.options.tree_budget import contestant
 
 if TYPE_CHECKING:
     from headstart.inference.config import SpeculativeConfig
@@ -25,63 +24,66 @@ if TYPE_CHECKING:
 
 RECIPE = "demo"
 DRAFT_VOCAB = 4096  # of the recipe
-ANSWER_TOKENS = 80
-ANSWER_SECONDS = 150  # no new batch of answers after that
+RESPONSE_TOKENS = 80
+RESPONSE_SECONDS = 150  # no new batch of responses after that
 SHOWN_PROMPT = "How does a bicycle stay upright? Give an example that a child would understand."
 
 
 def demo(
     target: Annotated[
-        str | None, typer.Option(help="Hub id, folder or .gguf file; SmolLM2-135M if left out.")
+        str | None,
+        typer.Option(help="Target: Hub id, folder or .gguf file (default: SmolLM2-135M)."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("outputs/demo"),
-    prompts: Annotated[int, typer.Option(min=8, help="Training prompts to answer.")] = 400,
-    heldout: Annotated[int, typer.Option(min=1, help="Held-out prompts to compare on.")] = 12,
-    max_new_tokens: Annotated[int, typer.Option(min=8, help="Tokens per compared answer.")] = 64,
+    out: Annotated[Path, typer.Option(help="Folder for all results.")] = Path("outputs/demo"),
+    prompts: Annotated[int, typer.Option(min=8, help="Number of training prompts.")] = 400,
+    heldout: Annotated[int, typer.Option(min=1, help="Number of held-out prompts.")] = 12,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=8, help="Maximum new tokens per held-out prompt.")
+    ] = 64,
 ) -> None:
     """Train, fuse and decode on a real model, in at most a quarter of an hour on two cores."""
     from headstart.model.checkpoint.fuse import fuse as write
-    from headstart.model.checkpoint.head import is_fused
+    from headstart.model.checkpoint.fused import is_fused
     from headstart.model.target.weights_hash import target_hash
     from headstart.scripts.options.default_checkpoint import shipped_checkpoint
 
     source = target or str(shipped_checkpoint())  # its root is the plain target
     opened = load_target(source)
-    done = _Done.of(out, {"target": target_hash(opened), "prompts": prompts})
+    stages = _Stages.open(out, {"target": target_hash(opened), "prompts": prompts})
     say(f"[bold]target[/] {escape(source)}: {_size(opened)}, {opened.dtype}, {opened.device}")
-    say("\n[bold]1. The target answers prompts[/] (what a head has to learn)")
-    answers = _answers(opened, out, prompts, done)
-    say("\n[bold]2. A head learns from the answers[/] (the target stays frozen)")
-    head = _train(opened, target, answers, out, done)
-    say("\n[bold]3. Target and head become one checkpoint[/]")
+    say("\n[bold]1. Generate the target's responses to prompts[/] (on-policy training data)")
+    responses = _generate_responses(opened, out, prompts, stages)
+    say("\n[bold]2. Train a head on the responses[/] (the target stays frozen)")
+    head = _train(opened, target, responses, out, stages)
+    say("\n[bold]3. Fuse target and head into one checkpoint[/]")
     fused = out / "fused"
     if not is_fused(fused):
         write(source, head, fused)
     show(f"{fused} opens as the plain model everywhere; the head is in {fused / 'draft_heads'}")
-    say("\n[bold]4. Held-out prompts, decoded in turn[/]")
-    contestants = _contestants(opened, fused, shipped=target is None)
-    _compare(opened, contestants, out, heldout, max_new_tokens)
-    say("\n[bold]5. One answer, with the tokens accepted per step[/]")
-    _show(opened, list(contestants.values())[-1])
-    longer = _overrides(opened, source, answers, out / "longer")
-    say("\nTrain longer, from the same answers:")
+    say("\n[bold]4. Decode held-out prompts, in turn[/]")
+    configs = _configs(opened, fused, shipped=target is None)
+    _compare(opened, configs, out, heldout, max_new_tokens)
+    say("\n[bold]5. One response, coloured by tokens per decode step[/]")
+    _show_response(opened, list(configs.values())[-1])
+    longer = _overrides(opened, source, responses, out / "longer")
+    say("\nTrain longer, on the same responses:")
     show("  " + shlex.join(["headstart", "train", RECIPE, *longer, "train.minutes=120"]))
-    say("Answer your own prompts with the shipped head:")
+    say("Try your own prompts with the shipped head:")
     show('  headstart generate "Write a haiku about speed."')
 
 
-class _Done:
-    """Which stages of a demo are complete, in `demo.json`. A folder belongs to one demo."""
+class _Stages:
+    """The completed stages of a demo, in `demo.json`. A folder belongs to one demo."""
 
-    def __init__(self, path: Path, facts: dict[str, Any]):
-        self.path, self.facts = path, facts
+    def __init__(self, path: Path, state: dict[str, Any]):
+        self.path, self.state = path, state
 
     @staticmethod
-    def of(out: Path, settings: dict[str, Any]) -> _Done:
-        """ValueError when the folder holds a demo with other settings."""
-        done = _Done(out / "demo.json", {**settings, "stages": []})
-        if done.path.exists():
-            before = json.loads(done.path.read_text(encoding="utf-8"))
+    def open(out: Path, settings: dict[str, Any]) -> _Stages:
+        """Raises ValueError if the folder has a demo with other settings."""
+        stages = _Stages(out / "demo.json", {**settings, "stages": []})
+        if stages.path.exists():
+            before = json.loads(stages.path.read_text(encoding="utf-8"))
             changed = [
                 f"{key} was {before.get(key)}, is {value}"
                 for key, value in settings.items()
@@ -89,112 +91,119 @@ class _Done:
             ]
             if changed:
                 raise ValueError(
-                    f"{out} holds a demo with other settings ({'; '.join(changed)}). Choose "
-                    "another --out, or remove the folder."
+                    f"{out} has a demo with other settings ({'; '.join(changed)}). Choose another "
+                    "--out, or remove the folder."
                 )
-            done.facts = before
-        return done
+            stages.state = before
+        return stages
 
     def __contains__(self, stage: str) -> bool:
-        return stage in self.facts["stages"]
+        return stage in self.state["stages"]
 
     def add(self, stage: str) -> None:
-        self.facts["stages"].append(stage)
+        self.state["stages"].append(stage)
         self.save()
 
     def save(self) -> None:
         from headstart.model.checkpoint.atomic import replace_text
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self.path, json.dumps(self.facts, indent=2) + "\n")
+        replace_text(self.path, json.dumps(self.state, indent=2) + "\n")
 
 
 def _size(target: Target) -> str:
     return f"{sum(one.numel() for one in target.model.parameters()) / 1e6:,.0f}M parameters"
 
 
-def _answers(target: Target, out: Path, count: int, done: _Done) -> Path:
+def _generate_responses(target: Target, out: Path, count: int, stages: _Stages) -> Path:
     from headstart.inference.config import SamplingParams
+    from headstart.scripts.commands.generate_data import write_responses
     from headstart.scripts.options.prompts import read_prompts, shipped_prompts
 
-    from .generate_data import write_responses
-
-    path = out / "answers.jsonl"
-    if "answers" in done:
-        show(f"already answered: {path}")
+    path = out / "responses.jsonl"
+    if "responses" in stages:
+        show(f"already generated: {path}")
         return path
-    done.save()
-    found, _ = read_prompts([str(shipped_prompts("train"))])
-    sampling = SamplingParams(ANSWER_TOKENS)
-    records = write_responses(
-        target, found[:count], sampling, path, batch_size=48, seconds=ANSWER_SECONDS
+    stages.save()
+    prompts, _ = read_prompts([str(shipped_prompts("train"))])
+    count = write_responses(
+        target,
+        prompts[:count],
+        SamplingParams(RESPONSE_TOKENS),
+        path,
+        batch_size=48,
+        seconds=RESPONSE_SECONDS,
     )
-    done.add("answers")
-    show(f"{records} answers in {path}")
+    stages.add("responses")
+    show(f"{count} responses in {path}")
     return path
 
 
-def _train(target: Target, name: str | None, answers: Path, out: Path, done: _Done) -> Path:
+def _train(target: Target, name: str | None, responses: Path, out: Path, stages: _Stages) -> Path:
+    from headstart.scripts.options.recipe import find_recipe, run_recipe
     from headstart.training.config.schema import load_recipe
 
-    from .train import find_recipe, run_recipe
-
     output = out / "head"
-    if "head" in done:
+    if "head" in stages:
         show(f"already trained: {output / 'best'}")
         return output / "best"
-    overrides = _overrides(target, name, answers, output)
+    overrides = _overrides(target, name, responses, output)
     if (output / "state").exists():
         overrides.append("train.resume=true")
     try:
         best = run_recipe(load_recipe(find_recipe(RECIPE), overrides), target)
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt from stop  # it says how `train` goes on; a demo is run again
-    done.add("head")
+        raise KeyboardInterrupt from stop  # it says how `train` resumes; a demo is run again
+    stages.add("head")
     return best
 
 
-def _overrides(target: Target, name: str | None, answers: Path, output: Path) -> list[str]:
-    """What the recipe leaves open. name: None for the target that it names itself."""
+def _overrides(target: Target, name: str | None, responses: Path, output: Path) -> list[str]:
+    """The settings that the recipe leaves open. name: None for the recipe's own target."""
     return [
         *([] if name is None else [f"target.name={json.dumps(name)}"]),
-        f"data.path={json.dumps(str(answers))}",
+        f"data.path={json.dumps(str(responses))}",
         f"train.output={json.dumps(str(output))}",
-        # A small vocabulary leaves nothing to leave out.
+        # A small vocabulary needs no draft vocabulary.
         *(["head.draft_vocab=null"] if target.vocab_size <= DRAFT_VOCAB else []),
     ]
 
 
-def _contestants(target: Target, fused: Path, *, shipped: bool) -> dict[str, SpeculativeConfig]:
+def _configs(target: Target, fused: Path, *, shipped: bool) -> dict[str, SpeculativeConfig]:
     from headstart.model.checkpoint.head import load_head
     from headstart.scripts.options.default_checkpoint import shipped_head
+    from headstart.scripts.options.tree_budget import speculative_config
 
-    heads = {"fresh head": fused} | ({"shipped head": shipped_head()} if shipped else {})
-    return {name: contestant(target, load_head(folder, target)) for name, folder in heads.items()}
+    heads = {"new head": fused} | ({"shipped head": shipped_head()} if shipped else {})
+    return {
+        name: speculative_config(target, load_head(folder, target))
+        for name, folder in heads.items()
+    }
 
 
 def _compare(
     target: Target,
-    contestants: dict[str, SpeculativeConfig],
+    configs: dict[str, SpeculativeConfig],
     out: Path,
     heldout: int,
     max_new_tokens: int,
 ) -> None:
-    from .evaluate import compare, report
+    from headstart.scripts.options.comparison import compare, first_turn_cases, show_comparison
+    from headstart.scripts.options.prompts import decodable
 
-    results = compare(target, contestants, None, heldout, max_new_tokens)
-    figures = report(target, contestants, results)
+    cases = first_turn_cases(target, decodable("heldout", heldout, target))
+    report = compare(target, configs, cases, max_new_tokens)
+    show_comparison(report)
     path = out / "results.json"
-    path.write_text(json.dumps(figures, indent=2) + "\n")
-    show(f"{figures['conditions']['device']}; all figures in {path}")
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    show(f"{report['environment']['device']}; all metrics in {path}")
 
 
-def _show(target: Target, speculative: SpeculativeConfig) -> None:
+def _show_response(target: Target, speculative: SpeculativeConfig) -> None:
     from headstart.inference.config import SamplingParams
     from headstart.inference.generate import SpeculativeModel
     from headstart.inference.rollout import prompt_ids
-
-    from .generate import stream
+    from headstart.scripts.commands.generate import stream
 
     console.print(legend())
     say(f"[bold]> {SHOWN_PROMPT}[/]")

@@ -1,4 +1,4 @@
-"""`headstart export`: the head of a fused checkpoint in a form that a production engine reads."""
+"""`headstart export`: write the head of a fused checkpoint in the format of another engine."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from typing import Annotated, Literal
 import typer
 
 from headstart.scripts.console import show
-
-OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"]  # of llama.cpp's converter
+from headstart.scripts.options.parse import OutType
 
 
 def export(
     folder: Annotated[Path, typer.Argument(help="Fused checkpoint: folder or Hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[
-        Literal["vllm", "sglang", "llama.cpp"], typer.Option(help="The engine that will draft.")
+        Literal["vllm", "sglang", "llama.cpp"],
+        typer.Option(help="Engine that will serve the head."),
     ],
     format_: Annotated[
         Literal["native", "speculators"],
-        typer.Option("--format", help="native: for both engines. speculators: vLLM's own."),
+        typer.Option("--format", help="native: for vLLM and SGLang; speculators: for vLLM."),
     ] = "native",
     verifier: Annotated[
         str | None,
-        typer.Option(help="What the engine serves, if not FOLDER: a copy of the target."),
+        typer.Option(help="Target that the engine serves (default: FOLDER)."),
     ] = None,
     llama_cpp: Annotated[
-        Path | None, typer.Option(help="llama.cpp's source code, which has the converter.")
+        Path | None,
+        typer.Option(help="Folder of llama.cpp's source code, which has the converter."),
     ] = None,
     outtype: Annotated[
-        OutType, typer.Option(help="Precision of the GGUF files; auto: as stored.")
+        OutType, typer.Option(help="Precision of the GGUF files; auto keeps the stored one.")
     ] = "auto",
 ) -> None:
-    """Write the head alone, and print the line that starts the engine with it."""
+    """Write the head alone, and print the command that starts the engine with it."""
     if to != "llama.cpp":
         from headstart.model.export.vllm_sglang import export as write
 
@@ -45,7 +46,7 @@ def export(
 
     if llama_cpp is None or format_ != "native":
         raise ValueError(
-            "--to llama.cpp takes --llama-cpp FOLDER, a folder with llama.cpp's source code, and "
-            "no --format: llama.cpp reads GGUF files, which its own converter writes."
+            "--to llama.cpp needs --llama-cpp FOLDER, the folder of llama.cpp's source code, whose "
+            "converter writes the GGUF files; it takes no --format."
         )
     show(export_gguf(folder, out, llama_cpp, outtype, verifier))

@@ -1,4 +1,4 @@
-"""`headstart fuse`: a target and its draft head in one folder."""
+"""`headstart fuse`: write a target and its draft head to one checkpoint."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from headstart.scripts.console import show
 
 
 def fuse(
-    target: Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.")],
-    head: Annotated[Path, typer.Argument(help="A head trained on it: folder or Hub id.")],
+    target: Annotated[str, typer.Argument(help="Target: Hub id, folder or .gguf file.")],
+    head: Annotated[Path, typer.Argument(help="Head trained on it: folder or Hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     link: Annotated[
-        bool, typer.Option(help="Hard-link the target's weights: saves space, but both are one.")
+        bool, typer.Option(help="Hard-link the target's weights instead of copying them.")
     ] = False,
     index: Annotated[
-        bool, typer.Option(help="List an mtp head in the index, for transformers' use_mtp.")
+        bool, typer.Option(help="Add an mtp head to the weight index, for transformers' use_mtp.")
     ] = False,
     native: Annotated[
         bool,
-        typer.Option(help="Write an mtp head over the layer that the target carries, for engines."),
+        typer.Option(
+            help="Replace the target's own MTP layer by an mtp head, for vLLM and SGLang."
+        ),
     ] = False,
 ) -> None:
-    """Write one folder: the target's files unchanged, the head in draft_heads/, a card."""
+    """Write one folder: the target's files unchanged, the head in draft_heads/, a model card."""
     from headstart.model.checkpoint.fuse import fuse as write
 
     write(target, head, out, link=link, index=index, native=native)

@@ -1,9 +1,9 @@
-"""`headstart graft`: a head goes along when its target is changed, and what that costs is said."""
+"""`headstart graft`: carry a head over to a changed target, and measure what that costs."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,192 +11,189 @@ import typer
 from rich.table import Table
 
 from headstart.model.target.load import load_target
-from headstart.scripts.console import console, progress, show
-
-from .evaluate import conditions, measurement, summaries
+from headstart.scripts.console import console, show
 
 if TYPE_CHECKING:
+    from headstart.inference.benchmark.metrics import Case
     from headstart.inference.rollout import Prompt
     from headstart.model.checkpoint.graft import TrainedHead
     from headstart.model.heads.common.base import DraftHead
     from headstart.model.target.target import Target
 
-MOST_LOST = 0.1  # of the accepted length above 1; where it is more, retraining is recommended
-Figures = dict[str, Any]  # as `headstart eval` writes them
+MAX_LOSS = 0.1  # of the acceptance length above 1; beyond that, retraining is recommended
+Report = dict[str, Any]  # as `headstart eval` writes it
 
 
 def graft(
     head: Annotated[Path, typer.Argument(help="Fused checkpoint or head: folder or Hub id.")],
-    target: Annotated[str, typer.Argument(help="The changed target: Hub id, folder or .gguf.")],
+    target: Annotated[str, typer.Argument(help="Changed target: Hub id, folder or .gguf file.")],
     out: Annotated[Path, typer.Argument(help="Folder to write: the changed target and the head.")],
     prompts: Annotated[
-        str | None, typer.Option(help="Prompt JSONL, or shipped: train, dev, heldout.")
+        str,
+        typer.Option(help="Prompts: a JSONL file, or the shipped train, dev or heldout."),
+    ] = "heldout",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Number of prompts to decode (default: all).")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum new tokens per response.")
+    ] = 128,
 ) -> None:
     """Carry a head over to a fine-tuned, merged or quantised target; measure what is lost."""
-    from headstart.model.checkpoint.fuse import check_place, fuse
+    from headstart.model.checkpoint.fuse import check_output, fuse
     from headstart.model.checkpoint.graft import TrainedHead
+    from headstart.scripts.options.comparison import measurement
 
-    check_place(out)
+    check_output(out)
     trained = TrainedHead.find(head, target)
     if trained.original is not None and out.resolve() == Path(trained.original).resolve():
         raise ValueError(
-            f"{out} holds the original target, whose place the changed one would take. Name a new "
+            f"{out} holds the original target, which the changed one would replace. Name a new "
             "folder."
         )
     kind, meta = str(trained.file.head["kind"]), trained.file.meta
-    after, chosen = _on_the_changed(trained, target, prompts, limit, max_new_tokens)
-    before = _on_the_original(trained, chosen, max_new_tokens)
+    after, decoded = _on_changed_target(trained, target, prompts, limit, max_new_tokens)
+    before = _on_original_target(trained, decoded, max_new_tokens)
     console.print(table(before, after, kind))
-    lost = _tell(before, after, kind)
-    file = Path(prompts).name if prompts else "heldout.jsonl"
-    noted = meta.grafted(
+    loss = _report_loss(before, after, kind)
+    grafted = meta.grafted(
         target,
         None if isinstance(before, str) else before["results"][kind]["acceptance_length"],
         after["results"][kind]["acceptance_length"],
-        measurement(after, kind, file, max_new_tokens),
+        measurement(after, kind, Path(prompts).name, max_new_tokens),
     )
-    fuse(target, trained.folder, out, regraft=noted)
-    show(f"{out}: {target} with the head, whose hash of its target is made anew.")
-    if meta.calibration_rows or meta.temperatures or meta.measured:
+    fuse(target, trained.folder, out, regraft=grafted)
+    show(f"{out}: {target} with the head, which now stores the hash of this target.")
+    if meta.calibration_positions or meta.temperatures or meta.measured:
         show(
-            "Its calibration and what was measured before were of the old target, and are left "
-            f"out. `headstart calibrate {shlex.quote(str(out))} --answers answers.jsonl` makes it "
-            "anew, with answers of the new one."
+            "Calibration and measurements of the old target were removed. `headstart calibrate "
+            f"{shlex.quote(str(out))} --responses responses.jsonl` calibrates the head again, with "
+            "responses of the new one."
         )
-    if lost is None or lost > MOST_LOST:
-        show(_retraining(kind, target, out, unknown=lost is None))
+    if loss is None or loss > MAX_LOSS:
+        show(_retraining(kind, target, out, loss_is_known=loss is not None))
 
 
-def _on_the_changed(
-    trained: TrainedHead, name: str, prompts: str | None, limit: int | None, max_new_tokens: int
-) -> tuple[Figures, list[Prompt]]:
-    """The figures now, and the prompts that gave them."""
+def _on_changed_target(
+    trained: TrainedHead, name: str, prompts: str, limit: int | None, max_new_tokens: int
+) -> tuple[Report, list[Prompt]]:
+    """The report of the head on the changed target, and the prompts behind it."""
     from headstart.model.checkpoint.head import load_head
     from headstart.model.target.weights_hash import target_hash
-    from headstart.scripts.options.prompts import decodable, first_turns
+    from headstart.scripts.options.comparison import first_turn_cases
+    from headstart.scripts.options.prompts import decodable
 
     target = load_target(name)
     if target_hash(target) == trained.file.target_hash:
         raise ValueError(
-            f"{name} has just the weights that the head in {trained.name} belongs to, so there is "
-            f"nothing to carry over. `headstart fuse {name} {trained.name} OUT` puts both in one "
-            "folder."
+            f"{name} has exactly the weights that the head in {trained.name} was trained on, so "
+            f"nothing has to be carried over. `headstart fuse {name} {trained.name} OUT` puts both "
+            "in one folder."
         )
     head = load_head(trained.folder, target, regraft=True)
-    chosen = decodable(prompts or "heldout", limit, target)
-    return _decoded(target, head, first_turns(target, chosen), max_new_tokens), chosen
+    decoded = decodable(prompts, limit, target)
+    return _decode(target, head, first_turn_cases(target, decoded), max_new_tokens), decoded
 
 
-def _on_the_original(
+def _on_original_target(
     trained: TrainedHead, prompts: Sequence[Prompt], max_new_tokens: int
-) -> Figures | str:
-    """The figures before, or why there are none."""
+) -> Report | str:
+    """The report of the head on its original target, or why there is none."""
     from headstart.model.checkpoint.head import load_head
     from headstart.model.target.weights_hash import target_hash
-    from headstart.scripts.options.prompts import first_turns, has_room
+    from headstart.scripts.options.comparison import first_turn_cases
+    from headstart.scripts.options.prompts import has_room
 
     if trained.original is None:
         return (
-            f"{trained.file.meta.target} as the head knew it is not at hand. To know, `headstart "
-            "fuse` the two first, and graft what that writes"
+            f"the original target, {trained.file.meta.target}, is not available. Fuse it with the "
+            "head (`headstart fuse`) and graft the fused checkpoint to know"
         )
     target = load_target(trained.original)
     if target_hash(target) != trained.file.target_hash:
-        return f"the weights of {trained.original} are no longer those that the head knew"
+        return f"the weights of {trained.original} are no longer those that the head was trained on"
     if not target.has_tokenizer or target.tokenizer.chat_template is None:
-        return f"{trained.original} has no chat template to write prompts in"
-    ids = first_turns(target, prompts)
-    if not all(has_room(target, one) for one in ids):
-        return f"{trained.original} reads fewer tokens than some of these prompts have"
+        return f"{trained.original} has no chat template"
+    cases = first_turn_cases(target, prompts)
+    if not all(has_room(target, case.tokens) for case in cases):
+        return f"some of these prompts exceed the context length of {trained.original}"
     head = load_head(trained.folder, target)
-    head.temperatures = ()  # as on the changed target, so that this alone makes the difference
-    return _decoded(target, head, ids, max_new_tokens)
+    head.temperatures = ()  # as on the changed target, so that only the target differs
+    return _decode(target, head, cases, max_new_tokens)
 
 
-def _decoded(
-    target: Target, head: DraftHead, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> Figures:
-    """Always the same tree: what a machine makes pay says nothing of the head."""
-    from headstart.inference.benchmark.runner import measure
+def _decode(target: Target, head: DraftHead, cases: Sequence[Case], max_new_tokens: int) -> Report:
+    """Always the same tree: step costs of this machine say nothing about the head."""
     from headstart.inference.config import SpeculativeConfig
     from headstart.inference.tree_policy.defaults import DEFAULT_TREE, for_target
-    from headstart.scripts.options.tree_budget import described
+    from headstart.scripts.options.comparison import compare
 
-    one = SpeculativeConfig(head, for_target(target, DEFAULT_TREE))
+    config = SpeculativeConfig(head, for_target(target, DEFAULT_TREE))
     show(f"decoding with {target.name}")
-    with progress("decoding", len(prompts)) as update:
-        results = measure(
-            target, {head.kind: one}, prompts, max_new_tokens=max_new_tokens, report=update
-        )
-    return {
-        "conditions": conditions(target),
-        "trees": {head.kind: described(one)},
-        "results": summaries(results),
-    }
+    return compare(target, {head.kind: config}, cases, max_new_tokens)
 
 
-def table(before: Figures | str, after: Figures, kind: str) -> Table:
+def table(before: Report | str, after: Report, kind: str) -> Table:
+    from headstart.scripts.options.comparison import rates
+
     shown = Table(title="The same prompts and trees, greedy, uncalibrated", title_justify="left")
-    for column in ("", "identical", "accepted length", "acceptance per depth"):
+    for column in ("", "identical", "acceptance length", "rate per position"):
         shown.add_column(column, justify="left" if not column else "right")
-    for name, figures in (("original target", before), ("changed target", after)):
-        if isinstance(figures, str):
+    for name, report in (("original target", before), ("changed target", after)):
+        if isinstance(report, str):
             continue
-        one = figures["results"][kind]
+        metrics = report["results"][kind]
         shown.add_row(
             name,
-            f"{one['identical']}/{one['prompts']}",
-            f"{one['accepted_length']:.2f}",
-            " ".join(f"{rate:.2f}" for rate in one["acceptance_per_depth"]) or "-",
+            f"{metrics['identical']}/{metrics['compared']}",
+            f"{metrics['acceptance_length']:.2f}",
+            rates(metrics),
         )
     return shown
 
 
 def lost_share(before: float, after: float) -> float:
-    """Of the accepted length above 1, which plain decoding has too."""
+    """The lost share of the acceptance length above 1, which autoregressive decoding has too."""
     return (before - after) / (before - 1) if before > 1 else 0.0
 
 
-def _tell(before: Figures | str, after: Figures, kind: str) -> float | None:
-    """What was lost, in words, and its share; None where that is not known."""
-    now: Mapping[str, Any] = after["results"][kind]
-    all_equal = now["identical"] == now["prompts"]
+def _report_loss(before: Report | str, after: Report, kind: str) -> float | None:
+    """Print what was lost; its share, None where that is unknown."""
+    now = after["results"][kind]
+    all_equal = now["identical"] == now["compared"]
     show(
-        f"{now['identical']} of {now['prompts']} answers equal the changed target's own plain "
-        + ("decoding." if all_equal else "decoding; in 16 bits a near tie can fall the other way.")
+        f"{now['identical']} of {now['compared']} responses equal the changed target's "
+        "autoregressive decoding" + ("." if all_equal else "; in 16 bits near ties can differ.")
     )
     length = now["acceptance_length"]
     if isinstance(before, str):
-        show(f"Accepted length {length:.2f}. What was lost is not known: {before}.")
+        show(f"Acceptance length {length:.2f}. The loss is unknown: {before}.")
         return None
     then = before["results"][kind]["acceptance_length"]
-    lost = lost_share(then, length)
+    loss = lost_share(then, length)
     if then <= 1:
-        show("The head guessed nothing right on the original target, so nothing could be lost.")
-    elif lost <= 0:
-        show(f"Nothing was lost: accepted length {then:.2f} before, {length:.2f} now.")
+        show("No draft token was accepted on the original target, so nothing could be lost.")
+    elif loss <= 0:
+        show(f"Nothing was lost: acceptance length {then:.2f} before, {length:.2f} now.")
     else:
         show(
-            f"Lost: {lost:.0%} of what the head gains, an accepted length of {then:.2f} before and "
-            f"{length:.2f} now (1.00 is plain decoding). Retraining is recommended above "
-            f"{MOST_LOST:.0%}."
+            f"Lost: {loss:.0%} of the head's gain, acceptance length {then:.2f} before, "
+            f"{length:.2f} now (1.00 is autoregressive decoding). Retraining is recommended above "
+            f"{MAX_LOSS:.0%}."
         )
-    return lost
+    return loss
 
 
-def _retraining(kind: str, target: str, out: Path, *, unknown: bool) -> str:
-    """The commands that train the head on, from where it is."""
+def _retraining(kind: str, target: str, out: Path, *, loss_is_known: bool) -> str:
+    """The commands that continue training the head."""
     name, start = shlex.quote(target), shlex.quote(str(out))
-    advice = "If that is too little, train" if unknown else "RETRAIN IT: train"
+    advice = "RETRAIN IT: continue" if loss_is_known else "If that is too little, continue"
     return "\n".join(
         [
-            f"{advice} the head on with answers of the changed target:",
-            f"  headstart data PROMPTS --target {name} --out answers.jsonl",
+            f"{advice} training the head on responses of the changed target:",
+            f"  headstart data PROMPTS --target {name} --out responses.jsonl",
             f"  headstart train RECIPE target.name={name} head.kind={kind} "
-            f"data.path=answers.jsonl train.start_from={start} train.output=run",
+            f"data.path=responses.jsonl train.start_from={start} train.output=run",
             f"  headstart fuse {name} run/best FUSED",
         ]
     )

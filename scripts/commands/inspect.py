@@ -1,4 +1,4 @@
-"""`headstart inspect`: what a data file trains on, and what a checkpoint holds."""
+"""`headstart inspect`: show training data with its loss mask, and the metadata of a head."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from headstart.scripts.console import console, say
 
 
 def inspect_data(
-    path: Annotated[str, typer.Argument(help="JSONL file, local data set or Hub data set.")],
-    target: Annotated[str, typer.Option(help="Whose tokenizer and chat template to use.")],
-    count: Annotated[int, typer.Option(min=1, help="Conversations to show.")] = 3,
-    split: str = "train",
-    max_length: Annotated[int, typer.Option(min=3)] = 2048,
+    path: Annotated[
+        str, typer.Argument(help="Conversations: JSONL file, local data set or Hub data set.")
+    ],
+    target: Annotated[str, typer.Option(help="Target, for its tokenizer and chat template.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of conversations to print.")] = 3,
+    split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
+    max_length: Annotated[int, typer.Option(min=3, help="Maximum tokens per conversation.")] = 2048,
 ) -> None:
-    """Print conversations with the trained tokens marked."""
+    """Print conversations; tokens that the loss covers have a green background."""
     from headstart.training.config.schema import DataConfig
     from headstart.training.data.conversations import read_conversations
 
     opened = load_target(target)
-    config = DataConfig(path=path, split=split, max_length=max_length, batch_tokens=max_length)
+    config = DataConfig(
+        path=path, split=split, max_length=max_length, global_batch_tokens=max_length
+    )
     corpus = read_conversations(config, opened, seed=0).train
     trained, total = int(corpus.trained.sum()), len(corpus.tokens)
     for row in range(min(count, len(corpus))):
@@ -41,9 +45,9 @@ def inspect_data(
 
 
 def inspect_head(
-    folder: Annotated[Path, typer.Argument(help="A head or a fused checkpoint: folder or Hub id.")],
+    folder: Annotated[Path, typer.Argument(help="Head or fused checkpoint: folder or Hub id.")],
 ) -> None:
-    """Print what a head is, how it was trained and what was measured."""
+    """Print the configuration, training and measurements of a head."""
     from headstart.model.checkpoint.head import read_head_file
 
     file = read_head_file(folder)

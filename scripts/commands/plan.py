@@ -1,4 +1,4 @@
-"""`headstart plan`: what a training run will take, before it is started."""
+"""`headstart plan`: memory, time and cost of a training run, before it is started."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 DOES_NOT_FIT = 1  # exit status
-# What to try, in order, where memory is short: it costs little first.
+# Settings to try where memory is short, the cheapest first.
 REMEDIES: tuple[dict[str, Any], ...] = (
     {"loss.recompute": True},
     {"parallel.engine": "zero2", "loss.recompute": True},
@@ -35,21 +35,21 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change: key.sub=value.")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1)] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
     gpu: Annotated[str, typer.Option(help="Kind of GPU: a100, h100, h200, b200, l40s.")] = "h100",
     tokens: Annotated[
-        str | None, typer.Option(help="Of one epoch, e.g. 300M; counted in data.path if left out.")
+        str | None,
+        typer.Option(help="Tokens of an epoch, e.g. 300M (default: those of data.path)."),
     ] = None,
     reached: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Part of the GPU's peak that is reached.")
+        float, typer.Option(min=0.01, max=1, help="Share of the GPU's peak that is reached.")
     ] = 0.3,
-    price: Annotated[float | None, typer.Option(min=0, help="Of a GPU for an hour.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of a GPU hour.")] = None,
 ) -> None:
     """Estimate memory per GPU, time and cost; only configurations are read."""
+    from headstart.scripts.options.recipe import find_recipe
     from headstart.training import cost_estimate as estimate
     from headstart.training.config.schema import load_recipe
-
-    from .train import find_recipe
 
     if gpu not in estimate.GPUS:
         raise ValueError(f"There is no GPU {gpu!r} here. There are: {', '.join(estimate.GPUS)}.")
@@ -66,24 +66,24 @@ def plan(
     say(
         f"{flops / 1e9:.2f} GFLOP per token: {speed:,.0f} tokens/s at {reached:.0%} of the peak, "
         f"{hours:.2f} hours for {count * resolved.train.epochs:,.0f} tokens"
-        + ("" if price is None else f", {hours * gpus * price:.2f} to pay")
+        + ("" if price is None else f", cost {hours * gpus * price:.2f}")
     )
     fits = needed <= kind.memory_gb
     if not fits:
         show(_advice(resolved, target, head, gpus, kind.memory_gb))
-    figures: dict[str, Any] = {"fits": fits, "gb": round(needed, 2), "hours": hours}
-    figures |= {"tokens_per_second": speed, "flops_per_token": flops}
-    figures |= {"bytes": {name: int(value) for name, value in parts.items()}}
-    print(json.dumps(figures))
+    estimates: dict[str, Any] = {"fits": fits, "gb": round(needed, 2), "hours": hours}
+    estimates |= {"tokens_per_second": speed, "flops_per_token": flops}
+    estimates |= {"bytes": {name: int(value) for name, value in parts.items()}}
+    print(json.dumps(estimates))
     if not fits:
         raise typer.Exit(DOES_NOT_FIT)
 
 
 def shapes(recipe: Recipe) -> tuple[Target, DraftHead]:
-    """Target and head of a recipe, without weights."""
+    """Return target and head of a recipe, without weights."""
     import torch
 
-    from .train import head_of
+    from headstart.scripts.options.recipe import head_of
 
     if recipe.target.name is None:
         raise ValueError("A random target needs no plan: name a model in target.name.")
@@ -93,7 +93,7 @@ def shapes(recipe: Recipe) -> tuple[Target, DraftHead]:
 
 
 def _resolved(recipe: Recipe) -> Recipe:
-    """As it would run on GPUs."""
+    """Return the recipe as it would run on GPUs."""
     changes: dict[str, Any] = {}
     if recipe.parallel.engine == "auto":
         changes["parallel.engine"] = "ddp"
@@ -119,9 +119,9 @@ def _advice(recipe: Recipe, target: Target, head: DraftHead, gpus: int, room: fl
             named = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
             return f"It does not fit. With {named} it takes {needed:.1f} GB."
     return (
-        "It does not fit, whatever is spread. Take more or larger GPUs, or lower "
-        f"data.batch_tokens (now {recipe.data.batch_tokens}) and data.max_length (now "
-        f"{recipe.data.max_length})."
+        "It does not fit, whatever is sharded. Take more or larger GPUs, or lower "
+        f"data.global_batch_tokens (now {recipe.data.global_batch_tokens}) and data.max_length "
+        f"(now {recipe.data.max_length})."
     )
 
 
@@ -134,7 +134,7 @@ def _show(parts: dict[str, float], needed: float, title: str) -> None:
 
 
 def _tokens(given: str | None, recipe: Recipe) -> float:
-    """Tokens of one epoch."""
+    """Return the tokens of one epoch."""
     if given is not None:
         unit = UNITS.get(given[-1:].lower())
         try:
@@ -144,8 +144,7 @@ def _tokens(given: str | None, recipe: Recipe) -> float:
     paths = [Path(path) for path in recipe.data.paths]
     if not paths or not all(path.is_file() for path in paths):
         raise ValueError(
-            "The data is not here to be counted. Say how many tokens an epoch has, e.g. "
-            "--tokens 300M."
+            "The data is not here to be counted. Give the tokens of an epoch, e.g. --tokens 300M."
         )
     return float(sum(_lengths(paths, recipe.data.max_length)))
 

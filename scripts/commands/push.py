@@ -1,4 +1,4 @@
-"""`headstart push`: a fused checkpoint or a head on the Hugging Face Hub."""
+"""`headstart push`: publish a fused checkpoint or a head on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from headstart.scripts.console import show
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Fused checkpoint, or the folder of a head.")],
-    repo: Annotated[str, typer.Argument(help="Its name on the Hub: owner/name.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a fused checkpoint or of a head.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub: owner/name.")],
     private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
     revision: Annotated[
-        str | None, typer.Option(help="Branch to commit to, made where there is none.")
+        str | None, typer.Option(help="Branch to commit to, created if missing (default: main).")
     ] = None,
-    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    message: Annotated[
+        str | None, typer.Option(help="Commit message (default: a generated one).")
+    ] = None,
     base_model: Annotated[
         str | None,
-        typer.Option(help="Hub id of the target, where the head was trained on a folder."),
+        typer.Option(help="Hub id of the target, if the head was trained on a local folder."),
     ] = None,
     replace: Annotated[
-        bool, typer.Option(help="Also where the repository holds another model or an edited card.")
+        bool, typer.Option(help="Overwrite a repository with another model or an edited card.")
     ] = False,
 ) -> None:
-    """Publish in one commit, with a card of what was measured; a stopped upload goes on."""
+    """Publish in one commit, with a model card; an interrupted upload resumes."""
     from headstart.model.hub.upload import publish
 
     done = publish(

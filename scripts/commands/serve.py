@@ -1,4 +1,4 @@
-"""`headstart serve`: a fused checkpoint behind OpenAI's API, on one machine."""
+"""`headstart serve`: an OpenAI-compatible server for a fused checkpoint, on one machine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import typer
 
 from headstart.scripts.console import show
-from headstart.scripts.options.quantize_report import QUANTIZE_HELP, tell_quantized
-from headstart.scripts.options.tree_budget import HELP, check_budget, contestant
+from headstart.scripts.options.quantize_report import QUANTIZE_HELP, report_quantization
+from headstart.scripts.options.tree_budget import HELP, check_budget, speculative_config
 
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -18,77 +18,90 @@ EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 def serve(
     folder: Annotated[
         Path | None,
-        typer.Argument(help="Fused checkpoint (folder or Hub id), else the shipped one."),
+        typer.Argument(help="Fused checkpoint, a folder or Hub id (default: the shipped one)."),
     ] = None,
-    host: Annotated[str, typer.Option(help="0.0.0.0 to be reached from elsewhere.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")
+    ] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="HEADSTART_API_KEY", help="Requests without it are refused."),
+        typer.Option(
+            envvar="HEADSTART_API_KEY", help="Refuse requests without this key (default: none)."
+        ),
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="What requests call the model: default the folder's name.")
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Model name in the API (default: the folder's name).")
     ] = None,
-    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
+    max_queued: Annotated[
+        int, typer.Option(min=1, help="Maximum number of waiting requests.")
+    ] = 64,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of an answer. Default: what the context leaves.")
+        int | None,
+        typer.Option(min=1, help="Maximum new tokens per response (default: remaining context)."),
     ] = None,
-    context: Annotated[
-        int | None, typer.Option(min=2, help="Prompt and answer. Default: the model's own.")
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Maximum tokens of prompt and response (default: the target's context)."
+        ),
     ] = None,
     budget: Annotated[str | None, typer.Option(callback=check_budget, help=HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     quantize: Annotated[str | None, typer.Option(help=QUANTIZE_HELP)] = None,
     print_: Annotated[
         Literal["vllm", "sglang"] | None,
-        typer.Option("--print", help="Only print how this engine serves the checkpoint."),
+        typer.Option("--print", help="Print the command of another engine, and exit."),
     ] = None,
 ) -> None:
-    """Answer /v1/chat/completions and /v1/completions, one request at a time."""
+    """Serve /v1/chat/completions and /v1/completions, one request at a time."""
     from headstart.scripts.options.default_checkpoint import shipped_checkpoint
 
     folder = folder or shipped_checkpoint()
     if print_ is not None:
-        show(_line_of(print_, folder))
+        show(_engine_command(print_, folder))
         return
     _check_extra()
     from headstart.inference.generate import SpeculativeModel
-    from headstart.inference.serving.server import Settings, make_server
+    from headstart.inference.serving.server import ServerConfig, make_server
 
     model = SpeculativeModel.from_pretrained(folder, dtype=dtype, quantize=quantize)
-    tell_quantized(model.target)
-    settings = Settings(
-        name=name or folder.resolve().name,
+    report_quantization(model.target)
+    config = ServerConfig(
+        served_model_name=served_model_name or folder.resolve().name,
         host=host,
         port=port,
-        key=api_key,
-        queue=queue,
-        context=context,
+        api_key=api_key,
+        max_queued=max_queued,
+        max_model_len=max_model_len,
         max_tokens=max_tokens,
     )
-    candidates = contestant(model.target, model.head, budget)
+    speculative = speculative_config(model.target, model.head, budget)
     make_server(
         model,
-        candidates,
-        settings,
-        lambda address: show(f"{settings.name} answers at {address}/v1"),
+        speculative,
+        config,
+        lambda address: show(f"{config.served_model_name} is served at {address}/v1"),
     ).run()
 
 
-def _line_of(engine: Literal["vllm", "sglang"], folder: Path) -> str:
+def _engine_command(engine: Literal["vllm", "sglang"], folder: Path) -> str:
     """The command that serves a fused checkpoint with another engine."""
-    from headstart.model.checkpoint.download import HEADS, hub_name
-    from headstart.model.checkpoint.engine_config import launch_line
+    from headstart.model.checkpoint.download import hub_name
     from headstart.model.checkpoint.head import read_head_file
-    from headstart.model.export.vllm_sglang import refuse_undraftable
+    from headstart.model.checkpoint.launch import launch_line
+    from headstart.model.checkpoint.layout import HEADS
+    from headstart.model.export.vllm_sglang import check_engine_support
 
     if hub_name(folder) is not None:
         raise ValueError(
-            f"There is no folder {folder}, and other engines find a head by its folder. "
-            f"`hf download {folder} --local-dir FOLDER` brings it from the Hub."
+            f"There is no folder {folder}, and other engines load a head from a local folder. "
+            f"`hf download {folder} --local-dir FOLDER` downloads it from the Hub."
         )
     file = read_head_file(folder)
-    refuse_undraftable(file, folder)
+    check_engine_support(file, folder)
     return launch_line(engine, str(folder), str(folder / HEADS), file.meta.steps)
 
 

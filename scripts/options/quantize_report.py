@@ -1,4 +1,4 @@
-"""The option `--quantize`, and what it changed."""
+"""The option `--quantize`, and a report of what quantisation changed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from headstart.scripts.console import show
 if TYPE_CHECKING:
     from headstart.model.target.target import Target
 
-QUANTIZE_HELP = "int8: faster on a CPU. The model in integers is then the target."
-TEXTS = 6  # prompts that the change is measured on
+QUANTIZE_HELP = "Quantise the target: int8, faster on a CPU. Its own output is then the reference."
+PROMPTS = 6  # that the change is measured on
 
 
-def tell_quantized(target: Target) -> None:
-    """One line, if the target is quantised: how much it differs from its weights as they are."""
+def report_quantization(target: Target) -> None:
+    """Print how much a quantised target differs from the original one; nothing for others."""
     if target.quantized is None:
         return
     import torch
@@ -23,12 +23,11 @@ def tell_quantized(target: Target) -> None:
 
     from .prompts import decodable, first_turns
 
-    prompts = decodable("dev", TEXTS, target)
-    texts = [torch.tensor(ids) for ids in first_turns(target, prompts)]
-    change = quantization_report(target.model, texts)
+    prompts = decodable("dev", PROMPTS, target)
+    sequences = [torch.tensor(ids) for ids in first_turns(target, prompts)]
+    change = quantization_report(target.model, sequences)
     show(
-        f"{target.quantized}: the likeliest next token is the same as in float32 after "
-        f"{change.agreement:.1%} of {change.tokens} tokens (mean divergence "
-        f"{change.divergence:.4f} nats). Plain and speculative decoding are compared with this "
-        "model."
+        f"{target.quantized}: the top-1 token agrees with float32 at {change.agreement:.1%} of "
+        f"{change.tokens} positions (mean KL divergence {change.divergence:.4f} nats). Speculative "
+        "and autoregressive decoding both use this model."
     )

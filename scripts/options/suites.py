@@ -1,15 +1,15 @@
-"""What `headstart bench` is asked for: suites of prompts, and lists in options.
+"""The option `--suite` of `headstart bench`.
 
-A suite is a prompt file, a folder or a data set on the Hub:
+A suite is a shipped prompt set, a prompt file, a folder or a data set on the Hub:
 
-    heldout                          prompts that come with the package (train, dev, heldout)
-    gsm8k.jsonl                      a prompt file, as everywhere
+    heldout                          a shipped prompt set (train, dev, heldout)
+    gsm8k.jsonl                      a prompt file
     gsm8k.jsonl:question             one of its columns
     openai/openai_humaneval:prompt   a column of a data set on the Hub, or of a local folder
-    openai/gsm8k/main:question       one with a configuration
+    openai/gsm8k/main:question       a data set with a configuration
 
-Of a data set the split `test` is taken, else its first one. Of a conversation only the first turn
-is answered.
+A data set is read from its split `test`, or else from its first one. Of a conversation only the
+first turn is used.
 """
 
 from __future__ import annotations
@@ -21,70 +21,51 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from headstart.inference.benchmark.baselines import Case
+from headstart.inference.benchmark.metrics import Case
 from headstart.inference.rollout import Prompt, prompt_ids
 from headstart.model.target.target import Target
 
 from .prompts import first_turns, read_prompts, shipped_prompts
 
 FILE = (".jsonl", ".json")
-COLUMN = re.compile(r"(?P<source>.+):(?P<column>[^:/\\.]+)")  # no drive letter, no address
+COLUMN = re.compile(r"(?P<source>.+):(?P<column>[^:/\\.]+)")  # neither a drive letter nor a URL
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?")
-STRIDE = 997  # tokens between the beginnings of two fillers
+STRIDE = 997  # tokens between the starts of two fillers
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Prompts under a name that is short enough for a table."""
+    """Prompts under a name for tables."""
 
     name: str
     prompts: list[Prompt]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What was asked for; every dtype, context, temperature and batch is combined with all others.
-
-    contexts: tokens that prompts are filled up to, None for prompts as they are.
-    """
-
-    max_new_tokens: int
-    batches: tuple[int, ...]
-    contexts: tuple[int | None, ...]
-    temperatures: tuple[float, ...]
-    budgets: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    baselines: tuple[str, ...]
-    price: float | None
-    seed: int
-    out: Path | None
-
-
-def read_suites(texts: Sequence[str], limit: int | None) -> list[Suite]:
-    """What was named on the command line. ValueError for what cannot be read."""
-    suites = [read_suite(text, limit) for text in texts]
+def read_suites(sources: Sequence[str], limit: int | None) -> list[Suite]:
+    """Read suites as named on the command line. Raises ValueError for an unreadable one."""
+    suites = [read_suite(source, limit) for source in sources]
     names = [suite.name for suite in suites]
-    for text, name in zip(texts, names, strict=True):
+    for source, name in zip(sources, names, strict=True):
         if names.count(name) > 1:
             raise ValueError(
-                f"Two suites are called {name} (one of them: {text}), so their figures would mix. "
-                "Name each once, and give files of the same name different names."
+                f"Two suites are called {name} (one of them: {source}), so their metrics would be "
+                "mixed. Name each suite once, and rename files of the same name."
             )
     return suites
 
 
-def read_suite(text: str, limit: int | None = None) -> Suite:
-    """One suite, as the top of this file describes them; at most `limit` prompts."""
-    shipped = shipped_prompts(text)
-    if shipped.is_file() and not Path(text).exists():
+def read_suite(source: str, limit: int | None = None) -> Suite:
+    """Read one suite, in the forms listed at the top of this file; at most `limit` prompts."""
+    shipped = shipped_prompts(source)
+    if shipped.is_file() and not Path(source).exists():
         prompts, _ = read_prompts([str(shipped)])
-        return Suite(text, prompts[:limit])
-    match = COLUMN.fullmatch(text)
-    if match is None or Path(text).exists():
-        remedy = f"Mend the line, or name the column that holds the prompts: {text}:COLUMN."
-        split = "train" if text.endswith(FILE) else _split(*_path(text))
-        prompts, _ = read_prompts([text], split=split, remedy=remedy)
-        return Suite(_name(text), prompts[:limit])
+        return Suite(source, prompts[:limit])
+    match = COLUMN.fullmatch(source)
+    if match is None or Path(source).exists():
+        remedy = f"Fix the line, or name the column that has the prompts: {source}:COLUMN."
+        split = "train" if source.endswith(FILE) else _split(*_path(source))
+        prompts, _ = read_prompts([source], split=split, remedy=remedy)
+        return Suite(_name(source), prompts[:limit])
     source, column = match["source"], match["column"]
     rows = islice(_rows(source), limit)
     name = _name(source)
@@ -100,17 +81,18 @@ def read_suite(text: str, limit: int | None = None) -> Suite:
 def make_cases(
     suite: Suite, target: Target, *, context: int | None, room: int
 ) -> tuple[list[Case], int]:
-    """The prompts as the target reads them, and how many were left out.
+    """Tokenize the prompts of a suite, and leave out those that do not fit the target's context.
 
-    context: put text of other prompts in front, until a prompt has about so many tokens; None
-    leaves them as they are. room: tokens that the answer needs. A prompt that leaves less of the
-    target's context is left out. ValueError if none is left.
+    context: fill prompts up to about this many tokens with text of other prompts; None: as they
+        are.
+    room: maximum new tokens of a response.
+    Returns the prompts and the number that was left out. Raises ValueError if none is left.
     """
     prompts = suite.prompts
     if context is not None:
         filler = _filler(target)
         prompts = [
-            _longer(target, prompt, context, filler, STRIDE * number)
+            _fill(target, prompt, context, filler, STRIDE * number)
             for number, prompt in enumerate(prompts)
         ]
     limit = target.context_limit
@@ -122,25 +104,25 @@ def make_cases(
     ]
     if not cases:
         raise ValueError(
-            f"No prompt of {suite.name} leaves {target.name} room for {room} tokens: it reads "
-            f"{limit} in all. Lower the number of new tokens or the context, or take shorter "
-            "prompts."
+            f"No prompt of {suite.name} leaves room for {room} new tokens in the context of "
+            f"{target.name} ({limit} tokens). Lower the number of new tokens or the context, or "
+            "use shorter prompts."
         )
     return cases, len(prompts) - len(cases)
 
 
 def _filler(target: Target) -> list[int]:
-    """Tokens of the prompts that come with the package."""
+    """Tokens of the shipped prompts."""
     prompts, _ = read_prompts([str(shipped_prompts("train"))])
     text = "\n\n".join(prompt.turns[0] for prompt in prompts)
     ids: list[int] = target.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
-def _longer(
+def _fill(
     target: Target, prompt: Prompt, context: int, filler: Sequence[int], start: int
 ) -> Prompt:
-    """A prompt with filler from `start` on in front of it. One that is long enough stays."""
+    """Put filler from `start` on in front of a prompt, unless it is long enough."""
     message = {"role": "user", "content": prompt.turns[0]}
     missing = context - len(prompt_ids(target, [*prompt.before, message]))
     if missing <= 0:
@@ -154,7 +136,7 @@ def _name(source: str) -> str:
 
 
 def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows with a word on where each stands."""
+    """Yield the rows of a data set, each with its place for error messages."""
     if source.endswith(FILE):
         from headstart.training.data.conversations import read_lines
 
@@ -174,12 +156,12 @@ def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _path(source: str) -> tuple[str, str | None]:
-    """A folder, or a name on the Hub with the configuration that may follow it."""
+    """Split a source into a folder or Hub name, and its configuration, if any."""
     if Path(source).exists():
         return source, None
     match = HUB.fullmatch(source)
     if match is None:
-        raise _unreadable(source, "There is no such folder, and names on the Hub look different.")
+        raise _unreadable(source, "It is neither a folder nor a Hub name.")
     return match["name"], match["config"]
 
 
@@ -201,7 +183,7 @@ def _unreadable(source: str, error: Exception | str) -> ValueError:
 
 
 def _prompt(name: str, where: str, row: dict[str, Any], column: str) -> Prompt:
-    """A row's column as a prompt: a text, or a list of texts, which are turns."""
+    """A row's column as a prompt: a text, or a list of texts (turns)."""
     if column not in row:
         raise ValueError(f"{where} has no column {column!r}. It has: {', '.join(row)}.")
     value = row[column]
@@ -209,28 +191,7 @@ def _prompt(name: str, where: str, row: dict[str, Any], column: str) -> Prompt:
     texts = isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
     if not texts or not turns or not turns[0].strip():
         raise ValueError(
-            f"{where}: the column {column!r} should hold a text or a list of texts that are not "
-            f"empty, got {value!r:.80}. Name another column."
+            f"{where}: the column {column!r} must have a non-empty text or a list of texts, "
+            f"got {value!r:.80}. Name another column."
         )
     return Prompt(name, tuple(turns))
-
-
-def numbers(text: str, option: str) -> tuple[int, ...]:
-    """Sizes such as `256,2k`; k is 1024."""
-    parts = [part.strip().lower() for part in text.split(",")]
-    for part in parts:
-        if not re.fullmatch("[1-9][0-9]*k?", part):
-            raise ValueError(
-                f"{option} takes whole numbers above 0 with commas between them, such as 1,4 or "
-                f"256,2k, got {text!r}."
-            )
-    sizes = (int(part.rstrip("k")) * (1024 if part.endswith("k") else 1) for part in parts)
-    return tuple(dict.fromkeys(sizes))
-
-
-def names(text: str, known: Sequence[str], option: str) -> tuple[str, ...]:
-    given = [part.strip() for part in text.split(",")]
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{option} takes some of {', '.join(known)}, got {name!r}.")
-    return tuple(dict.fromkeys(given))

@@ -1,13 +1,13 @@
-"""The option `--budget`: who guesses, and how much.
+"""The option `--budget`: where draft tokens come from, and how many are verified per decode step.
 
-    auto         trees of as many nodes as pay on this machine (measured at first use)
-    static       the best fixed tree for this head and machine, from the head's calibration
-    12           always trees of 12 nodes (chains where the target has recurrent layers)
-    12/5/4       the same with a greatest depth and a width
+    auto         as many nodes as pay on this machine (step costs are measured at first use)
+    static       the fastest fixed tree for this head and machine, from the head's calibration
+    12           trees of 12 nodes (chains where the target has recurrent layers)
+    12/5/4       trees of at most 12 nodes, depth 5 and width 4
     off          the default tree, nothing measured
-    lookup       no head: only guesses from the text itself
+    ngram        no head: only n-gram (prompt-lookup) drafts
 
-`+lookup` behind the others adds guesses from the text: `auto+lookup`.
+`+ngram` behind the others adds n-gram drafts: `auto+ngram`.
 """
 
 from __future__ import annotations
@@ -28,93 +28,102 @@ if TYPE_CHECKING:
     from headstart.model.tree.shape import TreeShape
 
 HELP = (
-    "auto, static, off, NODES, NODES/DEPTH/WIDTH or lookup; with +lookup, guesses from the text. "
-    "Default: auto+lookup, on a GPU 16/5/4 (but auto+lookup where layers are recurrent)."
+    "Nodes of the draft trees: auto, static, off, NODES, NODES/DEPTH/WIDTH or ngram; +ngram adds "
+    "n-gram drafts (default: auto+ngram; on a GPU 16/5/4, except for recurrent targets)."
 )
-FORM = re.compile(r"(auto|static|off|\d+(/\d+/\d+)?)(\+lookup)?|lookup")
+FORM = re.compile(r"(auto|static|off|\d+(/\d+/\d+)?)(\+ngram)?|ngram")
 
 
 def check_budget(value: str | None) -> str | None:
-    """For the option `--budget`."""
+    """Callback of the option `--budget`."""
     return None if value is None else _checked(value)
 
 
+def check_budgets(values: list[str] | None) -> list[str]:
+    """Callback of an option `--budget` that can be given several times."""
+    return [_checked(value) for value in values or []]
+
+
 def _checked(value: str) -> str:
+    if "lookup" in value:
+        raise typer.BadParameter(
+            f"{value!r}: n-gram drafts are called ngram now: {value.replace('lookup', 'ngram')}."
+        )
     if FORM.fullmatch(value) is None:
         raise typer.BadParameter(
-            f"{value!r} is none of auto, static, off, lookup, NODES and NODES/DEPTH/WIDTH (such as "
-            "8/4/3), with or without +lookup."
+            f"{value!r} is none of auto, static, off, ngram, NODES and NODES/DEPTH/WIDTH (such as "
+            "8/4/3), with or without +ngram."
         )
     if value[0].isdigit():
         try:
             _dynamic(value.partition("+")[0])
-        except ValueError as wrong:  # the numbers make no tree
-            raise typer.BadParameter(str(wrong)) from wrong
+        except ValueError as error:  # the numbers make no tree
+            raise typer.BadParameter(str(error)) from error
     return value
 
 
-def check_budgets(values: list[str] | None) -> list[str]:
-    return [_checked(value) for value in values or []]
-
-
-def usual_budget(target: Target) -> str:
-    """The budget that is used unless somebody says otherwise."""
+def default_budget(target: Target) -> str:
+    """The budget if none is given."""
     from headstart.inference.tree_policy.defaults import fixed_tree
 
     tree = fixed_tree(target)
-    return "auto+lookup" if tree is None else f"{tree.nodes}/{tree.depth}/{tree.width}"
+    return "auto+ngram" if tree is None else f"{tree.nodes}/{tree.depth}/{tree.width}"
 
 
-def contestants(
+def speculative_configs(
     target: Target, head: DraftHead, budgets: Sequence[str]
 ) -> dict[str, SpeculativeConfig]:
-    """By name, in the order given; none given: the usual one."""
-    budgets = budgets or [usual_budget(target)]
-    return {
-        f"{head.kind if budget != 'lookup' else 'own'} {budget}": contestant(target, head, budget)
-        for budget in dict.fromkeys(budgets)
-    }
+    """Configurations by name, in the order given; the default one if none is given."""
+    budgets = budgets or [default_budget(target)]
+    configs = [speculative_config(target, head, budget) for budget in dict.fromkeys(budgets)]
+    return {config.name: config for config in configs}
 
 
-def contestant(target: Target, head: DraftHead, budget: str | None = None) -> SpeculativeConfig:
-    """ValueError for a static tree of a head that was never calibrated."""
+def speculative_config(
+    target: Target, head: DraftHead, budget: str | None = None
+) -> SpeculativeConfig:
+    """The configuration of a `--budget`, named for tables.
+
+    Raises ValueError for a static tree of a head that was never calibrated.
+    """
     from headstart.inference.config import SpeculativeConfig
     from headstart.inference.engine.measure_costs import are_measured, measured_costs
     from headstart.inference.tree_policy.defaults import DEFAULT_TREE, WIDEST_TREE, for_target
     from headstart.model.tree.shape import TreeShape
 
-    budget = budget or usual_budget(target)
-    measured = budget == "lookup" or budget.startswith(("auto", "static"))
-    if measured and not are_measured(target, head):
-        show("Measuring once what a read costs on this machine: a few seconds.")
-    widest = for_target(target, WIDEST_TREE)
-    if budget == "lookup":
-        return SpeculativeConfig(None, widest, costs=measured_costs(target, head), ngram=True)
-    size, _, more = budget.partition("+")
-    lookup = more == "lookup"
-    if size == "auto":
-        return SpeculativeConfig(head, widest, costs=measured_costs(target, head), ngram=lookup)
+    budget = budget or default_budget(target)
+    size, _, _ = budget.partition("+")
+    ngram = budget.endswith("ngram")
+    drafts = None if size == "ngram" else head
+    name = f"{'' if drafts is None else head.kind + ' '}{budget}"
+    if size in ("auto", "static", "ngram") and not are_measured(target, head):
+        show("Measuring the costs of a decode step on this machine, once: a few seconds.")
+    if size in ("auto", "ngram"):
+        widest, costs = for_target(target, WIDEST_TREE), measured_costs(target, head)
+        return SpeculativeConfig(drafts, widest, costs=costs, ngram=ngram, name=name)
     if size == "off":
-        return SpeculativeConfig(head, for_target(target, DEFAULT_TREE), ngram=lookup)
-    if size.isdigit() and target.recurrent:
-        return SpeculativeConfig(head, TreeShape.chain(int(size) - 1), ngram=lookup)
-    shape = _static(target, head) if size == "static" else _dynamic(size)
-    return SpeculativeConfig(head, shape, ngram=lookup)
+        shape = for_target(target, DEFAULT_TREE)
+    elif size == "static":
+        shape = _static(target, head)
+    elif size.isdigit() and target.recurrent:
+        shape = TreeShape.chain(int(size) - 1)
+    else:
+        shape = _dynamic(size)
+    return SpeculativeConfig(drafts, shape, ngram=ngram, name=name)
 
 
-def described(one: SpeculativeConfig) -> dict[str, Any]:
-    """How a contestant guesses, for figures that are kept."""
-    shape = one.shape
-    assert shape is not None, "`contestant` names it"
-    costs = {} if one.costs is None else {"costs": asdict(one.costs)}
+def describe(config: SpeculativeConfig) -> dict[str, Any]:
+    """A configuration as JSON, for reports."""
+    shape = config.shape
+    assert shape is not None  # `speculative_config` always sets it
     return {
         "nodes": shape.nodes,
         "depth": shape.depth,
         "width": shape.width,
         "static": shape.ranks is not None,
-        "budget": "auto" if one.costs is not None else "off",
-        "lookup": one.ngram,
-        **costs,
+        "budget": "off" if config.costs is None else "auto",
+        "ngram": config.ngram,
+        **({} if config.costs is None else {"costs": asdict(config.costs)}),
     }
 
 
@@ -133,10 +142,10 @@ def _static(target: Target, head: DraftHead) -> TreeShape:
 
     if not head.rank_acceptance:
         raise ValueError(
-            "The best static tree follows from how often each guess was right, and this head was "
-            "never calibrated. Run `headstart calibrate` first, or take another --budget."
+            "A static tree needs the acceptance rate of each draft rank, and this head was never "
+            "calibrated. Run `headstart calibrate` first, or choose another --budget."
         )
-    # A recurrent state cannot branch: only the likeliest guess of each depth is one.
+    # A recurrent state cannot branch: its trees have only the top-1 candidate of each depth.
     ranks = 1 if target.recurrent else None
     acceptance = [one[:ranks] for one in head.rank_acceptance]
     return fastest_static_tree(acceptance, measured_costs(target, head).step_seconds)

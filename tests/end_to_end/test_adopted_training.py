@@ -16,10 +16,11 @@ from torch import Tensor
 
 from headstart.model.checkpoint.adopt import adopt
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import load_fused, read_head_file
+from headstart.model.checkpoint.fused import load_fused
+from headstart.model.checkpoint.head import read_head_file
 from headstart.model.target.load import load_target
 from headstart.model.target.target import Target
-from headstart.scripts.commands.train import run_recipe
+from headstart.scripts.options.recipe import run_recipe
 from headstart.training.config.schema import make_recipe
 
 VOCAB, FIRST = 96, "model-00001-of-00002.safetensors"
@@ -63,13 +64,13 @@ def test_a_layer_of_one_step_learns_the_later_ones(name: str, tmp_path: Path) ->
     fuse(tmp_path / "fresh", one, tmp_path / "published", native=True)
     three = trained_on(tmp_path / "published", tmp_path / "three", steps=3)
     lines = [json.loads(line) for line in (tmp_path / "three" / "metrics.jsonl").open()]
-    figures = [line for line in lines if "alpha_3" in line]
+    figures = [line for line in lines if "acceptance_rate_3" in line]
     before, after = figures[0], figures[-1]
     assert before["alpha_1"] > 0.9
     for step in (2, 3):
         assert before[f"alpha_{step}"] < 0.7
         assert after[f"alpha_{step}"] > 0.95
-    assert after["accepted_length_t0"] > before["accepted_length_t0"] + 0.7
+    assert after["acceptance_length_t0"] > before["acceptance_length_t0"] + 0.7
     meta = read_head_file(three).meta
     assert meta.start == str(tmp_path / "three-adopted") and meta.steps == 3
     fuse(tmp_path / "published", three, tmp_path / "better", native=True)
@@ -87,7 +88,7 @@ def trained_on(model: Path, out: Path, steps: int) -> Path:
     values = {
         "target": {"name": str(model), "dtype": "float32"},
         "head": {"kind": "mtp"},
-        "data": {"path": str(data), "max_length": 32, "batch_tokens": 512, "holdout": 8},
+        "data": {"path": str(data), "max_length": 32, "global_batch_tokens": 512, "holdout": 8},
         "loss": {"kind": "lk", "steps": steps, "finish": "e2e_tv", "finish_part": 0.3},
         "train": {
             "output": str(out), "start_from": str(adopted), "steps": 40, "lr": 5e-3,
@@ -129,7 +130,7 @@ def test_two_processes_train_what_one_does(engine: str, tmp_path: Path) -> None:
         "head": {"kind": "mtp"},
         "data": {
             "path": str(write_rows(tmp_path / "data.jsonl", mixed_rows(24))),
-            "max_length": 32, "batch_tokens": 64,
+            "max_length": 32, "global_batch_tokens": 64,
         },
         "loss": {"steps": 2},
         "train": {

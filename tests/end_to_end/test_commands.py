@@ -1,4 +1,4 @@
-"""The commands, end to end on a tiny chat model, and what they say to a mistake."""
+"""The commands, end to end on a tiny chat model, and their error messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("wide")
 RECIPE = """
 target: {{name: {target}}}
 head: {{kind: {kind}, {settings}}}
-data: {{path: {data}, max_length: 128, batch_tokens: 512}}
+data: {{path: {data}, max_length: 128, global_batch_tokens: 512}}
 loss: {{steps: 2}}
 train: {{output: {out}, steps: 4, precision: float32}}
 eval: {{prompts: {prompts}, count: 2, max_new_tokens: 8, every: 2}}
@@ -68,17 +68,20 @@ def test_main_job(kind, target, prompts, recipe, tmp_path):
     run("train", recipe(kind, "num_heads: 2" if kind == "medusa" else ""))
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_size > 0
     run("fuse", target, tmp_path / "run" / "best", tmp_path / "fused")
-    figures_file = tmp_path / "figures.json"
+    metrics_file = tmp_path / "metrics.json"
     run(
         "eval", tmp_path / "fused", "--prompts", prompts, "--limit", 3,
-        "--max-new-tokens", 12, "--out", figures_file, "--record",
+        "--max-new-tokens", 12, "--out", metrics_file, "--record",
     )  # fmt: skip
-    figures = json.loads(figures_file.read_text())["results"]
-    assert figures[kind]["identical"] == figures[kind]["prompts"] == 3
-    assert figures[kind]["acceptance_length"] >= 1
-    (kept,) = read_head_file(tmp_path / "fused").meta.measured
-    assert kept.acceptance_length == figures[kind]["acceptance_length"]
-    assert f"| {kept.prompts} | {kept.tokens} | 3/3 |" in (tmp_path / "fused/README.md").read_text()
+    metrics = json.loads(metrics_file.read_text())["results"][kind]
+    assert metrics["identical"] == metrics["compared"] == 3
+    assert metrics["acceptance_length"] >= 1
+    (stored,) = read_head_file(tmp_path / "fused").meta.measured
+    assert stored.acceptance_length == metrics["acceptance_length"]
+    assert (
+        f"| {stored.prompts} | {stored.tokens} | 3/3 |"
+        in (tmp_path / "fused/README.md").read_text()
+    )
     settings = ("--max-new-tokens", 12)
     fast = run("generate", tmp_path / "fused", "tell me", *settings).output
     slow = run("generate", tmp_path / "fused", "tell me", "--plain", *settings).output
@@ -140,7 +143,7 @@ def test_chat_keeps_the_conversation(target, prompts, recipe, tmp_path, monkeypa
     monkeypatch.setattr(
         generate,
         "stream",
-        lambda model, ids, **how: seen.append(len(ids)) or stream(model, ids, **how),
+        lambda model, ids, *given: seen.append(len(ids)) or stream(model, ids, *given),
     )
     run("generate", tmp_path / "fused", "--chat", "--max-new-tokens", 5)
     assert len(seen) == 2 and seen[1] > seen[0] + 5
@@ -230,7 +233,7 @@ def test_head_of_another_target(recipe, tmp_path):
 
 
 def test_generate_without_a_prompt_or_checkpoint(target):
-    assert "nothing to answer" in refused("generate")
+    assert "There is no prompt" in refused("generate")
     assert "fuse" in refused("generate", target, "hello")
     assert "no prompt follows" in refused("generate", target)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C to real commands: status 130, no traceback, and the same command goes on."""
+"""Ctrl-C to real commands: status 130, no traceback, and the same command resumes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def interrupt(child: subprocess.Popen[str], ready: Callable[[], bool]) -> str:
-    """Ctrl-C as soon as the command is ready; what it said."""
+    """Send Ctrl-C as soon as the command is ready; its stderr."""
     deadline = time.monotonic() + 60
     while not ready():
         assert child.poll() is None and time.monotonic() < deadline, child.communicate()
@@ -71,8 +71,8 @@ def test_answers_are_kept(target, tmp_path):
     out = tmp_path / "answers.jsonl"
     settings = ("--out", out, "--max-new-tokens", 100, "--batch-size", 1)
     command = ("data", prompts, "--target", target, *settings)
-    told = interrupt(start(*command), lambda: bool(lines(out)))
-    assert "the same command goes on" in told
+    message = interrupt(start(*command), lambda: bool(lines(out)))
+    assert "the same command resumes" in message
     kept = lines(out)
     assert 1 <= len(kept) < 24
     finish(*command)
@@ -84,8 +84,8 @@ def test_training_is_saved(target, tmp_path):
     recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
     data = write_rows(tmp_path / "data.jsonl", mixed_rows(16))
     write_recipe(recipe, target, data, run, 200)
-    told = interrupt(start("train", recipe), lambda: len(lines(run / "metrics.jsonl")) > 1)
-    assert "train.resume=true" in told
+    message = interrupt(start("train", recipe), lambda: len(lines(run / "metrics.jsonl")) > 1)
+    assert "train.resume=true" in message
     saved = json.loads((run / "state" / "state.json").read_text())["step"]
     assert 1 <= saved < 200
     finish("train", recipe, "train.resume=true")
@@ -100,5 +100,5 @@ def test_an_answer_can_be_stopped(target, tmp_path):
     child = start("generate", tmp_path / "fused", "hello", "--max-new-tokens", 4000)
     assert child.stdout is not None
     stdout = child.stdout
-    told = interrupt(child, lambda: "tokens per step" in stdout.readline())
-    assert "Nothing was changed" in told
+    message = interrupt(child, lambda: "tokens per step" in stdout.readline())
+    assert "Nothing was changed" in message

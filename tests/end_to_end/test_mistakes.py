@@ -1,4 +1,4 @@
-"""What the commands say to odd prompts, names, places and systems: a message, never a traceback."""
+"""Errors of users and of the system end in a message, never in a traceback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headstart.model.checkpoint.head import save_head
 from headstart.model.checkpoint.metadata import HeadMeta
 from headstart.model.heads.common.base import make_head
 from headstart.model.target.load import load_target
-from headstart.scripts import console as ui
+from headstart.scripts import console
 from headstart.scripts.cli import app
 from headstart.scripts.options.prompts import read_prompts
 
@@ -54,7 +54,7 @@ def prompt_file(path: Path, *values: object) -> Path:
 
 def test_messages_without_a_user_are_named(tmp_path):
     path = prompt_file(tmp_path / "p.jsonl", {"messages": [{"role": "system", "content": "x"}]})
-    with pytest.raises(ValueError, match=r"p\.jsonl:1 has no message of a user"):
+    with pytest.raises(ValueError, match=r"p\.jsonl:1 has no user message"):
         read_prompts([str(path)])
 
 
@@ -65,21 +65,21 @@ def test_the_advice_on_broken_lines_fits_the_command(line, target, fused, tmp_pa
     message = refused("data", path, "--target", target, "--out", tmp_path / "o.jsonl")
     assert "p.jsonl:1" in message and "--skip-broken" in message and "data." not in message
     message = refused("eval", fused, "--prompts", path)
-    assert "p.jsonl:1" in message and "Mend or remove" in message and "skip" not in message
+    assert "p.jsonl:1" in message and "Fix or remove" in message and "skip" not in message
 
 
 def test_eval_names_a_prompt_without_room_before_it_decodes(fused, tmp_path, monkeypatch):
-    from headstart.inference.benchmark import runner as measure
+    from headstart.inference.benchmark import runner
 
-    monkeypatch.setattr(measure, "measure", lambda *_, **__: pytest.fail("it decoded"))
+    monkeypatch.setattr(runner, "run_benchmark", lambda *_, **__: pytest.fail("it decoded"))
     values = [{"id": "short", "prompt": "a"}, {"id": "[b]long", "prompt": "a" * 200}]
     message = refused("eval", fused, "--prompts", prompt_file(tmp_path / "p.jsonl", *values))
-    assert "'[b]long'" in message and "reads 128" in message
+    assert "'[b]long'" in message and "is 128" in message
 
 
-def test_eval_makes_the_folder_of_its_figures(fused, tmp_path):
+def test_eval_creates_the_folder_of_its_metrics(fused, tmp_path):
     prompts = prompt_file(tmp_path / "p.jsonl", {"prompt": "a"})
-    out = tmp_path / "new" / "deep" / "figures.json"
+    out = tmp_path / "new" / "deep" / "metrics.json"
     settings = ("--prompts", prompts, "--max-new-tokens", 4)
     result = run("eval", fused, *settings, "--out", out)
     assert result.exit_code == 0, result.output
@@ -95,7 +95,7 @@ def test_explain_prints_lists_as_they_are(tmp_path):
 
 
 def test_names_are_printed_as_they_are(capsys):
-    ui.show("[/x/a.jsonl] [bold]b[/]")
+    console.show("[/x/a.jsonl] [bold]b[/]")
     assert capsys.readouterr().out == "[/x/a.jsonl] [bold]b[/]\n"
 
 
@@ -106,48 +106,48 @@ def test_an_empty_folder_is_not_this_one(fused, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [0, -0.5, 1.5])
-def test_top_p_has_to_leave_a_token(value, tmp_path):
+def test_top_p_out_of_range(value, tmp_path):
     for command in (["generate", "x"], ["data", "x", "--target", "y", "--out", tmp_path / "o"]):
         message = " ".join(refused(*command, "--top-p", value).replace("\u2502", " ").split())
-        assert "leaves no token" in message
+        assert "is out of range" in message
 
 
 @pytest.mark.parametrize(
-    ("trouble", "advice"),
+    ("error", "advice"),
     [
         (OSError(errno.ENOSPC, "No space left"), "disk is full"),
         (OSError(errno.EDQUOT, "Quota exceeded"), "disk is full"),
         (SafetensorError("I/O error: No space left (os error 28)"), "disk is full"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "A part of the path"),
-        (FileExistsError(errno.EEXIST, "File exists", "a"), "remove what is there"),
+        (FileExistsError(errno.EEXIST, "File exists", "a"), "remove the existing one"),
         (PermissionError(errno.EACCES, "Permission denied", "a"), "permissions"),
         (OSError(errno.EIO, "Input/output error"), "Check the path, the disk"),
-        (FileNotFoundError("our own words"), "our own words"),
+        (FileNotFoundError("a message of ours"), "a message of ours"),
     ],
 )
-def test_what_the_system_refuses_is_told(trouble, advice, capsys):
+def test_errors_of_the_system(error, advice, capsys):
     def command() -> None:
-        raise trouble
+        raise error
 
     with pytest.raises(SystemExit) as stop:
-        ui.friendly(command)()
+        console.friendly(command)()
     assert stop.value.code == 2 and advice in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [TypeError("x"), SafetensorError("header too large")])
-def test_mistakes_of_the_program_keep_their_traceback(error):
+def test_bugs_keep_their_traceback(error):
     def command() -> None:
         raise error
 
     with pytest.raises(type(error)):
-        ui.friendly(command)()
+        console.friendly(command)()
 
 
-def test_ctrl_c_says_what_is_true(capsys):
+def test_ctrl_c_reports_what_was_kept(capsys):
     def command() -> None:
         raise KeyboardInterrupt
 
-    for stopped in (ui.UNCHANGED, ui.KEPT):
+    for stopped in (console.UNCHANGED, console.KEPT):
         with pytest.raises(SystemExit) as stop:
-            ui.friendly(command, stopped)()
+            console.friendly(command, stopped)()
         assert stop.value.code == 130 and stopped in capsys.readouterr().err

@@ -33,7 +33,7 @@ from headstart.model.checkpoint.metadata import HeadMeta
 from headstart.model.heads import mtp
 from headstart.model.heads.common.base import make_head
 from headstart.model.target.load import load_target
-from headstart.scripts.commands.train import run_recipe
+from headstart.scripts.options.recipe import run_recipe
 from headstart.training.config.schema import make_recipe
 
 
@@ -47,7 +47,7 @@ def test_a_head_is_trained_on_such_a_target(kind: str, tmp_path: Path) -> None:
         "head": {"kind": kind},
         "data": {
             "path": str(write_rows(tmp_path / "data.jsonl", rows, start=1)),
-            "max_length": 32, "batch_tokens": 64, "holdout": 1,
+            "max_length": 32, "global_batch_tokens": 64, "holdout": 1,
         },
         "loss": {"steps": 4},
         "train": {
@@ -115,7 +115,11 @@ def test_the_commands(tmp_path: Path, wide: None) -> None:
     recipe = {
         "target": {"name": str(tmp_path / "model")},
         "head": {"kind": "mtp"},
-        "data": {"path": str(tmp_path / "answers.jsonl"), "max_length": 64, "batch_tokens": 256},
+        "data": {
+            "path": str(tmp_path / "answers.jsonl"),
+            "max_length": 64,
+            "global_batch_tokens": 256,
+        },
         "loss": {"steps": 2},
         "train": {"output": str(tmp_path / "run"), "steps": 2, "precision": "float32"},
         "eval": {"prompts": str(prompted), "count": 2, "max_new_tokens": 8},

@@ -1,4 +1,4 @@
-"""A real model with the shipped head: exact, and worth its while."""
+"""A real model with the shipped head: exact, with a useful acceptance length."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarking import benchmark
 
-from headstart.inference.benchmark.runner import PLAIN, measure
+from headstart.inference.benchmark.metrics import AUTOREGRESSIVE
 from headstart.inference.config import SpeculativeConfig
 from headstart.inference.rollout import prompt_ids
 from headstart.model.checkpoint.head import load_head
@@ -41,7 +42,7 @@ def target(smollm2: Path) -> Target:
 
 # Two threads wait for each other while another test has one of the cores.
 @pytest.mark.parametrize(("threads", "count"), [(1, 5), (2, 1)])
-def test_real_prompts_are_answered_identically(target, on_cores, threads, count):
+def test_responses_to_real_prompts_are_identical(target, on_cores, threads, count):
     on_cores(threads)
     head = load_head(shipped_head(), target)
     prompts, _ = read_prompts([str(shipped_prompts("heldout"))])
@@ -49,14 +50,14 @@ def test_real_prompts_are_answered_identically(target, on_cores, threads, count)
         prompt_ids(target, [{"role": "user", "content": one.turns[0]}])
         for one in prompts[:: len(prompts) // count][:count]
     ]
-    contestants = {name: SpeculativeConfig(head, shape) for name, shape in SHAPES.items()}
-    results = measure(target, contestants, ids, max_new_tokens=TOKENS)
+    configs = {name: SpeculativeConfig(head, shape) for name, shape in SHAPES.items()}
+    results = benchmark(target, configs, ids, max_new_tokens=TOKENS)
     for name in SHAPES:
         assert results[name].prompts == count
         assert results[name].identical == count, (name, results[name].differences)
-        # A head that guesses nothing would be exact too.
+        # A head without accepted draft tokens would be exact too.
         assert results[name].stats.acceptance_length > 1.3
-    assert results[PLAIN].stats.acceptance_length == 1
+    assert results[AUTOREGRESSIVE].stats.acceptance_length == 1
 
 
 def test_shipped_head_is_small():

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from chat_model import save
 from safetensors.torch import load_file
-from strategies_runs import alone, figures, together
+from strategies_runs import alone, metrics, together
 from strategies_worker import STEPS, decoded, recipe_for
 from tiny_run import VOCAB, mixed_rows, tiny_head, tiny_target, write_rows
 
@@ -46,7 +46,7 @@ def check_near(one: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-3, msg=name)
-    for line, expected in zip(figures(one), figures(other), strict=True):
+    for line, expected in zip(metrics(one), metrics(other), strict=True):
         if "loss" in expected:
             assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
@@ -58,13 +58,13 @@ def test_a_gpu_trains_the_head_that_a_cpu_trains(data, tmp_path):
     head = tiny_head(target, draft_vocab=20)
     train(recipe_for(tmp_path / "gpu", data, {}), target=target, head=head, evaluate=decoded)
     check_near(tmp_path / "gpu", tmp_path / "cpu")
-    last = [line for line in figures(tmp_path / "gpu") if line["kind"] == "train"][-1]
+    last = [line for line in metrics(tmp_path / "gpu") if line["kind"] == "train"][-1]
     shares = [value for name, value in last.items() if name.startswith("share_")]
     assert len(shares) == 5 and sum(shares) == pytest.approx(1) and min(shares) >= 0
     assert last["memory_gb"] > 0
 
 
-def test_a_target_that_learns_along(data, tmp_path):
+def test_joint_training_of_the_target(data, tmp_path):
     for device in ("cpu", "cuda"):
         values = recipe_for(tmp_path / device, data, {}).model_dump(exclude_none=True)
         values["joint"] = {"rank": 4, "start": 0}
@@ -91,11 +91,11 @@ def test_quantised_layers_say_on_a_gpu_what_they_say_on_a_cpu(kind, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_engines_over_nccl(data, tmp_path, first, second):
+def test_strategies_over_nccl(data, tmp_path, first, second):
     alone(tmp_path / "alone", data, {})
     for settings in ({"engine": first, "stop": 3}, {"engine": second, "resume": True}):
-        facts = together(tmp_path / "run", data, 2, settings | {"gpus": True})
-        assert all(one["processes"] == 2 for one in facts)
+        ranks = together(tmp_path / "run", data, 2, settings | {"gpus": True})
+        assert all(one["processes"] == 2 for one in ranks)
     check_near(tmp_path / "run", tmp_path / "alone")
     state = json.loads((tmp_path / "run" / "state" / "state.json").read_text())
     assert state["step"] == STEPS

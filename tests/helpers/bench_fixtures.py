@@ -10,7 +10,8 @@ import torch
 from chat_model import save
 
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import load_fused, save_head
+from headstart.model.checkpoint.fused import load_fused
+from headstart.model.checkpoint.head import save_head
 from headstart.model.checkpoint.metadata import HeadMeta
 from headstart.model.heads.common.base import DraftHead, make_head
 from headstart.model.target.load import load_target

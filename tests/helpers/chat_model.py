@@ -33,7 +33,7 @@ def write_recipe(path: Path, target: Path, data: Path, output: Path, steps: int)
     """A short training of an mtp head, as a file."""
     path.write_text(
         f"target: {{name: {target}, dtype: float32}}\nhead: {{kind: mtp}}\n"
-        f"data: {{path: {data}, max_length: 32, batch_tokens: 64}}\nloss: {{steps: 2}}\n"
+        f"data: {{path: {data}, max_length: 32, global_batch_tokens: 64}}\nloss: {{steps: 2}}\n"
         f"train: {{output: {output}, steps: {steps}, precision: float32, log_every: 1}}\n"
         "eval: {prompts: null}\n"
     )

@@ -1,11 +1,10 @@
-"""Shared by tests: joint run."""
+"""Runs that train the target jointly with its head."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-from tiny_run import mixed_rows, tiny_head, tiny_recipe, tiny_target, write_rows
+from tiny_run import tiny_head, tiny_recipe, tiny_target
 
 from headstart.model.target.target import Target
 from headstart.training.config.schema import Recipe, make_recipe
@@ -20,14 +19,9 @@ def recipe_for(folder: Path, data: Path, joint: dict, **sections: dict) -> Recip
         "train", {}
     )
     values = tiny_recipe(folder, data, **train).model_dump(exclude_none=True)
-    values["data"] |= {"holdout": 5, "batch_tokens": 64}
+    values["data"] |= {"holdout": 5, "global_batch_tokens": 64}
     values["loss"] |= sections.get("loss", {})
     return make_recipe(values | {"joint": joint, "eval": {"every": 3}})
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", mixed_rows(40))
 
 
 def run(folder: Path, data: Path, joint: dict, head: str = "mtp", **sections: dict) -> Target:

@@ -1,4 +1,4 @@
-"""A joint training run as one of several processes: started by test_joint.py."""
+"""A joint training run as one of several processes: for test_joint_lora.py."""
 
 from __future__ import annotations
 

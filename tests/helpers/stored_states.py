@@ -1,11 +1,10 @@
-"""Shared by tests: stored states."""
+"""Runs with hidden states from disk."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-from tiny_run import mixed_rows, tiny_head, tiny_recipe, tiny_target, write_rows
+from tiny_run import tiny_head, tiny_recipe
 
 from headstart.model.target.target import Target
 from headstart.training.config.schema import Recipe, make_recipe
@@ -15,20 +14,10 @@ from headstart.training.data.conversations import Conversations, read_conversati
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def target() -> Target:
-    return tiny_target(layers=4)
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    return write_rows(tmp_path / "data.jsonl", mixed_rows(24))
-
-
 def recipe_for(folder: Path, data: Path, features: Path | None = None, **changed) -> Recipe:
     values = tiny_recipe(folder, data, steps=STEPS, accumulate=2, log_every=1, lr=1e-3)
     values = values.model_dump(exclude_none=True)
-    values["data"] |= {"holdout": 5, "batch_tokens": 64} | changed
+    values["data"] |= {"holdout": 5, "global_batch_tokens": 64} | changed
     if features is not None:
         values["data"]["features"] = str(features)
     return make_recipe(values | {"head": {"kind": "eagle3"}, "eval": {"every": 3}})

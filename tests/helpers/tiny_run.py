@@ -86,7 +86,7 @@ def tiny_recipe(folder: Path, data: Path, **train: Any) -> Recipe:
         {
             "target": {"random": {"model_type": "llama"}},
             "head": {"kind": "mtp"},
-            "data": {"path": str(data), "max_length": 32, "batch_tokens": 128},
+            "data": {"path": str(data), "max_length": 32, "global_batch_tokens": 128},
             "loss": {"steps": 2, "chunk_rows": 50},
             "train": {"output": str(folder), "precision": "float32", "lr": 1e-2, **train},
         }

@@ -1,8 +1,8 @@
-"""Decodes fused folders with plain transformers, for tests: no Headstart in this process.
+"""Decodes fused checkpoints with plain transformers, for tests: no Headstart in this process.
 
 Each line of standard input is a list of cases in JSON, with a `folder`, `ids` and `options` of
-generate. The answers are one line too: per case the tokens and passes, plainly and with the
-folder's own code, and what was warned or refused.
+generate. The reply is one line too: for each case the tokens and forward passes, with transformers'
+own loop and with the checkpoint's code, and the warnings or the error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 class NoHeadstart(MetaPathFinder):
     def find_spec(self, name: str, *_: object) -> None:
         if name.split(".")[0] == "headstart":
-            raise ImportError("Headstart is not there in this test.")
+            raise ImportError("Headstart cannot be imported in this test.")
 
 
 sys.meta_path.insert(0, NoHeadstart())
@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 torch.set_num_threads(1)
 
 
-class Heard(logging.Handler):
+class Warnings(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.lines: list[str] = []
@@ -60,26 +60,26 @@ def decoded(model: PreTrainedModel, case: dict[str, Any], **more: object) -> dic
     return {"ids": out.sequences.tolist(), "passes": passes, "near": near}
 
 
-def answered(case: dict[str, Any], heard: Heard) -> dict[str, Any]:
+def result_of(case: dict[str, Any], log: Warnings) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        heard.lines.clear()
+        log.lines.clear()
         model = AutoModelForCausalLM.from_pretrained(case["folder"])
-        opening = [*heard.lines, *(str(one.message) for one in caught)]
+        opening = [*log.lines, *(str(one.message) for one in caught)]
     code = {"custom_generate": case.get("code", case["folder"]), "trust_remote_code": True}
-    answer = {"opening": opening, "plain": decoded(model, case)}
-    answer["own"] = decoded(model, case, **code)
-    if case.get("trusted"):  # opened so, generate itself is the folder's
+    result = {"opening": opening, "plain": decoded(model, case)}
+    result["own"] = decoded(model, case, **code)
+    if case.get("trusted"):  # then `generate` itself is the checkpoint's
         model = AutoModelForCausalLM.from_pretrained(case["folder"], trust_remote_code=True)
-        answer["trusted"] = decoded(model, case)
-    return answer
+        result["trusted"] = decoded(model, case)
+    return result
 
 
 def main() -> None:
-    heard = Heard()
-    logging.getLogger("transformers").addHandler(heard)
+    log = Warnings()
+    logging.getLogger("transformers").addHandler(log)
     for line in sys.stdin:
-        print(json.dumps([answered(case, heard) for case in json.loads(line)]), flush=True)
+        print(json.dumps([result_of(case, log) for case in json.loads(line)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.target import Target
 from headstart.training.config.schema import Recipe, make_recipe
 from headstart.training.reporting.metrics_log import Progress
-from headstart.training.signals import SAME_SECONDS, Interrupted
-from headstart.training.train_state import TrainState
+from headstart.training.run.signals import SAME_SECONDS, Interrupted
+from headstart.training.run.train_state import TrainState
 from headstart.training.trainer import train
 
 
@@ -37,7 +37,7 @@ def recipe_for(tmp_path: Path, **sections) -> Recipe:
     return make_recipe(values)
 
 
-def facts(tmp_path: Path) -> dict:
+def metadata(tmp_path: Path) -> dict:
     return json.loads((tmp_path / "run" / "state" / "state.json").read_text())
 
 
@@ -58,7 +58,7 @@ def test_a_failing_evaluation_loses_no_training(target, tmp_path, every):
             head=tiny_head(target),
             evaluate=broken,
         )
-    assert facts(tmp_path)["step"] == first and (tmp_path / "run" / "last").is_dir()
+    assert metadata(tmp_path)["step"] == first and (tmp_path / "run" / "last").is_dir()
     seen: list[Progress] = []
     result = train(
         recipe_for(tmp_path, train={"resume": True}, eval={"every": every}),
@@ -90,7 +90,7 @@ def test_after_a_loss_that_is_no_number_the_advice_works(target, tmp_path):
     recipe = recipe_for(tmp_path, train=settings, loss={"chunk_rows": 20})
     train(recipe, target=target, head=tiny_head(target), log=seen.append)
     assert trained_steps(seen) == [4, 5, 6]
-    assert facts(tmp_path)["recipe"]["train"]["precision"] == "float32"
+    assert metadata(tmp_path)["recipe"]["train"]["precision"] == "float32"
 
 
 def test_out_of_memory_says_what_is_saved(target, tmp_path):
@@ -116,7 +116,7 @@ def test_what_another_run_left_is_not_replaced(target, tmp_path, name):
     kept = kept if name == "metrics.jsonl" else kept / "model.safetensors"
     kept.parent.mkdir(parents=True)
     kept.write_text("precious")
-    with pytest.raises(ValueError, match=rf"holds {name}.*no run to go on from.*train\.output"):
+    with pytest.raises(ValueError, match=rf"holds {name}.*no run to resume.*train\.output"):
         train(recipe_for(tmp_path, train={}), target=target, head=tiny_head(target))
     assert kept.read_text() == "precious"
 
@@ -184,7 +184,7 @@ def test_a_score_of_other_evaluations_is_forgotten(target, tmp_path):
     sections = {"data": {"holdout": 4}, "eval": {"every": 2}}
     stopped(tmp_path, target, 3, train={}, **sections)
     path = tmp_path / "run" / "state" / "state.json"
-    path.write_text(json.dumps(facts(tmp_path) | {"score": 99.0}))
+    path.write_text(json.dumps(metadata(tmp_path) | {"score": 99.0}))
     seen: list[Progress] = []
     again = sections | {"eval": {"every": 2, "count": 5}}
     result = train(
@@ -205,11 +205,11 @@ def test_a_score_that_is_no_number_never_stays_best():
 def test_precision_fits_the_machine_and_stays(target, tmp_path, monkeypatch):
     monkeypatch.setattr("headstart.training.optim.precision.native_bfloat16", lambda: False)
     stopped(tmp_path, target, 2, train={"precision": "auto"})
-    assert facts(tmp_path)["recipe"]["train"]["precision"] == "float32"
+    assert metadata(tmp_path)["recipe"]["train"]["precision"] == "float32"
     monkeypatch.setattr("headstart.training.optim.precision.native_bfloat16", lambda: True)
     recipe = recipe_for(tmp_path, train={"precision": "auto", "resume": True})
     train(recipe, target=target, head=tiny_head(target))
-    assert facts(tmp_path)["recipe"]["train"]["precision"] == "float32"
+    assert metadata(tmp_path)["recipe"]["train"]["precision"] == "float32"
     new = recipe.model_copy(
         update={
             "train": recipe.train.model_copy(
@@ -222,14 +222,16 @@ def test_precision_fits_the_machine_and_stays(target, tmp_path, monkeypatch):
     assert saved["recipe"]["train"]["precision"] == "bfloat16"
 
 
-def test_a_run_of_other_settings_goes_on(target, tmp_path):
-    """One from before a setting existed, or from when there were more that were off."""
+def test_a_run_of_former_settings_resumes(target, tmp_path):
+    """One from before a setting existed or was renamed, or with settings that were removed."""
     recipe = recipe_for(tmp_path, train={"steps": 2})
     train(recipe, target=target, head=tiny_head(target))
     path = tmp_path / "run" / "state" / "state.json"
     saved = json.loads(path.read_text())
     del saved["recipe"]["joint"], saved["recipe"]["train"]["keep"]
-    saved["recipe"]["data"]["pack"] = saved["recipe"]["train"]["compile"] = False
+    data = saved["recipe"]["data"]
+    data["pack"] = saved["recipe"]["train"]["compile"] = False
+    data["batch_tokens"] = data.pop("global_batch_tokens")  # its former name
     path.write_text(json.dumps(saved))
     again = recipe_for(tmp_path, train={"steps": 2, "resume": True})
     train(again, target=target, head=tiny_head(target))

@@ -41,7 +41,7 @@ from headstart.model.tree.shape import TreeShape
 from headstart.training.config.schema import Recipe, TrainConfig, make_recipe
 from headstart.training.optim.optimizers import learning_rate, make_optimizers
 from headstart.training.reporting.metrics_log import Progress
-from headstart.training.signals import Interrupted
+from headstart.training.run.signals import Interrupted
 from headstart.training.trainer import Result, train
 
 
@@ -152,13 +152,13 @@ def test_accumulation_changes_nothing(target, tmp_path, kind):
     found = []
     for name, per_batch, accumulate in (("one", 8, 1), ("four", 2, 4)):
         recipe = tiny_recipe(tmp_path / name, path, accumulate=accumulate, log_every=1)
-        data = {"max_length": 16, "batch_tokens": 16 * per_batch}
+        data = {"max_length": 16, "global_batch_tokens": 16 * per_batch}
         recipe = changed(recipe, data=data, loss={"kind": kind})
         found.append((trained(recipe, target), lines(recipe)))
     (one, [one_line]), (four, [four_line]) = found
     for name, value in one.items():
         torch.testing.assert_close(four[name], value, rtol=0, atol=2e-4)  # of a step of 1e-2
-    for name in ("loss", "gradient_norm", "alpha_1"):
+    for name in ("loss", "grad_norm", "acceptance_rate_1"):
         assert four_line[name] == pytest.approx(one_line[name], rel=1e-4)
 
 
@@ -219,7 +219,7 @@ def test_a_loss_that_is_no_number_stops_with_the_batch(target, data, tmp_path):
 def test_out_of_memory_names_the_setting(target, data, tmp_path, monkeypatch):
     head = tiny_head(target)
     monkeypatch.setattr(head, "unroll", lambda *_: torch.empty(1 << 60))
-    with pytest.raises(MemoryError, match=r"data.batch_tokens \(now 128"):
+    with pytest.raises(MemoryError, match=r"data.global_batch_tokens \(now 128"):
         train(tiny_recipe(tmp_path / "run", data), target=target, head=head)
 
 

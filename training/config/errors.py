@@ -1,4 +1,4 @@
-"""What is wrong in a recipe, by the full name of each key and with the nearest one that exists."""
+"""Errors in a recipe, by the full name of each key; settings that were removed or renamed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-TAG = "kind"  # tells the sections of a union apart
+TAG = "kind"  # discriminates the sections of a union
 
-# Settings that there were once: by which value they were off, and why they went.
+# Former settings: the value that turned them off, and why they were removed.
 REMOVED: dict[str, tuple[Any, str]] = {
     "data.pack": (
         False,
@@ -21,10 +21,14 @@ REMOVED: dict[str, tuple[Any, str]] = {
 }
 
 
-def readable(error: ValidationError, model: type[BaseModel], source: str) -> str:
-    """Put pydantic's errors in a model into one line per key. source: where the values come from.
+# Former names of settings.
+RENAMED = {"data.batch_tokens": "data.global_batch_tokens"}
 
-    Unknown keys are told alone, since a wrong or missing value may be one of them.
+
+def readable(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    """Format pydantic's errors as one line per key. source: where the values come from.
+
+    Unknown keys are reported alone, since a wrong or missing value may be one of them.
     """
     unknown: list[str] = []
     wrong: dict[str, list[str]] = {}
@@ -43,10 +47,9 @@ def readable(error: ValidationError, model: type[BaseModel], source: str) -> str
     return "\n  ".join([f"Wrong values in {source}:", *lines])
 
 
-def without_removed(saved: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A recipe that was saved when there were more settings, without those that were off.
-
-    ValueError names one that was on.
+def current_settings(saved: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Translate a recipe that an older version saved: renamed settings, and removed ones that were
+    off. ValueError names a removed one that was on.
     """
     values = {
         name: dict(section) if isinstance(section, Mapping) else section
@@ -58,14 +61,18 @@ def without_removed(saved: Mapping[str, Any], source: str) -> dict[str, Any]:
         if value != off:
             raise ValueError(
                 f"{source} was made with {key}={value}, a setting that was removed: {why}. Start "
-                "anew in another train.output, or go on with the version of Headstart that began "
-                "it."
+                "again in another train.output, or resume with the version of Headstart that "
+                "began it."
             )
+    for former, key in RENAMED.items():
+        section, name = former.split(".")
+        if name in (values.get(section) or {}):
+            values[section][key.split(".")[1]] = values[section].pop(name)
     return values
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:
-    """The sections in an annotation such as `Section`, `Section | None` or `One | Other`."""
+    """Return the sections in an annotation: `Section`, `Section | None` or `One | Other`."""
     options = (annotation, *get_args(annotation))
     return [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
@@ -73,9 +80,9 @@ def sections_of(annotation: Any) -> list[type[BaseModel]]:
 def _find(
     model: type[BaseModel], loc: Iterable[int | str]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Follow pydantic's path to a value: its names, those beside the last, and the tags below it.
+    """Follow pydantic's path to a value: its names, the siblings of the last, the tags below it.
 
-    Pydantic's path also names the alternative of a union it took, which no recipe holds.
+    Pydantic's path also names the chosen alternative of a union, which no recipe holds.
     """
     names: list[str] = []
     known: list[str] = []
@@ -95,6 +102,8 @@ def _find(
 def _unknown(key: str, known: list[str]) -> str:
     if key in REMOVED:
         return f"{key} (removed: {REMOVED[key][1]}; leave it out)"
+    if key in RENAMED:
+        return f"{key} (renamed: write {RENAMED[key]})"
     return _nearest(key, known)
 
 
@@ -128,7 +137,7 @@ def check_random_sizes(sizes: Mapping[str, Any]) -> None:
 
 
 def merged(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings over defaults, section by section."""
+    """Merge settings over defaults, section by section."""
     whole = dict(defaults)
     for key, value in settings.items():
         under = whole.get(key)
@@ -138,7 +147,7 @@ def merged(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    """A name that does not exist, with the nearest one that does."""
+    """Return a name that does not exist with the nearest one that does."""
     *path, key = name.split(".")
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if close:

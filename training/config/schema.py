@@ -1,4 +1,4 @@
-"""A recipe: everything that decides a training run, in one YAML file.
+"""A recipe: all settings of a training run, in one YAML file.
 
 Unknown keys are refused by their full name, and single values can be set as `section.key=value`.
 """
@@ -18,7 +18,7 @@ from headstart.model.target.weight_only import Kind as WeightOnly
 from .errors import check_random_sizes, readable
 from .head_settings import AnyHead, Section
 
-Objective = Literal["kl", "tv", "lk", "e2e_tv"]  # training/losses.py says how each is computed
+Objective = Literal["kl", "tv", "lk", "e2e_tv"]  # defined in training/objective/losses.py
 
 
 class TargetConfig(Section):
@@ -73,11 +73,11 @@ class DataConfig(Section):
     max_length: int = Field(
         default=2048, ge=3, description="Maximum tokens of a conversation; longer ones are cut."
     )
-    batch_tokens: int = Field(
+    global_batch_tokens: int = Field(
         default=4096,
         ge=3,
-        description="Tokens of a batch, padding included (rows times the longest row), over all "
-        "processes. Decides the memory of a step.",
+        description="Maximum tokens of a batch over all processes together, padding included "
+        "(sequences times the longest one). Decides the memory of a step.",
     )
     holdout: int = Field(
         default=0,
@@ -95,10 +95,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _row_fits(self) -> Self:
-        if self.batch_tokens < self.max_length:
+        if self.global_batch_tokens < self.max_length:
             raise ValueError(
-                f"batch_tokens ({self.batch_tokens}) is less than max_length ({self.max_length}): "
-                "a long conversation would fit no batch; raise one or lower the other"
+                f"global_batch_tokens ({self.global_batch_tokens}) is less than max_length "
+                f"({self.max_length}): a long conversation would fit no batch; raise one or lower "
+                "the other"
             )
         return self
 
@@ -120,7 +121,7 @@ class LossConfig(Section):
         default="lk",
         description="Objective. kl: divergence from the target's distribution; tv: its total "
         "variation distance, 1 - acceptance rate; lk: from kl to tv as acceptance grows; e2e_tv: "
-        "accepted length of the whole chain of draft tokens.",
+        "acceptance length of the whole chain of draft tokens.",
     )
     steps: int = Field(
         default=3, ge=1, description="Draft tokens to train for: steps the head is unrolled."
@@ -298,7 +299,7 @@ class EvalConfig(Section):
         return self
 
 
-# Settings that name files, or say how a run is watched and saved.
+# Settings that name files, or decide how a run is reported and saved.
 UNDECISIVE = {
     "data": {"path", "features", "split", "skip_broken"},
     "loss": {"chunk_rows", "recompute"},
@@ -329,7 +330,7 @@ class Recipe(Section):
     )
 
     @model_validator(mode="after")
-    def _in_parts_or_quantised(self) -> Self:
+    def _sharded_or_quantized(self) -> Self:
         if self.target.quantize is not None and self.parallel.target != "replicated":
             raise ValueError(
                 f"target.quantize={self.target.quantize} and parallel.target="
@@ -338,7 +339,7 @@ class Recipe(Section):
         return self
 
     def decisive(self) -> dict[str, dict[str, Any]]:
-        """What decides what a head learns from given data, without names of files: for its card."""
+        """Return the settings that decide what a head learns from given data, for its card."""
         sections = {"data", "loss", "train", "joint"}
         found: dict[str, dict[str, Any]] = self.model_dump(
             mode="json", include=sections, exclude=UNDECISIVE, exclude_none=True
@@ -347,7 +348,7 @@ class Recipe(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a word; here it is a number."""
+    """YAML 1.1 parses 1e-3 as a string; here it is a number."""
 
 
 _Loader.add_implicit_resolver(
@@ -358,7 +359,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe. overrides: `section.key=value`, values in YAML.
+    """Load a YAML recipe. overrides: `section.key=value`, values in YAML.
 
     ValueError names the file and every wrong key by its full name.
     """
@@ -379,7 +380,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def make_recipe(values: Mapping[str, Any], source: str = "the recipe") -> Recipe:
-    """A recipe from nested values. ValueError names every wrong key by its full name."""
+    """Make a recipe from nested values. ValueError names every wrong key by its full name."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

@@ -1,7 +1,7 @@
-"""Where conversations come from: JSONL files, folders, data sets on the Hub.
+"""Read conversations from JSONL files, folders and data sets on the Hub.
 
-A line holds `tokens` and `spans` (what to predict, [start, end) pairs), or only `messages`, which
-the target's own chat template renders. Everything is read and checked before training starts.
+A line holds `tokens` and `spans` ([start, end) pairs of labels), or only `messages`, which the
+target's chat template renders. Everything is read and checked before training starts.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ from transformers import PreTrainedTokenizerBase
 from headstart.model.target.target import Target
 from headstart.training.config.schema import DataConfig
 
-from .batching import MIN_TOKENS, Batch, Corpus, padded_length
+from .batching import MIN_TOKENS, Corpus, padded_length
 from .chat_template import Rendered, render
 
-Line = tuple[str, Mapping[str, Any]]  # where it stands, for messages, and what it holds
+Line = tuple[str, Mapping[str, Any]]  # its place (file and line number), its content
 # 4 bytes per token: there may be billions. array is no generic type at run time.
 Row: TypeAlias = "tuple[array[int], list[tuple[int, int]]]"
-TURN = re.compile(r"./[0-9]+$")  # how the id of one turn of a conversation ends
+TURN = re.compile(r"./[0-9]+$")  # end of the id of one turn of a conversation
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """train and held-out conversations; dropped: how many had nothing to predict."""
+    """Conversations to train on and held-out ones.
+
+    dropped: number of conversations without a label. broken: messages about lines left out.
+    """
 
     train: Corpus
     holdout: Corpus
@@ -41,13 +44,13 @@ class Conversations:
 
 
 class BrokenLine(ValueError):
-    """A line that is no conversation; the message names file and line."""
+    """A line that is not a conversation; the message names file and line."""
 
 
 def read_conversations(config: DataConfig, target: Target, seed: int) -> Conversations:
-    """Read, render, check and split. ValueError says which file and line is wrong, and how."""
+    """Read, render, check and split. ValueError names the file and line that is wrong, and why."""
     rows: list[Row] = []
-    conversations: list[str] = []  # which one each row is of
+    conversations: list[str] = []  # the one each row belongs to
     broken: list[str] = []
     dropped = 0
     for where, value in _lines(config, target, broken):
@@ -58,7 +61,7 @@ def read_conversations(config: DataConfig, target: Target, seed: int) -> Convers
                 raise
             broken.append(str(error))
             continue
-        dropped += not found  # without an answer in it
+        dropped += not found  # without a response in it
         for row in found:
             cut = _cut(row, config.max_length)
             teaches = any(end > MIN_TOKENS - 1 for _, end in cut.spans)
@@ -80,9 +83,9 @@ def read_conversations(config: DataConfig, target: Target, seed: int) -> Convers
 
 def _nothing_to_train_on(config: DataConfig, dropped: int, broken: list[str]) -> ValueError:
     message = (
-        f"Nothing to train on in {', '.join(config.paths) or 'the made-up rows'}: {dropped} "
-        "conversations were read and none has a token to predict within its first "
-        f"{config.max_length} tokens. Check `spans` (they mark the answers), the roles in "
+        f"Nothing to train on in {', '.join(config.paths) or 'the random rows'}: {dropped} "
+        "conversations were read and none has a label within its first "
+        f"{config.max_length} tokens. Check `spans` (they mark the responses), the roles in "
         "`messages`, and data.max_length."
     )
     if broken:
@@ -91,14 +94,14 @@ def _nothing_to_train_on(config: DataConfig, dropped: int, broken: list[str]) ->
 
 
 def _conversation(value: Mapping[str, Any], where: str) -> str:
-    """Turns of one conversation are records of their own, `NAME/0`, `NAME/1`, ..."""
+    """Return the conversation of a line: turns of one are lines `NAME/0`, `NAME/1`, ..."""
     name = str(value.get("id", ""))
     return name.rpartition("/")[0] if TURN.search(name) and value.get("spans") else where
 
 
 def _held_out(conversations: list[str], count: int, seed: int) -> set[str]:
-    """Whole conversations, until `count` rows are held out: their turns repeat one another."""
-    sizes = Counter(conversations)  # in the order in which they come
+    """Choose whole conversations until `count` rows are held out: turns repeat one another."""
+    sizes = Counter(conversations)  # in order of appearance
     names = list(sizes)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     held: set[str] = set()
@@ -126,9 +129,9 @@ def _lines(config: DataConfig, target: Target, broken: list[str]) -> Iterator[Li
 
 
 def read_lines(path: str, *, split: str, skip_broken: bool, broken: list[str]) -> Iterator[Line]:
-    """The objects of a JSONL file, or the rows of a local data set or one on the Hub.
+    """Yield the objects of a JSONL file, or the rows of a local data set or one on the Hub.
 
-    A line that is no JSON raises ValueError, or goes to `broken` when they are to be skipped.
+    A line that is not JSON raises ValueError; with skip_broken it is appended to `broken`.
     """
     if path.endswith((".jsonl", ".json")):
         yield from _json_lines(Path(path), skip_broken, broken)
@@ -137,7 +140,7 @@ def read_lines(path: str, *, split: str, skip_broken: bool, broken: list[str]) -
 
 
 def _json_lines(path: Path, skip_broken: bool, broken: list[str]) -> Iterator[Line]:
-    """Our own reader, so that a broken line can be named."""
+    """Read JSONL line by line, so that a broken line can be named."""
     try:
         file = path.open("rb")
     except OSError as error:
@@ -166,7 +169,7 @@ def _json_lines(path: Path, skip_broken: bool, broken: list[str]) -> Iterator[Li
 
 
 def _dataset(path: str, split: str) -> Iterator[Line]:
-    """A folder or a data set on the Hub, through `datasets`."""
+    """Read a folder or a data set on the Hub, through `datasets`."""
     from datasets import load_dataset  # slow to import, and only needed here
 
     try:
@@ -181,13 +184,13 @@ def _dataset(path: str, split: str) -> Iterator[Line]:
 
 
 def _random_rows(count: int, max_length: int, vocab_size: int) -> Iterator[Line]:
-    """Made-up sequences for a made-up target: runs that step through the vocabulary."""
+    """Yield random sequences for a random target: runs that step through the vocabulary."""
     generator = torch.Generator().manual_seed(0)
     length = min(max_length, 64)
     for number in range(count):
         start, step = torch.randint(1, vocab_size, (2,), generator=generator).tolist()
         tokens = [(start + step * place) % vocab_size for place in range(length)]
-        yield f"made-up row {number}", {"tokens": tokens, "spans": [[length // 4, length]]}
+        yield f"random row {number}", {"tokens": tokens, "spans": [[length // 4, length]]}
 
 
 def _rendered(value: Any, where: str, target: Target) -> list[Rendered]:
@@ -250,17 +253,20 @@ def _cut(row: Rendered, length: int) -> Rendered:
     return Rendered(row.tokens[:length], spans)
 
 
-def in_batches(
+def grouped_by_length(
     corpus: Corpus, batch_tokens: int, among: Sequence[int] | None = None
-) -> Iterator[Batch]:
-    """All conversations of a corpus, or those named, longest first, under the token budget."""
+) -> Iterator[list[int]]:
+    """Yield the conversations of one batch after the other, longest first, under a token budget.
+
+    among: conversations to group (default: all of the corpus).
+    """
     places = torch.arange(len(corpus)) if among is None else torch.tensor(among)
     rows: list[int] = []
     for row in places[corpus.lengths[places].sort(descending=True, stable=True).indices].tolist():
         first = int(corpus.lengths[rows[0]]) if rows else 0
         if rows and (len(rows) + 1) * padded_length(first, corpus.longest) > batch_tokens:
-            yield corpus.batch(rows)
+            yield rows
             rows = []
         rows.append(row)
     if rows:
-        yield corpus.batch(rows)
+        yield rows

@@ -1,13 +1,13 @@
-"""What a frozen target sees, stored on disk: for repeated passes where reading again costs more.
+"""Hidden states of a frozen target on disk, for several epochs without repeating its forward pass.
 
-    features.json                  what it holds and of what; each finished shard with its sha256
+    features.json                  metadata, and every finished shard with its sha256
     shard-00000.safetensors ...    one tensor per conversation, (taps + 1) x T x D: the outputs of
                                    the tapped layers, then the LM head's input
 
-Only the layers that a head taps are stored. As float8 (e4m3) every vector has a scale of its own,
-and the error is noted. A shard counts once it is in the index, so writing goes on where it stopped.
+Only the layers that a head taps are stored. As float8 (e4m3) every vector has its own scale, and
+the error is recorded. A shard counts once it is in the index, so writing resumes where it stopped.
 
-Legend: T positions, L stored layers (with the LM head's input), D hidden size, B batch rows.
+Legend: T positions, L stored layers (with the LM head's input), D hidden size, B sequences.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -31,10 +31,9 @@ from headstart.model.target.output import TargetOutput
 from headstart.model.target.target import Target
 from headstart.model.target.weights_hash import target_hash
 from headstart.training.config.schema import Recipe
-from headstart.training.preflight import fingerprint
 
 from .batching import Batch, Corpus
-from .conversations import Conversations, in_batches
+from .conversations import Conversations, grouped_by_length
 
 INDEX = "features.json"
 Kind = Literal["float32", "bfloat16", "float16", "float8"]
@@ -42,29 +41,34 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 SCALE_BYTES = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT8 = torch.float8_e4m3fn
-SPARE = 1.02  # of the disk space, for names and offsets
+SPARE = 1.02  # factor on the disk space, for names and offsets
 
-Progress = Callable[[int, int], None]  # conversations stored, of how many
+Progress = Callable[[int, int], None]  # conversations stored, and their total number
 
 
 class Shard(BaseModel):
-    """rows: the conversations [first, last) that it holds."""
+    """A file of hidden states. rows: its conversations, [first, last). squares: sums of the squared
+    errors that storing made, and of the squared values."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: str
     rows: tuple[int, int]
     sha256: str
-    squares: tuple[float, float]  # of the error that storing made, and of the values
+    squares: tuple[float, float]
 
 
 class Index(BaseModel):
-    """What a folder of features holds. rows: conversations to be stored, held-out ones last."""
+    """Metadata of a folder of hidden states.
+
+    weight_only: format of the target's weights, if quantized. rows: number of conversations to
+    store, held-out ones last.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     target_hash: str
-    weight_only: str | None = None  # what the target's layers were held in
+    weight_only: str | None = None
     data_hash: str
     layers: tuple[int, ...]
     hidden_size: int
@@ -78,7 +82,7 @@ class Index(BaseModel):
 
     @property
     def error(self) -> float:
-        """Root mean square of the error, relative to that of the values."""
+        """Root mean square error relative to that of the values."""
         wrong = sum(shard.squares[0] for shard in self.shards)
         return float((wrong / max(1e-30, sum(shard.squares[1] for shard in self.shards))) ** 0.5)
 
@@ -86,7 +90,7 @@ class Index(BaseModel):
 def wanted(
     data: Conversations, target: Target, layers: tuple[int, ...], kind: Kind | None
 ) -> Index:
-    """The empty index of a store for this data, target and taps. kind None: the target's type."""
+    """Return the empty index for this data, target and taps. kind None: the target's dtype."""
     return Index(
         target_hash=target_hash(target),
         weight_only=target.weight_only,
@@ -99,7 +103,7 @@ def wanted(
 
 
 def size_bytes(index: Index, data: Conversations) -> int:
-    """What the whole store takes on disk."""
+    """Return the disk space of the whole store."""
     tokens = int(data.train.lengths.sum() + data.holdout.lengths.sum())
     per_vector = index.hidden_size * BYTES[index.kind]
     if index.kind == "float8":
@@ -117,10 +121,10 @@ def write_features(
     shard_bytes: int,
     progress: Progress | None = None,
 ) -> Index:
-    """Read all conversations with the target and store what it saw; the finished index.
+    """Run the target over all conversations, store its hidden states and return the final index.
 
-    Goes on with a folder of the same target, data and taps. ValueError for a folder of others and
-    for a disk without room, before anything is written.
+    Resumes a folder of the same target, data and taps. ValueError for a folder of others and
+    for a full disk, before anything is written.
     """
     known = _read_index(folder) if (folder / INDEX).exists() else None
     if known is not None:
@@ -148,37 +152,29 @@ class Features:
     """A finished store, to read batches from."""
 
     def __init__(self, folder: Path, wanted: Index):
-        """ValueError when it is not finished or was made of other things than those wanted."""
+        """Open a store. ValueError when it is unfinished or holds other things than `wanted`."""
         self.folder, self.index = folder, _read_index(folder)
         _check_same(folder, self.index, wanted.model_copy(update={"kind": self.index.kind}))
         if self.index.done < self.index.rows:
             raise ValueError(
                 f"{folder} holds the features of {self.index.done} of {self.index.rows} "
-                "conversations. Go on with the `headstart features` that began it."
+                "conversations. Resume the `headstart features` that began it."
             )
         self._open: dict[str, safe_open] = {}
 
-    def read(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> TargetOutput:
-        """What the target saw of a batch, as `Target.read` gives it; zeros behind the lengths."""
-        return self.seen(self.load(batch, dtype), device)
+    def read(self, batch: Batch, dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
+        """Return the hidden states of a batch, L x B x T x D in main memory; zeros as padding.
 
-    def load(self, batch: Batch, dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
-        """L x B x T x D in main memory. pinned: where a GPU fetches it on its own."""
+        pinned: in memory that a GPU fetches asynchronously.
+        """
         assert batch.rows_B is not None
         rows, length = batch.rows_B.tolist(), batch.tokens_BT.shape[1]
-        taps = len(self.index.layers) + 1
-        shape = (taps, len(rows), length, self.index.hidden_size)
-        seen_LBTD = torch.zeros(shape, dtype=dtype, pin_memory=pinned)
+        shape = (len(self.index.layers) + 1, len(rows), length, self.index.hidden_size)
+        stored_LBTD = torch.zeros(shape, dtype=dtype, pin_memory=pinned)
         for place, row in enumerate(rows):
             end = int(batch.lengths_B[place])
-            seen_LBTD[:, place, :end] = self._row(row)[:, :end].to(dtype)
-        return seen_LBTD
-
-    def seen(self, seen_LBTD: Tensor, device: torch.device) -> TargetOutput:
-        """From what `load` gave."""
-        seen_LBTD = seen_LBTD.to(device, non_blocking=True)
-        hidden = dict(zip(self.index.layers, seen_LBTD, strict=False))
-        return TargetOutput(None, seen_LBTD[-1], hidden)
+            stored_LBTD[:, place, :end] = self._row(row)[:, :end].to(dtype)
+        return stored_LBTD
 
     def _row(self, row: int) -> Tensor:
         file = self._shard(row)
@@ -201,20 +197,23 @@ class Features:
         return self._open[shard.file]
 
 
+def target_output(stored_LBTD: Tensor, layers: Sequence[int]) -> TargetOutput:
+    """Return stored hidden states as the target's output. layers: of the store's index."""
+    return TargetOutput(None, stored_LBTD[-1], dict(zip(layers, stored_LBTD, strict=False)))
+
+
 def open_features(
     recipe: Recipe, data: Conversations, target: Target, head: DraftHead
 ) -> Features | None:
-    """The store that a recipe names, if it names one. ValueError where it does not fit."""
+    """Open the store that a recipe names, if any. ValueError where it does not fit."""
     if recipe.data.features is None:
         return None
     return Features(Path(recipe.data.features), wanted(data, target, head.taps, None))
 
 
 def data_hash(data: Conversations) -> str:
-    """Of the conversations to train on and of those held out."""
-    return hashlib.sha256(
-        (fingerprint(data.train) + fingerprint(data.holdout)).encode()
-    ).hexdigest()
+    """Return the hash of training and held-out conversations together."""
+    return hashlib.sha256((data.train.sha256() + data.holdout.sha256()).encode()).hexdigest()
 
 
 def _kind(dtype: torch.dtype) -> Kind:
@@ -225,7 +224,7 @@ def _kind(dtype: torch.dtype) -> Kind:
 
 
 def _cuts(lengths: Tensor, first: int, tokens: float) -> Iterator[tuple[int, int]]:
-    """Conversations of one shard after the other, [first, last)."""
+    """Yield the conversations of one shard after the other, [first, last)."""
     held = 0
     start = first
     for row in range(first, len(lengths)):
@@ -241,27 +240,28 @@ def _shard(
     tensors: dict[str, Tensor] = {}
     wrong = whole = 0.0
     for corpus, places in _of_corpora(data, rows):
-        for batch in in_batches(corpus, batch_tokens, places):
-            seen = target.forward(
+        for group in grouped_by_length(corpus, batch_tokens, places):
+            batch = corpus.batch(group)
+            output = target.forward(
                 batch.tokens_BT.to(target.device),
                 lengths_B=batch.lengths_B.to(target.device),
                 taps=index.layers,
                 logits=False,
             )
-            taps = [*(seen.hidden_states[layer] for layer in index.layers), seen.lm_head_input_BTD]
-            values_LBTD = torch.stack(taps).cpu()
+            taps = [output.hidden_states[layer] for layer in index.layers]
+            values_LBTD = torch.stack([*taps, output.lm_head_input_BTD]).cpu()
             assert batch.rows_B is not None
             for place, row in enumerate(batch.rows_B.tolist()):
                 values_LTD = values_LBTD[:, place, : int(batch.lengths_B[place])].contiguous()
-                stored = _stored(str(row), values_LTD, index.kind)
+                stored = _encoded(str(row), values_LTD, index.kind)
                 tensors |= stored
-                again = _again(str(row), stored)
-                wrong += float((again - values_LTD.float()).square().sum(dtype=torch.float64))
+                restored = _restored(str(row), stored)
+                wrong += float((restored - values_LTD.float()).square().sum(dtype=torch.float64))
                 whole += float(values_LTD.float().square().sum(dtype=torch.float64))
     return tensors, (wrong, whole)
 
 
-def _stored(name: str, values_LTD: Tensor, kind: Kind) -> dict[str, Tensor]:
+def _encoded(name: str, values_LTD: Tensor, kind: Kind) -> dict[str, Tensor]:
     if kind != "float8":
         return {name: values_LTD.to(DTYPES[kind])}
     values_LTD = values_LTD.float()
@@ -269,7 +269,7 @@ def _stored(name: str, values_LTD: Tensor, kind: Kind) -> dict[str, Tensor]:
     return {name: (values_LTD / scale_LT[..., None]).to(FLOAT8), f"{name}.scale": scale_LT}
 
 
-def _again(name: str, stored: dict[str, Tensor]) -> Tensor:
+def _restored(name: str, stored: dict[str, Tensor]) -> Tensor:
     values = stored[name].float()
     scale = stored.get(f"{name}.scale")
     return values if scale is None else values * scale[..., None]
@@ -293,7 +293,7 @@ def _check_room(folder: Path, index: Index, data: Conversations) -> None:
         raise ValueError(
             f"The features need {needed / 1e9:.1f} GB in {folder}, but {free / 1e9:.1f} GB are "
             "free there. Nothing was written. Name another --out, store them as float8, or leave "
-            "data.features out: then the target reads in the same process."
+            "data.features out: then the target runs in the same process."
         )
 
 
@@ -303,7 +303,7 @@ def _check_same(folder: Path, found: Index, wanted: Index) -> None:
         "weight_only": "a target with another target.quantize",
         "data_hash": "other data (or another data.max_length, data.holdout or train.seed)",
         "hidden_size": "another hidden size",
-        "kind": "another type of numbers",
+        "kind": "another dtype",
     }
     for name, what in named.items():
         if getattr(found, name) != getattr(wanted, name):
@@ -314,7 +314,7 @@ def _check_same(folder: Path, found: Index, wanted: Index) -> None:
     missing = sorted(set(wanted.layers) - set(found.layers))
     if missing:
         raise ValueError(
-            f"The features in {folder} hold the layers {list(found.layers)}, but the head reads "
+            f"The features in {folder} hold the layers {list(found.layers)}, but the head taps "
             f"{missing} too. Store them again with the recipe of this head."
         )
 

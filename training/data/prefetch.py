@@ -1,113 +1,143 @@
-"""What the coming step learns from, made by a thread while the device works on the present one.
+"""Batches made ready by a thread while the device computes.
 
-Nothing depends on when it is made: the place in the data says what it is, and the thread draws no
-random numbers. On a GPU it lies in pinned memory, which the GPU fetches beside its other work.
+Nothing depends on when a batch is made: its position decides what it holds, and the thread draws no
+random numbers. On a GPU batches are in pinned memory, which the GPU fetches asynchronously.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from headstart.model.target.output import TargetOutput
 from headstart.training.config.schema import Recipe
-from headstart.training.distributed.process_group import WorkerGroup
 
-from .batching import Batch, Batches, Corpus
+from .batching import Batch, Batches
+from .conversations import Conversations, grouped_by_length
 from .hidden_states import Features
 
 Made = TypeVar("Made")
 
 
 class Prefetcher:
-    """The batches of a run, and what is stored of them (features), if anything is.
+    """One rank's batches: those of a run by position, and the held-out ones.
 
-    Batches are made one step ahead, as they are small; stored values one batch ahead. The thread
-    starts with the first call and ends with `close`. What fails in it is raised by the call that
-    asks for it.
+    Where hidden states are stored (`features`), every batch that goes to the device carries them,
+    in training and in evaluation. Batches are made one step ahead, as they are small; stored
+    hidden states are read one batch ahead. The thread starts with the first call and ends with
+    `close`; its errors are raised by the call that asks for the batch.
+
+    dtype: of stored hidden states on the device. whole: attach the global batch too.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        corpus: Corpus,
-        features: Features | None,
-        team: WorkerGroup,
+        data: Conversations,
+        features: Features | None = None,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
         dtype: torch.dtype,
+        whole: bool = False,
     ):
-        """dtype: of stored values on the device."""
-        data, self.accumulate = recipe.data, recipe.train.accumulate
-        self.batches = Batches(corpus.lengths, data.batch_tokens, recipe.train.seed)
-        self.corpus, self.features, self.team = corpus, features, team
-        self.dtype, self.device = dtype, team.device
-        self.pins = self.device.type == "cuda"
-        self._pool = ThreadPoolExecutor(1, "headstart-feed", initializer=self._settle)
-        self._steps = _Ahead(self._step, self._pool)
-        self._stored = _Ahead(self._load, self._pool)
+        self.data, self.features = data, features
+        self.global_batch_tokens = recipe.data.global_batch_tokens
+        self.accumulate = recipe.train.accumulate
+        self.batches = Batches(data.train.lengths, self.global_batch_tokens, recipe.train.seed)
+        self.rank, self.world_size, self.whole = rank, world_size, whole
+        self.device, self.dtype, self.pin = device, dtype, device.type == "cuda"
+        self._pool = ThreadPoolExecutor(1, "headstart-prefetch", initializer=self._start_thread)
+        self._steps = _Ahead(self._make_step, self._pool)
+        self._stored = _Ahead(self._read_stored, self._pool)
 
-    def step(self, position: int, *, final: bool) -> list[tuple[Batch, Batch]]:
-        """The batches from a position on: whole on the CPU, and our rows on the device.
+    def step(self, position: int, *, final: bool) -> list[Batch]:
+        """Return this rank's part of each batch of a step, on the CPU.
 
-        final: no step follows.
+        position: of the first one. final: no step follows, so none is made ahead.
         """
-        then = None if final else position + self.accumulate
-        pairs = self._steps.at(position, then)
-        return [(whole, ours.to(self.device)) for whole, ours in pairs]
+        return self._steps.at(position, None if final else position + self.accumulate)
 
-    def seen(self, position: int, *, final: bool) -> TargetOutput | None:
-        """What is stored of our rows of a batch, on the device. final: no batch follows."""
-        if self.features is None:
-            return None
-        stored_LBTD = self._stored.at(position, None if final else position + 1)
-        return self.features.seen(stored_LBTD, self.device)
+    def on_device(
+        self, batches: Sequence[Batch], position: int, *, final: bool
+    ) -> Iterator[tuple[Batch, bool]]:
+        """Yield the batches of a step on the device, each with whether it is the step's last."""
+        for index, batch in enumerate(batches):
+            last = index + 1 == len(batches)
+            follows = None if final and last else position + index + 1
+            yield self._to_device(batch, self._stored, position + index, follows), last
+
+    def holdout(self) -> Iterator[Batch]:
+        """Yield this rank's part of the held-out batches, on the device."""
+        corpus = self.data.holdout
+        groups = list(grouped_by_length(corpus, self.global_batch_tokens))
+        batches = [corpus.batch(rows, self.rank, self.world_size) for rows in groups]
+        if self.whole:
+            batches = [
+                replace(batch, whole=corpus.batch(rows))
+                for batch, rows in zip(batches, groups, strict=True)
+            ]
+        stored = _Ahead(lambda place: self._read(batches[place]), self._pool)
+        places: list[int | None] = [*range(len(batches)), None]
+        for place, follows in pairwise(places):
+            assert place is not None
+            yield self._to_device(batches[place], stored, place, follows)
 
     def close(self) -> None:
-        """Waits for what is being made."""
+        """End the thread once it has made what it is making."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _step(self, position: int) -> list[tuple[Batch, Batch]]:
-        places = range(position, position + self.accumulate)
-        whole = [self._whole(place) for place in places]
-        parts = [self._part(batch) for batch in whole]
-        if self.pins:
-            parts = [part.pinned() for part in parts]
-        return list(zip(whole, parts, strict=True))
+    def _make_step(self, position: int) -> list[Batch]:
+        positions = range(position, position + self.accumulate)
+        batches = [self._make(place) for place in positions]
+        return [batch.pinned() for batch in batches] if self.pin else batches
 
-    def _load(self, position: int) -> Tensor:
+    def _make(self, position: int) -> Batch:
+        rows, corpus = self.batches.at(position), self.data.train
+        batch = corpus.batch(rows, self.rank, self.world_size)
+        return replace(batch, whole=corpus.batch(rows)) if self.whole else batch
+
+    def _read_stored(self, position: int) -> Tensor:
+        return self._read(self._make(position))
+
+    def _read(self, batch: Batch) -> Tensor:
         assert self.features is not None
-        return self.features.load(self._part(self._whole(position)), self.dtype, pinned=self.pins)
+        return self.features.read(batch, self.dtype, pinned=self.pin)
 
-    def _whole(self, position: int) -> Batch:
-        return self.corpus.batch(self.batches.at(position))
+    def _to_device(
+        self, batch: Batch, stored: _Ahead[Tensor], place: int, follows: int | None
+    ) -> Batch:
+        if self.features is not None:
+            batch = replace(batch, stored_LBTD=stored.at(place, follows))
+        return batch.to(self.device)
 
-    def _part(self, batch: Batch) -> Batch:
-        return batch.part(self.team.index, self.team.count)
-
-    def _settle(self) -> None:
-        """In the new thread, which chooses its GPU anew, to which pinned memory belongs; and whose
-        own pool of threads would take cores from the main one's (a fifth of the speed of two)."""
+    def _start_thread(self) -> None:
+        """Set up the thread: pinned memory belongs to its GPU, which a thread chooses anew, and a
+        pool of its own would take cores from the main thread's (a fifth of the speed of two)."""
         torch.set_num_threads(1)
-        if self.pins:
+        if self.pin:
             torch.cuda.set_device(self.device)
 
 
 class _Ahead(Generic[Made]):
-    """The results of `make(place)`; the next one is made meanwhile."""
+    """The results of `make(place)`, with the next one made in the meantime."""
 
     def __init__(self, make: Callable[[int], Made], pool: ThreadPoolExecutor):
         self.make, self.pool = make, pool
         self._next: tuple[int, Future[Made]] | None = None
 
-    def at(self, place: int, then: int | None) -> Made:
-        """then: the place that is asked for next, if any."""
+    def at(self, place: int, follows: int | None) -> Made:
+        """Return the result for a place. follows: the place asked for next, if any."""
         ready, self._next = self._next, None
         if ready is None or ready[0] != place:
             ready = place, self.pool.submit(self.make, place)
         made = ready[1].result()
-        if then is not None:
-            self._next = then, self.pool.submit(self.make, then)
+        if follows is not None:
+            self._next = follows, self.pool.submit(self.make, follows)
         return made

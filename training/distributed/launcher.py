@@ -1,4 +1,4 @@
-"""Which engine a run has: what the recipe says, else what its launcher was configured for."""
+"""Resolve the parallel strategy: the recipe's, else what the launcher was configured for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from headstart.training.config.schema import ParallelConfig, Recipe
 
-# Variables by which `accelerate launch` passes on what its configuration file says.
+# Variables by which `accelerate launch` passes its configuration on.
 DEEPSPEED, FSDP = LAUNCHED_FOR = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
-OURS = {  # keys of DeepSpeed's file that the recipe decides, and where it does
+OWNED_BY_RECIPE = {  # keys of DeepSpeed's file, and the settings that decide them instead
     "gradient_accumulation_steps": "train.accumulate",
     "gradient_clipping": "train.clip",
     "optimizer": "train.optimizer",
@@ -27,18 +27,18 @@ STAGE, FILE = "ACCELERATE_DEEPSPEED_ZERO_STAGE", "ACCELERATE_DEEPSPEED_CONFIG_FI
 
 
 def world_size() -> int:
-    """Processes that were started together, by what their launcher says."""
+    """Return the number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def with_engine(recipe: Recipe) -> Recipe:
-    """The recipe with `parallel.engine` resolved. ValueError for an engine that cannot do it."""
+def resolve_engine(recipe: Recipe) -> Recipe:
+    """Return the recipe with a concrete `parallel.engine`. ValueError where it cannot be used."""
     if recipe.parallel.engine == "auto":
         recipe = recipe.model_copy(update={"parallel": _launched(recipe.parallel)})
     kind = recipe.parallel.engine
     if kind != "ddp" and world_size() < 2:
         raise ValueError(
-            f"parallel.engine is {kind}, which spreads a head over several processes, but this "
+            f"parallel.engine is {kind}, which shards a head over several processes, but this "
             "one is alone. Start them with `torchrun --nproc-per-node N -m headstart.scripts.cli "
             "train ...`, or set parallel.engine=ddp."
         )
@@ -74,7 +74,7 @@ def _check_zero(recipe: Recipe) -> None:
 
 
 def _launched(config: ParallelConfig) -> ParallelConfig:
-    """What `accelerate launch` was configured for; DDP otherwise."""
+    """Return what `accelerate launch` was configured for; DDP otherwise."""
     if os.environ.get(DEEPSPEED) == "true":
         file = os.environ.get(FILE, "none")
         named = file.lower() != "none"
@@ -108,14 +108,18 @@ def _stage(file: Path) -> int:
 
 
 def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
-    """DeepSpeed's configuration: the file of `parallel.deepspeed`, and what the recipe decides.
+    """Return DeepSpeed's configuration: the file of `parallel.deepspeed` and the recipe's settings.
 
-    ValueError for a file that cannot be read or says something else than the recipe.
+    ValueError for a file that cannot be read or contradicts the recipe.
     """
     stage = int(recipe.parallel.engine.removeprefix("zero"))
     path = recipe.parallel.deepspeed
     given = {} if path is None else _read(Path(path))
-    wrong = [f"{key} (the recipe has {where})" for key, where in OURS.items() if _set(given, key)]
+    wrong = [
+        f"{key} (the recipe has {where})"
+        for key, where in OWNED_BY_RECIPE.items()
+        if _set(given, key)
+    ]
     zero = given.get("zero_optimization", {})
     if zero.get("stage", stage) not in (stage, "auto"):
         wrong.append(f"zero_optimization.stage (the recipe has parallel.engine=zero{stage})")
@@ -123,10 +127,12 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
         raise ValueError(f"{path} decides what the recipe decides: {'; '.join(wrong)}. Drop that.")
     if zero.get("compute_grad_norm") is False:
         raise ValueError(f"{path}: the norm of the gradients is needed. Drop compute_grad_norm.")
-    kept = {key: value for key, value in given.items() if key not in OURS and value != "auto"}
+    kept = {
+        key: value for key, value in given.items() if key not in OWNED_BY_RECIPE and value != "auto"
+    }
     zero = {key: value for key, value in zero.items() if value != "auto"}
     return kept | {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; batches here vary in size
+        "train_micro_batch_size_per_gpu": 1,  # required; batches here vary in size
         "gradient_accumulation_steps": recipe.train.accumulate,
         "gradient_clipping": recipe.train.clip,
         "zero_optimization": zero | {"stage": stage},

@@ -25,16 +25,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headstart.model.checkpoint.head import load_head, read_head_file, rewrite_meta
+from headstart.model.checkpoint.fused import rewrite_meta
+from headstart.model.checkpoint.head import load_head, read_head_file
 from headstart.model.checkpoint.metadata import HeadMeta
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
 from headstart.model.tree.tree import Tree
-from headstart.training.checkpoint import could_not_save
 from headstart.training.config.schema import Recipe
 from headstart.training.data.batching import Batch, Batches, Corpus
 from headstart.training.objective.losses import valid_steps
+from headstart.training.run.checkpoint import could_not_save
 
 RANKS = 8  # children of a node whose acceptance is told apart
 MIN_ROWS = 100  # positions that a depth needs to say anything
@@ -64,7 +65,7 @@ class Calibration:
 
     temperatures: tuple[float, ...]
     rank_acceptance: tuple[tuple[float, ...], ...]
-    calibration_rows: tuple[int, ...]
+    calibration_positions: tuple[int, ...]
     calibration_errors: tuple[tuple[float, float], ...]
     path_errors: tuple[float, float]
 
@@ -75,8 +76,8 @@ class Calibration:
         before, after = self.path_errors
         temperatures = " ".join(f"{value:.2f}" for value in self.temperatures)
         return (
-            f"calibrated on {self.calibration_rows[0]:,} positions: the calibration error of paths "
-            f"goes from {before:.3f} to {after:.3f} (temperatures {temperatures})"
+            f"calibrated on {self.calibration_positions[0]:,} positions: the calibration error of "
+            f"paths goes from {before:.3f} to {after:.3f} (temperatures {temperatures})"
         )
 
 
@@ -140,7 +141,7 @@ def calibrate_best(folder: Path, target: Target, holdout: Corpus, recipe: Recipe
             holdout,
             steps=max(recipe.loss.steps, recipe.eval.depth),
             width=recipe.eval.width,
-            batch_tokens=recipe.data.batch_tokens,
+            batch_tokens=recipe.data.global_batch_tokens,
             seed=recipe.train.seed,
         )
         rewrite_meta(folder, head, found.noted(meta))

@@ -1,17 +1,15 @@
-"""Training the target along with its head: Medusa-2's way (arXiv 2401.10774, section 2.2.2).
+"""Train the target jointly with its head by LoRA adapters, as Medusa-2 (arXiv 2401.10774, 2.2.2).
 
-The head's loss flows through what the target sees into adapters beside its weights. What it says
-is held by the original, which is the same model without adapters: the Kullback-Leibler divergence
-of the changed distribution from the original one, over the rows of the answers, is part of the
-loss.
+The head's loss flows through the target's hidden states into adapters beside its weights. An extra
+loss keeps the target near the original, which is the same model without adapters: the
+Kullback-Leibler divergence of the trained distribution from the original one, over the labels.
 
-Legend: B batch rows, T positions, F flat rows b * T + t, R rows of a chunk, D hidden size.
+Legend: B sequences, T positions, R rows of a chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,60 +25,59 @@ from headstart.model.target.output import TargetOutput
 from headstart.model.target.weights_hash import target_hash
 from headstart.training.config.schema import JointConfig, Recipe
 from headstart.training.data.batching import Batch
-from headstart.training.distributed.process_group import WorkerGroup
 
-from .losses import Loss, answer_rows, chunk_rows
+from .losses import answer_rows, chunk_rows
 from .teacher import Teacher
 
 
-class Joint(Teacher):
-    """A target with adapters, which it has until `close`."""
+class JointLoraTeacher(Teacher):
+    """A target with trained adapters, which `close` removes again."""
 
-    def __init__(self, config: JointConfig, recipe: Recipe, head: DraftHead, team: WorkerGroup):
-        super().__init__(head, team)
-        self.config, self.chunk_rows, self.learns = config, recipe.loss.chunk_rows, True
-        target_hash(self.target)  # worked out and remembered before its weights get other names
+    extra_loss_name = "divergence"
+
+    def __init__(self, config: JointConfig, recipe: Recipe, head: DraftHead):
+        super().__init__(head)
+        self.config, self.chunk_rows, self.trains = config, recipe.loss.chunk_rows, True
+        self.extra_loss_weight = config.keep
+        target_hash(self.target)  # cached here, before peft renames the weights
         with torch.random.fork_rng():
             torch.manual_seed(recipe.train.seed)
             self.model = adapted(self.target.model, config.rank, config.alpha, config.modules)
         named = self.model.named_parameters()
-        self.adapters = {name: one for name, one in named if one.requires_grad}
+        self.parameters = {name: one for name, one in named if one.requires_grad}
         if recipe.loss.recompute:
             for layer in self.target.layers:
                 layer.forward = _recomputed(layer)
 
-    def begin(self, step: int, total: int) -> None:
-        self.learns = step >= self.config.start * total
+    def begin_step(self, step: int, total: int) -> None:
+        self.trains = step >= self.config.start * total
 
-    def read(self, whole: Batch, ours: Batch) -> TargetOutput:
-        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
-            return self._read(ours)
+    def forward(self, batch: Batch) -> TargetOutput:
+        with torch.set_grad_enabled(self.trains and torch.is_grad_enabled()):
+            return self.target.forward_train(batch.tokens_BT, batch.lengths_B, self.head.taps)
 
-    def _read(self, batch: Batch) -> TargetOutput:
-        return self.target.forward_train(batch.tokens_BT, batch.lengths_B, self.head.taps)
-
-    def held(self, loss: Loss, seen: TargetOutput, batch: Batch) -> Loss:
-        with self.model.disable_adapter(), torch.no_grad():
-            original = self._read(batch) if self.learns else seen
+    def extra_loss(self, output: TargetOutput, batch: Batch) -> Tensor:
+        """Return the divergence from the original target, summed over the batch's labels."""
+        with self.model.disable_adapter():
+            original = self._forward(batch) if self.trains else output
         rows_R = answer_rows(batch)
         original_RD = original.lm_head_input_BTD.flatten(0, 1)[rows_R]
-        changed_RD = seen.lm_head_input_BTD.flatten(0, 1)[rows_R]
-        # Also where there are no rows: every process has to have gradients to exchange.
-        total = torch.stack([weight.sum() for weight in self.adapters.values()]).sum() * 0
-        size = self.chunk_rows or chunk_rows(self.head, changed_RD.is_cuda)
-        for chunk_RD, original_chunk_RD in zip(
-            changed_RD.split(size), original_RD.split(size), strict=True
+        trained_RD = output.lm_head_input_BTD.flatten(0, 1)[rows_R]
+        # Also without rows: every rank needs gradients to all-reduce.
+        total = torch.stack([weight.sum() for weight in self.parameters.values()]).sum() * 0
+        size = self.chunk_rows or chunk_rows(self.head, trained_RD.is_cuda)
+        for trained_chunk_RD, original_chunk_RD in zip(
+            trained_RD.split(size), original_RD.split(size), strict=True
         ):
             total = total + checkpoint(
-                self._divergence, chunk_RD, original_chunk_RD, use_reentrant=False
+                self._divergence, trained_chunk_RD, original_chunk_RD, use_reentrant=False
             )
-        divergence_2 = torch.stack([total.detach(), total.new_tensor(len(rows_R))]).double()
-        return Loss(loss.total, replace(loss.sums, divergence_2=divergence_2), total)
+        return total
 
-    def _divergence(self, changed_RD: Tensor, original_RD: Tensor) -> Tensor:
-        """Sum over rows of KL(original || changed), in float32 or wider."""
-        with torch.autocast(changed_RD.device.type, enabled=False):
-            p_RV, q_RV = self._log_probs(original_RD), self._log_probs(changed_RD)
+    def _divergence(self, trained_RD: Tensor, original_RD: Tensor) -> Tensor:
+        """Return the sum over rows of KL(original || trained), in float32 or wider."""
+        with torch.autocast(trained_RD.device.type, enabled=False):
+            p_RV, q_RV = self._log_probs(original_RD), self._log_probs(trained_RD)
             return (p_RV.exp() * (p_RV - q_RV)).sum()
 
     def _log_probs(self, hidden_RD: Tensor) -> Tensor:
@@ -88,16 +85,18 @@ class Joint(Teacher):
         wide = torch.promote_types(torch.float32, logits_RV.dtype)
         return logits_RV.log_softmax(-1, dtype=wide)
 
-    def objective(self, loss: Loss, weight: float, rows: int) -> Tensor:
-        assert loss.divergence is not None
-        return loss.total / weight + self.config.keep * loss.divergence / rows
+    def learning_rate(self, lr: float) -> float:
+        return lr * self.config.lr if self.trains else 0.0
 
-    def rate(self, rate: float) -> float:
-        return rate * self.config.lr if self.learns else 0.0
-
-    def meta(self, divergence: float | None) -> Lora:
-        config = self.config
-        return Lora(rank=config.rank, alpha=config.alpha, keep=config.keep, divergence=divergence)
+    def metadata(self, metrics: Mapping[str, float]) -> dict[str, Any]:
+        config, divergence = self.config, metrics.get("holdout_divergence")
+        lora = Lora(
+            rank=config.rank,
+            alpha=config.alpha,
+            divergence_weight=config.keep,
+            divergence=divergence,
+        )
+        return {"joint": lora}
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(str(folder / ADAPTER))
@@ -105,9 +104,9 @@ class Joint(Teacher):
     def close(self) -> None:
         self.model.unload()
         for layer in self.target.layers:
-            vars(layer).pop("forward", None)  # what `_recomputed` put there
+            vars(layer).pop("forward", None)  # set by `_recomputed`
 
 
 def _recomputed(layer: nn.Module) -> Callable[..., Any]:
-    """A layer's forward that keeps its input only and recomputes the rest in the backward pass."""
+    """Return a layer's forward with activation checkpointing."""
     return partial(checkpoint, layer.forward, use_reentrant=False)

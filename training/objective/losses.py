@@ -1,21 +1,21 @@
-"""What a draft head is trained for: agreement with the target, step by step.
+"""Training objectives: agreement of head and target at every draft step.
 
-p is the target's distribution, q the head's, both at temperature 1 and in fp32 or wider. A drafted
+p is the target's distribution, q the head's, both at temperature 1 and in fp32 or wider. A draft
 token is accepted with probability alpha = sum(min(p, q)) = 1 - TV(p, q) (arXiv 2302.01318).
 
     kl       sum p log(p / q); with a draft vocabulary, p restricted to it and renormalised
-    tv       1 - alpha, p not renormalised: what the head cannot propose is lost
+    tv       1 - alpha, p not renormalised: tokens outside the draft vocabulary count as lost
     lk       lambda * kl + (1 - lambda) * tv with lambda = exp(-eta * alpha) (arXiv 2602.23881)
     e2e_tv   sum over steps j of 1 - prod(alpha_i, i <= j): a longer accepted chain (2606.12370)
 
-The LM head is frozen, so only the hidden rows need a gradient, and that of these losses is known in
-closed form. `loss_sum` computes loss and gradient chunk by chunk, keeping the logits of one chunk
-only; the tests hold it to plain autograd over everything.
+The LM head is frozen, so only its input needs a gradient, which these losses have in closed form.
+`loss_sum` computes loss and gradient chunk by chunk and keeps the logits of one chunk only; tests
+compare it with plain autograd over everything.
 
 Indexing: anchor t, step k, teacher row r = t + 1 + k, label x[r + 1]. One teacher row serves all
 steps, so the chunks run over teacher rows.
 
-Legend: B batch rows, T positions, F flat rows b * T + t, K draft steps, R rows of a chunk,
+Legend: B sequences, T positions, F flat rows b * T + t, K draft steps, R rows of a chunk,
 D hidden size, V the vocabulary, W the draft vocabulary.
 """
 
@@ -35,28 +35,24 @@ from headstart.training.data.batching import Batch
 
 from .step_metrics import StepSums
 
-ROUND_ROWS = 64
+ROUND_ROWS = 64  # chunks are padded to a multiple, so that few shapes occur
 LOGITS_BYTES = 1 << 31
 MOST_ROWS_GPU = 8192
 MOST_ROWS_CPU = 256  # larger tensors cost a CPU more in page faults than in arithmetic
-SMALLEST_LOG = -80.0  # of a probability: its exponential is a normal float32 still
-BLOCK_BYTES = 1 << 19  # of one fp32 row block on a CPU: several of them fit in a core's cache
+SMALLEST_LOG = -80.0  # smallest log-probability whose exponential is a normal float32
+BLOCK_BYTES = 1 << 19  # size of one fp32 block of rows on a CPU: several fit in a core's cache
 
 
 @dataclass(frozen=True)
 class Loss:
-    """total: weighted sum of the loss over valid rows, with a gradient. sums: for the metrics.
-
-    divergence: in joint training, the sum over answer rows (training/joint.py), with a gradient.
-    """
+    """Loss of a batch. total: weighted sum over all labels, with a gradient. sums: for metrics."""
 
     total: Tensor
     sums: StepSums
-    divergence: Tensor | None = None
 
 
 def valid_steps(batch: Batch, steps: int) -> Tensor:
-    """K x B x T bool: anchor t has a label to learn at step k."""
+    """Return K x B x T bool: whether anchor t has a label at step k."""
     mask_BT = batch.loss_mask_BT
     places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
     mask_BT = mask_BT & (places_T < batch.lengths_B[:, None])
@@ -66,34 +62,38 @@ def valid_steps(batch: Batch, steps: int) -> Tensor:
 
 
 def answer_rows(batch: Batch) -> Tensor:
-    """F, as flat indices: rows whose next token is of an answer that the head learns from."""
+    """Return flat indices of the rows whose next token is a label of the first draft step."""
     return valid_steps(batch, 1)[0].flatten().nonzero()[:, 0] + 1
 
 
 def step_weights(config: LossConfig, valid_KBT: Tensor) -> Tensor:
-    """K x B x T: how much each row counts; their sum is what the loss is divided by."""
-    if config.kind == "e2e_tv":  # a chain ends at its first invalid step
+    """Return K x B x T: the weight of each label. The loss is divided by their sum."""
+    if config.kind == "e2e_tv":  # a chain ends at its first step without a label
         return valid_KBT.cumprod(0).float()
     decay_K = config.step_decay ** torch.arange(len(valid_KBT), device=valid_KBT.device)
     return valid_KBT.float() * decay_K[:, None, None]
 
 
 def loss_weight(config: LossConfig, batch: Batch) -> float:
-    """What the loss total of this batch is to be divided by. Known before any forward pass."""
+    """Return the weight of all labels of a batch, which follows from the batch alone."""
     return float(step_weights(config, valid_steps(batch, config.steps)).sum(dtype=torch.float64))
 
 
 def loss_sum(
-    config: LossConfig, head: DraftHead, seen: TargetOutput, hidden: Sequence[Tensor], batch: Batch
+    config: LossConfig,
+    head: DraftHead,
+    output: TargetOutput,
+    hidden: Sequence[Tensor],
+    batch: Batch,
 ) -> Loss:
-    """The objective over a batch, in chunks. hidden: B x T x D per step, from `head.unroll`.
+    """Return the loss of a batch, computed in chunks; under no_grad without a gradient.
 
-    Under no_grad no gradient is worked out.
+    output: of the target. hidden: B x T x D per draft step, from `head.unroll`.
     """
     gradient = torch.is_grad_enabled()
     valid_KBT = valid_steps(batch, len(hidden))
     weights_KBT = step_weights(config, valid_KBT)
-    work = _Chunks(config, head, seen, [values.detach() for values in hidden], valid_KBT)
+    work = _ChunkedLoss(config, head, output, [values.detach() for values in hidden], valid_KBT)
     if config.kind == "e2e_tv":
         work.run(torch.zeros_like(weights_KBT), gradient=False)
         alpha_KBT = work.alpha_KBT.clone()
@@ -109,7 +109,7 @@ def loss_sum(
     sums = StepSums.of(
         valid_KBT, loss_K, work.alpha_KBT, work.top1_KBT, total.detach(), weights_KBT
     )
-    return Loss(_Known.apply(total, work.gradients, *hidden), sums)
+    return Loss(_PrecomputedGrad.apply(total, work.gradients, *hidden), sums)
 
 
 def chain_gradient(alpha_KBT: Tensor, weights_KBT: Tensor) -> Tensor:
@@ -122,8 +122,8 @@ def chain_gradient(alpha_KBT: Tensor, weights_KBT: Tensor) -> Tensor:
     return before_KBT * torch.stack(tails[::-1]) * weights_KBT
 
 
-class _Known(torch.autograd.Function):
-    """A number whose gradient has been worked out already."""
+class _PrecomputedGrad(torch.autograd.Function):
+    """A loss whose gradient is known already."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *hidden: Tensor) -> Tensor:
@@ -136,12 +136,12 @@ class _Known(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Teacher:
-    """The target at the rows of a chunk.
+class _TargetProbs:
+    """The target's distribution at the rows of a chunk.
 
-    r_RW: its softmax over the draft vocabulary alone, which no small mass can make 0 / 0.
-    mass_R: what the draft vocabulary has of p, so p = r * mass there; None without one.
-    negentropy_R: sum of r log r.
+    r_RW: softmax over the draft vocabulary alone, which is never 0 / 0.
+    mass_R: probability of the draft vocabulary, so p = r * mass there; None without one.
+    negentropy_R: sum of r log r. top_R: argmax over the whole vocabulary.
     """
 
     r_RW: Tensor
@@ -150,31 +150,31 @@ class _Teacher:
     top_R: Tensor
 
 
-class _Chunks:
-    """Walks the teacher rows of a batch, filling per-row results and gradients.
+class _ChunkedLoss:
+    """Loss and gradient of a batch, computed chunk by chunk over its teacher rows.
 
-    Rows and anchors are flat indices b * T + t (F of them). Buffers have one slot more, where the
-    results of anchors before the sequence's start go.
+    Rows and anchors are flat indices b * T + t (F of them). Buffers have one more slot, for the
+    results of anchors before the start of a sequence.
     """
 
     def __init__(
         self,
         config: LossConfig,
         head: DraftHead,
-        seen: TargetOutput,
+        output: TargetOutput,
         hidden: list[Tensor],
         valid_KBT: Tensor,
     ):
         self.config, self.head = config, head
         self.shape = valid_KBT.shape
-        self.last_FD = seen.lm_head_input_BTD.detach().flatten(0, 1)
+        self.lm_head_input_FD = output.lm_head_input_BTD.detach().flatten(0, 1)
         self.hidden_KFD = [values.flatten(0, 1) for values in hidden]
-        # A row that teaches any step also teaches step 0, but for anchors before the start.
+        # A row with a label at any step has one at step 0, except for anchors before the start.
         rows_R = valid_KBT[0].flatten().nonzero()[:, 0] + 1
-        # Filled up with row 0, which teaches nothing, so that few shapes occur (see data.py).
+        # Padded with row 0, which has no label, so that few shapes occur (data/batching.py).
         self.rows_R = torch.nn.functional.pad(rows_R, (0, -len(rows_R) % ROUND_ROWS))
         wide = torch.promote_types(torch.float32, hidden[0].dtype)
-        slots = (len(hidden), self.last_FD.shape[0] + 1)
+        slots = (len(hidden), self.lm_head_input_FD.shape[0] + 1)
         device = valid_KBT.device
         self._loss, self._alpha, self._top1 = (
             torch.zeros(slots, dtype=wide, device=device) for _ in range(3)
@@ -200,69 +200,71 @@ class _Chunks:
         return [values[:-1].view(*self.shape[1:], -1) for values in self._gradients]
 
     def run(self, weights_KBT: Tensor, *, gradient: bool) -> None:
-        """weights_KBT: how much each row's loss counts in the gradient."""
+        """Fill the results. weights_KBT: weight of each label in the gradient."""
         spare_K1 = weights_KBT.new_zeros(len(weights_KBT), 1)
         weights_KF = torch.cat([weights_KBT.flatten(1), spare_K1], 1)
-        if not len(self.rows_R):  # a process may have nothing to learn in a batch
+        if not len(self.rows_R):  # a rank may have no label in a batch
             return
         size = self.config.chunk_rows or chunk_rows(self.head, weights_KBT.is_cuda)
         for rows_R in self.rows_R.split(size):
-            teacher = self._teach(rows_R)
+            target = self._target_probs(rows_R)
             for step in range(self.shape[0]):
                 anchors_R = rows_R - 1 - step
                 started_R = rows_R % self.shape[2] > step
-                slots_R = torch.where(started_R, anchors_R, self.last_FD.shape[0])
-                self._learn(step, anchors_R.clamp(min=0), slots_R, teacher, weights_KF, gradient)
+                slots_R = torch.where(started_R, anchors_R, self.lm_head_input_FD.shape[0])
+                self._run_step(step, anchors_R.clamp(min=0), slots_R, target, weights_KF, gradient)
 
     @torch.no_grad()
-    def _teach(self, rows_R: Tensor) -> _Teacher:
-        logits_RV = self.head.target.unembed(self.last_FD[rows_R])
-        return _teacher(logits_RV, self.head.draft_ids)
+    def _target_probs(self, rows_R: Tensor) -> _TargetProbs:
+        logits_RV = self.head.target.unembed(self.lm_head_input_FD[rows_R])
+        return _target_probs(logits_RV, self.head.draft_ids)
 
-    def _learn(
+    def _run_step(
         self,
         step: int,
         anchors_R: Tensor,
         slots_R: Tensor,
-        teacher: _Teacher,
+        target: _TargetProbs,
         weights_KF: Tensor,
         gradient: bool,
     ) -> None:
         hidden_RD = self.hidden_KFD[step][anchors_R].requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             logits_RW = self.head.logits(hidden_RD)
-        rows = _Rows(self.config, logits_RW.detach(), teacher, weights_KF[step, slots_R], gradient)
+        rows = _ChunkLoss(
+            self.config, logits_RW.detach(), target, weights_KF[step, slots_R], gradient
+        )
         self._loss[step, slots_R] = rows.loss_R
         self._alpha[step, slots_R] = rows.alpha_R
         top_R = rows.top_R if self.head.draft_ids is None else self.head.draft_ids[rows.top_R]
-        self._top1[step, slots_R] = (top_R == teacher.top_R).to(self._top1.dtype)
+        self._top1[step, slots_R] = (top_R == target.top_R).to(self._top1.dtype)
         if gradient:
             (gradient_RD,) = torch.autograd.grad(logits_RW, hidden_RD, rows.gradient_RW)
             self._gradients[step][slots_R] = gradient_RD
 
 
 def chunk_rows(head: DraftHead, on_gpu: bool) -> int:
-    """How many rows keep all that is as wide as a vocabulary under LOGITS_BYTES."""
+    """Return the rows of a chunk whose vocabulary-wide tensors fit into LOGITS_BYTES."""
     fit = LOGITS_BYTES // (4 * wide_numbers(head))
     most = MOST_ROWS_GPU if on_gpu else MOST_ROWS_CPU
     return max(1, min(most, fit // ROUND_ROWS * ROUND_ROWS))
 
 
 def wide_numbers(head: DraftHead) -> int:
-    """Numbers (float32) per row of a chunk at the peak: the target's logits, their softmax and four
-    tensors of the draft vocabulary's width; or, in the gradient, seven of the latter."""
+    """Return the float32 numbers per row of a chunk at the peak: the target's logits, their softmax
+    and four tensors of the draft vocabulary's width; or, in the gradient, seven of the latter."""
     vocab, draft = head.config.vocab_size, head.config.draft_vocab or head.config.vocab_size
     return max(2 * vocab + 4 * draft, 7 * draft)
 
 
-class _Rows:
-    """Loss, acceptance and logit gradient of the rows of a chunk, block by block."""
+class _ChunkLoss:
+    """Loss, acceptance rate and logit gradient of the rows of a chunk, block by block."""
 
     def __init__(
         self,
         config: LossConfig,
         logits_RW: Tensor,
-        teacher: _Teacher,
+        target: _TargetProbs,
         weights_R: Tensor,
         gradient: bool,
     ):
@@ -270,7 +272,7 @@ class _Rows:
         self.gradient_RW = torch.empty_like(logits_RW) if gradient else None
         with torch.autocast(logits_RW.device.type, enabled=False):
             for block in _blocks(logits_RW):
-                results.append(self._block(config, logits_RW, teacher, weights_R, block))
+                results.append(self._block(config, logits_RW, target, weights_R, block))
         self.loss_R, self.alpha_R, self.top_R = (
             torch.cat(part) for part in zip(*results, strict=True)
         )
@@ -279,16 +281,16 @@ class _Rows:
         self,
         config: LossConfig,
         logits_RW: Tensor,
-        teacher: _Teacher,
+        target: _TargetProbs,
         weights_R: Tensor,
         rows: slice,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        r = p = teacher.r_RW[rows]
+        r = p = target.r_RW[rows]
         q = logits_RW[rows].log_softmax(-1, dtype=r.dtype)
-        kl = teacher.negentropy_R[rows] - _row_dot(r, q)
-        q.clamp_(min=SMALLEST_LOG).exp_()  # below, a CPU takes eighteen times as long
-        mass = torch.ones_like(kl) if teacher.mass_R is None else teacher.mass_R[rows]
-        if teacher.mass_R is not None:
+        kl = target.negentropy_R[rows] - _row_dot(r, q)
+        q.clamp_(min=SMALLEST_LOG).exp_()  # denormals take a CPU eighteen times as long
+        mass = torch.ones_like(kl) if target.mass_R is None else target.mass_R[rows]
+        if target.mass_R is not None:
             p = r * mass[:, None]
         top = q.max(-1).indices  # several times faster than argmax on a CPU
         below = torch.le(q, p, out=torch.empty_like(p))
@@ -306,7 +308,7 @@ class _Rows:
 
 
 def _mix(config: LossConfig, alpha_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of the KL part and the TV part, taken as constants."""
+    """Return the weights of the KL and TV parts, constants in the gradient."""
     zeros, ones = torch.zeros_like(alpha_R), torch.ones_like(alpha_R)
     if config.kind == "kl":
         return ones, zeros
@@ -317,7 +319,7 @@ def _mix(config: LossConfig, alpha_R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _teacher(logits_RV: Tensor, draft_ids_W: Tensor | None) -> _Teacher:
+def _target_probs(logits_RV: Tensor, draft_ids_W: Tensor | None) -> _TargetProbs:
     wide = torch.promote_types(torch.float32, logits_RV.dtype)
     width = logits_RV.shape[-1] if draft_ids_W is None else len(draft_ids_W)
     r_RW = logits_RV.new_empty(len(logits_RV), width, dtype=wide)
@@ -333,7 +335,7 @@ def _teacher(logits_RV: Tensor, draft_ids_W: Tensor | None) -> _Teacher:
             r_RW[rows] = r
             results.append((p.sum(-1), _row_dot(r, r.clamp(min=tiny).log()), top))
     mass_R, negentropy_R, top_R = (torch.cat(part) for part in zip(*results, strict=True))
-    return _Teacher(r_RW, None if draft_ids_W is None else mass_R, negentropy_R, top_R)
+    return _TargetProbs(r_RW, None if draft_ids_W is None else mass_R, negentropy_R, top_R)
 
 
 def _row_dot(left_RW: Tensor, right_RW: Tensor) -> Tensor:
@@ -341,7 +343,7 @@ def _row_dot(left_RW: Tensor, right_RW: Tensor) -> Tensor:
 
 
 def _blocks(values_RV: Tensor) -> Iterator[slice]:
-    """Slices of rows: a few on a CPU, where memory traffic is the bottleneck; else all."""
+    """Yield slices of rows: small ones on a CPU, where memory bandwidth is the limit; else one."""
     rows, width = values_RV.shape
     size = rows if values_RV.is_cuda else max(1, BLOCK_BYTES // (4 * width))
     for at in range(0, rows, size):

@@ -1,85 +1,96 @@
-"""What a head learns from. The loop does not know which teacher it has.
+"""The teacher of a head: computes the hidden states that it learns from.
 
-Here the frozen target, read in the same process or from disk; `training/joint.py` has the one that
-learns along.
+The training loop does not know which teacher it has. A teacher may have parameters of its own that
+are trained too, and an extra loss on them (training/objective/joint_lora.py).
+
+Legend: B sequences, T positions, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headstart.model.checkpoint.metadata import Lora
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.output import TargetOutput
-from headstart.training.config.schema import Recipe
-from headstart.training.data.batching import Batch
-from headstart.training.data.hidden_states import Features
-from headstart.training.distributed.process_group import WorkerGroup
-
-from .losses import Loss
+from headstart.training.data.batching import Batch, rank_slices
+from headstart.training.data.hidden_states import target_output
 
 
 class Teacher:
-    """A frozen target.
+    """A frozen target in the same process.
 
-    adapters: weights of the target that learn along, by name; none here.
+    parameters: the teacher's own trained weights by name; a frozen target has none.
+    extra_loss_name, extra_loss_weight: its metric's name, None without one, and its weight in the
+    objective.
     """
 
-    adapters: Mapping[str, nn.Parameter]
+    parameters: Mapping[str, nn.Parameter]
+    extra_loss_name: str | None = None
+    extra_loss_weight = 0.0
 
-    def __init__(self, head: DraftHead, team: WorkerGroup, features: Features | None = None):
-        self.head, self.target, self.team, self.features = head, head.target, team, features
-        self.adapters = {}
+    def __init__(self, head: DraftHead):
+        self.head, self.target = head, head.target
+        self.parameters = {}
 
-    def begin(self, step: int, total: int) -> None:
-        """An optimizer step, of so many."""
+    def begin_step(self, step: int, total: int) -> None:
+        """Prepare for optimizer step `step` of `total`."""
 
-    def read(self, whole: Batch, ours: Batch) -> TargetOutput:
-        """What the target sees of our rows of a batch; where it learns, with a graph.
+    def forward(self, batch: Batch) -> TargetOutput:
+        """Return the target's hidden states of a batch; with a graph where it is trained."""
+        return self._forward(batch)
 
-        Processes that share every layer read the whole batch together, and each keeps its rows.
+    @torch.no_grad()
+    def _forward(self, batch: Batch) -> TargetOutput:
+        return self.target.forward_train(batch.tokens_BT, batch.lengths_B, self.head.taps)
+
+    def extra_loss(self, output: TargetOutput, batch: Batch) -> Tensor:
+        """Return the sum of an extra loss over the labels of the first draft step: 0 without one.
+
+        output: what `forward` returned for the batch.
         """
-        if self.features is not None:
-            return self.features.read(ours, self.target.device, self.target.dtype)
-        together = self.target.is_tensor_parallel
-        batch = whole.to(self.target.device) if together else ours
-        with torch.no_grad():
-            seen = self.target.forward_train(batch.tokens_BT, batch.lengths_B, self.head.taps)
-        return seen.slice(*whole.share(self.team.index, self.team.count)) if together else seen
+        return output.lm_head_input_BTD.new_zeros(())
 
-    def held(self, loss: Loss, seen: TargetOutput, batch: Batch) -> Loss:
-        """The loss, with what holds the target near the original beside it."""
-        return loss
-
-    def objective(self, loss: Loss, weight: float, rows: int) -> Tensor:
-        """What is minimised. weight, rows: of all batches of the step together, rows being
-        those of `answer_rows`."""
-        return loss.total / weight
-
-    def rate(self, rate: float) -> float:
-        """The adapters' learning rate, when the head's is `rate`."""
+    def learning_rate(self, lr: float) -> float:
+        """Return the learning rate of `parameters` where the head's is `lr`."""
         return 0.0
 
-    def meta(self, divergence: float | None) -> Lora | None:
-        """What the head's folder says of how the target has changed."""
-        return None
+    def metadata(self, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """Return fields of the head's metadata (`HeadMeta`), given metrics of an evaluation."""
+        return {}
 
     def save(self, folder: Path) -> None:
-        """What belongs into the head's folder."""
+        """Write the trained parameters into the head's folder."""
 
     def close(self) -> None:
-        """Leave the target as it was before."""
+        """Restore the target as it was before."""
 
 
-def make_teacher(
-    recipe: Recipe, head: DraftHead, features: Features | None, team: WorkerGroup
-) -> Teacher:
-    if recipe.joint is None:
-        return Teacher(head, team, features)
-    from .joint_lora import Joint  # peft is optional
+class StoredTeacher(Teacher):
+    """A frozen target whose hidden states come with each batch, from disk. layers: stored ones."""
 
-    return Joint(recipe.joint, recipe, head, team)
+    def __init__(self, head: DraftHead, layers: Sequence[int]):
+        super().__init__(head)
+        self.layers = layers
+
+    def forward(self, batch: Batch) -> TargetOutput:
+        assert batch.stored_LBTD is not None
+        return target_output(batch.stored_LBTD, self.layers)
+
+
+class TensorParallelTeacher(Teacher):
+    """A frozen target that all ranks compute together: each runs the global batch and keeps its
+    own part."""
+
+    def __init__(self, head: DraftHead, rank: int, world_size: int):
+        super().__init__(head)
+        self.rank, self.world_size = rank, world_size
+
+    def forward(self, batch: Batch) -> TargetOutput:
+        assert batch.whole is not None
+        slices = rank_slices(len(batch.whole.lengths_B), self.rank, self.world_size)
+        return self._forward(batch.whole).slice(*slices)

@@ -1,7 +1,7 @@
-"""Muon for processors that only emulate bfloat16.
+"""Muon for CPUs without bfloat16 instructions.
 
-torch's Muon orthogonalises every update in bfloat16. A CPU without instructions for it takes a
-hundred times as long that way as in float32, most of a training step.
+torch's Muon orthogonalises every update in bfloat16. A CPU that emulates bfloat16 takes a hundred
+times as long for it as in float32, most of a training step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.optim import Muon
 
 
 class Float32Muon(Muon):
-    """torch's Muon with the settings of its own groups, its iteration in float32.
+    """torch's Muon with its iteration in float32.
 
     Update of a matrix (Keller Jordan, "Muon", 2024; its size as in arXiv 2502.16982, equation 4):
     Nesterov momentum, orthogonalised by Newton-Schulz steps, scaled to the size of AdamW's.
@@ -47,7 +47,7 @@ class Float32Muon(Muon):
 def orthogonalised(
     matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
-    """The matrix with all singular values near 1, by quintic Newton-Schulz iteration."""
+    """Return the matrix with singular values near 1, by quintic Newton-Schulz iteration."""
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]
     update = matrix.T if tall else matrix

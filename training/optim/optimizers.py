@@ -1,4 +1,4 @@
-"""The optimizers, and a learning rate that is a function of the step alone."""
+"""Optimizers, and a learning rate that depends on the step alone."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from headstart.training.config.schema import TrainConfig
 from .muon import Float32Muon
 from .precision import native_bfloat16
 
-ADAPTERS = "adapters"  # the mark of their group
+TEACHER = "teacher"  # marks the group of the teacher's parameters
 
 
 def make_optimizers(
-    module: nn.Module, config: TrainConfig, adapters: Iterable[nn.Parameter] = ()
+    head: nn.Module, config: TrainConfig, teacher: Iterable[nn.Parameter] = ()
 ) -> list[Optimizer]:
-    """AdamW (arXiv 1711.05101) for everything, or Muon for the matrices and AdamW for the rest.
+    """Return AdamW (arXiv 1711.05101) for all weights, or Muon for matrices and AdamW for the rest.
 
-    adapters: have a learning rate of their own. They, norms and biases do not decay. Muon's updates
-    are scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate serves both.
+    Norms, biases and the teacher's parameters have no weight decay; the latter have their own
+    learning rate. Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982), so that one
+    learning rate serves both.
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained = [p for p in head.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.dim() > 1]
     rest = [p for p in trained if p.dim() <= 1]
     if config.optimizer == "muon":
@@ -37,7 +38,7 @@ def make_optimizers(
     groups = [
         {"params": adamw, "weight_decay": config.weight_decay},
         {"params": rest, "weight_decay": 0.0},
-        {"params": list(adapters), "weight_decay": 0.0, ADAPTERS: True},
+        {"params": list(teacher), "weight_decay": 0.0, TEACHER: True},
     ]
     groups = [group for group in groups if group["params"]]
     return [*first, *([AdamW(groups, lr=config.lr, betas=config.betas)] if groups else [])]
@@ -55,7 +56,7 @@ def _muon(matrices: list[nn.Parameter], config: TrainConfig) -> Muon:
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """For optimizer step `step` (0-based) of `total`: linear warm-up, then cosine to the floor."""
+    """Return the rate of step `step` (0-based) of `total`: linear warm-up, cosine to the floor."""
     warm = math.ceil(config.warmup * total)
     if step < warm:
         return config.lr * (step + 1) / warm
@@ -64,7 +65,7 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     return config.lr * (config.lr_floor + (1 - config.lr_floor) * cosine)
 
 
-def set_learning_rate(optimizers: Sequence[Optimizer], rate: float, adapters: float = 0.0) -> None:
+def set_learning_rate(optimizers: Sequence[Optimizer], lr: float, teacher_lr: float = 0.0) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = adapters if group.get(ADAPTERS) else rate
+            group["lr"] = teacher_lr if group.get(TEACHER) else lr

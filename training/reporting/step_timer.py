@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, and how much memory it took."""
+"""Time shares of the parts of a training step, and peak memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 class StepTimer:
-    """Splits a step into parts: what passed since the last mark belongs to the part named.
+    """Splits a step into parts: a mark assigns the time since the last one to the part it names.
 
-    On a GPU the marks are events, read once the step is over, so nothing waits for them.
+    On a GPU marks are events, which are read after the step, so that nothing synchronizes.
     """
 
     def __init__(self, device: torch.device):
@@ -30,9 +30,9 @@ class StepTimer:
         else:
             self.marks.append((part, time.perf_counter()))
 
-    def figures(self, speed: float) -> dict[str, float]:
-        """speed: tokens per second."""
-        return {"tokens_per_second": speed} | self._memory() | self._shares()
+    def metrics(self) -> dict[str, float]:
+        """Return peak memory and the time shares of the last step."""
+        return self._memory() | self._shares()
 
     def _shares(self) -> dict[str, float]:
         seconds: dict[str, float] = {}
@@ -43,7 +43,7 @@ class StepTimer:
         return {name: value / total for name, value in seconds.items()}
 
     def _memory(self) -> dict[str, float]:
-        """The most that this process has held: of the GPU's memory, on a CPU of the machine's."""
+        """Return the peak memory of this process: on a GPU the GPU's, else the machine's."""
         if self.on_gpu:
             return {"memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9}
         if sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""Where else the figures of a run go: Weights & Biases, TensorBoard."""
+"""Trackers of a run: Weights & Biases, TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from headstart.model.checkpoint.atomic import replace_text
 from headstart.training.config.schema import Recipe, WandbConfig
-from headstart.training.evaluation.samples import Sample, as_html, as_text
 
-WANDB_ID = "wandb_id"  # in the folder of the run, so that a run that goes on is one run there too
+from .samples import Sample, as_html, as_text
+
+WANDB_ID = "wandb_id"  # file in the run's folder: a resumed run stays one run
 TENSORBOARD = "tensorboard"
 
 
 class Trackers:
-    """All that the recipe names; in the main process only."""
+    """All trackers of the recipe, on the main rank only."""
 
     def __init__(self, recipe: Recipe, folder: Path):
         self.wandb = _start_wandb(recipe, folder)
         self.tensorboard = _start_tensorboard(recipe, folder)
 
-    def log(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
-        named = {f"{kind}/{name}": value for name, value in figures.items()}
+    def log(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        named = {f"{kind}/{name}": value for name, value in metrics.items()}
         for tracker in self._all():
             tracker.log(named, step=step)
 
-    def show(self, step: int, samples: Sequence[Sample]) -> None:
-        """Answers of an evaluation."""
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Log responses of an evaluation."""
         if self.wandb is not None:
             import wandb
 
@@ -39,8 +40,8 @@ class Trackers:
         if self.tensorboard is not None:
             self.tensorboard.log({"eval/samples": as_text(samples)}, step=step)
 
-    def keep(self, head: Path) -> None:
-        """The finished head, as an artifact where there are such."""
+    def upload_best(self, head: Path) -> None:
+        """Upload the best head as an artifact, to trackers that have artifacts."""
         if self.wandb is not None and head.is_dir():
             run = self.wandb.tracker
             run.log_artifact(str(head), name=f"head-{run.id}", type="model")
@@ -54,7 +55,7 @@ class Trackers:
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """ValueError where something that the recipe names cannot be used."""
+    """ValueError where a tracker of the recipe cannot be used."""
     _check_wandb(recipe.train.wandb)
     known = (TENSORBOARD, "tensorboardX")
     if recipe.train.tensorboard and not any(map(importlib.util.find_spec, known)):

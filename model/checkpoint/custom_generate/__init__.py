@@ -1,1 +1,1 @@
-"""What a fused folder brings along for programs that do not have Headstart."""
+"""Decoding code that a fused checkpoint carries for programs without Headstart."""

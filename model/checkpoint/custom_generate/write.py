@@ -1,7 +1,7 @@
-"""The fused folder's own decoding code, for transformers without Headstart (model/remote/).
+"""Copy the decoding code for transformers without Headstart into a fused checkpoint.
 
-transformers runs `custom_generate/generate.py` of a folder or repository where it is asked to, with
-`trust_remote_code=True`. The folder gets the files as they are here.
+transformers runs `custom_generate/generate.py` of a folder or repository on request, with
+`trust_remote_code=True`. The checkpoint gets the sources of this package unchanged.
 """
 
 from __future__ import annotations
@@ -9,37 +9,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from headstart.model.heads import mtp
-from headstart.model.heads.common.base import DraftHead
-from headstart.model.heads.common.layers import ZeroCentredNorm
-from headstart.model.heads.common.target_layer import FamilyLayer
-from headstart.model.target.sparse_attention import indexers
-
-from .drafting import KINDS
-
 FOLDER = "custom_generate"  # transformers' names
 REQUIREMENTS = "requirements.txt"
 SOURCES = ("generate.py", "drafting.py")
 FILES = tuple(f"{FOLDER}/{name}" for name in (*SOURCES, REQUIREMENTS))
 
 
-def undraftable_alone(head: DraftHead) -> str | None:
-    """Why that code cannot draft with this head, or None where it can."""
-    if head.kind not in KINDS:
-        return f"it does not know heads of kind {head.kind}"
-    if isinstance(head, mtp.Head) and isinstance(head.layer, FamilyLayer):
-        return "the head has a layer of its target's family"
-    if isinstance(head, mtp.Head) and isinstance(head.norm, ZeroCentredNorm):
-        return "the weights of the head's norms are added to 1"
-    if head.target.recurrent:
-        return "the target has recurrent layers"
-    if indexers(head.target.layers):
-        return "the target has sparse attention"
-    return None
-
-
 def write_custom_generate(folder: Path) -> None:
-    """Put the code into a fused folder that is being written."""
+    """Write the code into a fused checkpoint. folder: its root, without such code yet."""
     out = folder / FOLDER
     out.mkdir()
     for name in SOURCES:

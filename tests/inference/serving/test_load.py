@@ -1,6 +1,6 @@
-"""`headstart serve` as a process, with 64 clients at once: some leave, some talk nonsense.
+"""`headstart serve` as a process with 64 clients: some disconnect, some send invalid requests.
 
-Every answer that is read to its end must be what `generate` says, and nothing may pile up.
+Every complete response must equal that of `generate`, and neither memory, threads nor files leak.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import psutil
 import pytest
 import torch
 from openai import APIStatusError, AsyncOpenAI
-from running_server import asking, figure, until
+from running_server import metric, request_body, wait_until
 
-from headstart.inference.config import SpeculativeConfig
 from headstart.inference.generate import SpeculativeModel
 from headstart.inference.rollout import prompt_ids
 
@@ -29,14 +28,14 @@ CLIENTS = 64
 TOKENS = 8
 LONG = 40
 MEGABYTES = 8  # that memory may differ by
-WORDS = [f"tell {'ab' * n}" for n in range(8)]
-NONSENSE: list[dict[str, Any]] = [{"n": 3}, {"temperature": "x"}, {"model": "no"}, {"stop": 1}]
+CONTENTS = [f"tell {'ab' * n}" for n in range(8)]
+INVALID: list[dict[str, Any]] = [{"n": 3}, {"temperature": "x"}, {"model": "no"}, {"stop": 1}]
 
 
 @pytest.fixture
 def child(fused: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "headstart.scripts.cli", "serve", str(fused)]
-    options = ["--port", "0", "--name", "tiny", "--budget", "8/4/3+lookup"]
+    options = ["--port", "0", "--served-model-name", "tiny", "--budget", "8/4/3+ngram"]
     environment = {
         "OMP_NUM_THREADS": "1",
         "HEADSTART_API_KEY": "secret",
@@ -51,31 +50,31 @@ def child(fused: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def expected(fused: Path) -> dict[tuple[str, int | None], str]:
-    """Texts by words and seed; without a seed greedy."""
+    """Responses by content and seed; greedy without a seed."""
     model = SpeculativeModel.from_pretrained(fused)
     texts: dict[tuple[str, int | None], str] = {}
-    for number, words in enumerate(WORDS):
-        ids = prompt_ids(model.target, [{"role": "user", "content": words}])
+    for number, content in enumerate(CONTENTS):
+        ids = prompt_ids(model.target, [{"role": "user", "content": content}])
         for seed in (None, number):
             sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "seed": seed}
-            texts[words, seed] = said(model, ids, TOKENS, **({} if seed is None else sampling))
-    assert len(set(texts.values())) > 12  # or a mix-up would go unseen
-    texts["long", None] = said(
+            texts[content, seed] = decoded(model, ids, TOKENS, **({} if seed is None else sampling))
+    assert len(set(texts.values())) > 12  # or mixed-up responses would go unnoticed
+    texts["long", None] = decoded(
         model, prompt_ids(model.target, [{"role": "user", "content": "long"}]), LONG
     )
     return texts
 
 
-def said(model: SpeculativeModel, ids: list[int], count: int, **options: Any) -> str:
-    out = model.generate(
-        torch.tensor([ids]), max_new_tokens=count, speculative=SpeculativeConfig(), **options
+def decoded(model: SpeculativeModel, ids: list[int], count: int, **options: Any) -> str:
+    ids_BT = model.generate(torch.tensor([ids]), max_new_tokens=count, speculate=False, **options)
+    assert isinstance(ids_BT, torch.Tensor)
+    return model.target.text(ids_BT[0, len(ids) :].tolist())
+
+
+def request(content: str, seed: int | None, tokens: int = TOKENS) -> dict[str, Any]:
+    body = request_body(
+        messages=[{"role": "user", "content": content}], max_tokens=tokens, seed=seed
     )
-    assert isinstance(out, torch.Tensor)
-    return model.target.text(out[0, len(ids) :].tolist())
-
-
-def request(words: str, seed: int | None, tokens: int = TOKENS) -> dict[str, Any]:
-    body = asking(messages=[{"role": "user", "content": words}], max_tokens=tokens, seed=seed)
     return body | {"temperature": 0 if seed is None else 1}
 
 
@@ -84,12 +83,12 @@ async def read(client: AsyncOpenAI, body: dict[str, Any]) -> str:
     return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
 
-async def leave(client: AsyncOpenAI, body: dict[str, Any], number: int) -> None:
-    """In the middle of a stream, before it, or before an answer that is no stream."""
+async def disconnect(client: AsyncOpenAI, body: dict[str, Any], number: int) -> None:
+    """Disconnect in a stream, before its first chunk, or before a response without a stream."""
     if number % 3:
-        asked = client.chat.completions.create(**body, stream=number % 3 == 1)
+        response = client.chat.completions.create(**body, stream=number % 3 == 1)
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(asked, 0.02 * (1 + number % 5))
+            await asyncio.wait_for(response, 0.02 * (1 + number % 5))
         return
     stream: Any = await client.chat.completions.create(**body, stream=True)
     async for chunk in stream:
@@ -102,18 +101,18 @@ async def crowd(address: str, expected: dict[tuple[str, int | None], str]) -> No
     async with AsyncOpenAI(base_url=address, api_key="secret", max_retries=0) as client:
 
         async def one(number: int) -> None:
-            place = number // 4 % len(WORDS)
-            words, kind = WORDS[place], number % 4
+            place = number // 4 % len(CONTENTS)
+            content, kind = CONTENTS[place], number % 4
             if kind == 0:
-                assert await read(client, request(words, None)) == expected[words, None]
+                assert await read(client, request(content, None)) == expected[content, None]
             elif kind == 1:
-                whole: Any = await client.chat.completions.create(**request(words, place))
-                assert whole.choices[0].message.content == expected[words, place]
+                whole: Any = await client.chat.completions.create(**request(content, place))
+                assert whole.choices[0].message.content == expected[content, place]
             elif kind == 2:
-                await leave(client, request(words, None, 400), number // 4)
+                await disconnect(client, request(content, None, 400), number // 4)
             else:
                 with pytest.raises(APIStatusError) as error:
-                    await read(client, request(words, None) | NONSENSE[number // 4 % 4])
+                    await read(client, request(content, None) | INVALID[number // 4 % 4])
                 assert error.value.status_code in (400, 404)
 
         await asyncio.gather(*(one(number) for number in range(CLIENTS)))
@@ -125,20 +124,20 @@ def test_a_crowd(child: subprocess.Popen[str], expected: dict[tuple[str, int | N
     metrics = address.replace("/v1", "/metrics")
 
     def now(name: str) -> float:
-        return figure(httpx.get(metrics).text, name)
+        return metric(httpx.get(metrics).text, name)
 
     process = psutil.Process(child.pid)
     held: list[tuple[float, int, int]] = []
     for _ in range(2):
         asyncio.run(crowd(address, expected))
-        until(lambda: now("queue_length") == now("running") == 0)
-        until(lambda: len(process.net_connections()) == 1)  # where it listens
+        wait_until(lambda: now("num_requests_waiting") == now("num_requests_running") == 0)
+        wait_until(lambda: len(process.net_connections()) == 1)  # the listening socket
         held.append((process.memory_info().rss / 1e6, process.num_threads(), process.num_fds()))
     assert held[1][0] < held[0][0] + MEGABYTES and held[1][1:] == held[0][1:], held
-    # Clients that left before their request was there are not counted.
-    assert 2 * 6 <= now("disconnects_total") <= 2 * 16
+    # Clients that disconnected before their request arrived are not counted.
+    assert 2 * 6 <= now("client_disconnects_total") <= 2 * 16
 
-    async def while_it_ends() -> str:
+    async def during_shutdown() -> str:
         async with AsyncOpenAI(base_url=address, api_key="secret", max_retries=0) as client:
             body = request("long", None, LONG)
             stream: Any = await client.chat.completions.create(**body, stream=True)
@@ -149,5 +148,5 @@ def test_a_crowd(child: subprocess.Popen[str], expected: dict[tuple[str, int | N
                 pieces.append(chunk.choices[0].delta.content or "")
             return "".join(pieces)
 
-    assert asyncio.run(while_it_ends()) == expected["long", None]
+    assert asyncio.run(during_shutdown()) == expected["long", None]
     assert child.wait(30) == 0

@@ -1,6 +1,6 @@
-"""`headstart serve`: OpenAI's own client against a tiny model, in a thread and as a process.
+"""`headstart serve`: OpenAI's client against a tiny model.
 
-What is served must be what `generate` says offline, whoever else asks, leaves or talks nonsense.
+Every response must equal that of `generate`, whatever other clients do.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import pytest
 from chat_model import save
 from openai import APIError, APIStatusError
 from run_command import refused, run
-from running_server import TOKENS, Served, asking, serving, until
+from running_server import TOKENS, Served, request_body, serving, wait_until
 
 from headstart.inference.detokenizer import TextStream
-from headstart.inference.serving.app import MOST_BYTES
-from headstart.inference.serving.engine_thread import Job
+from headstart.inference.serving.app import MAX_BODY_BYTES
+from headstart.inference.serving.engine_thread import Request
 from headstart.model.cache.kv_cache import KVCache
 from headstart.model.checkpoint.fuse import fuse
 from headstart.model.checkpoint.head import save_head
@@ -38,18 +38,18 @@ CONTEXT = 300
 
 @pytest.fixture(scope="module")
 def served(fused: Path) -> Iterator[Served]:
-    yield from serving(fused, context=CONTEXT)
+    yield from serving(fused, max_model_len=CONTEXT)
 
 
 @pytest.fixture
 def narrow(fused: Path) -> Iterator[Served]:
-    """One that lets a single request wait, and wants a key."""
-    yield from serving(fused, queue=1, key="secret", max_tokens=100)
+    """A server with a queue of one request and an API key."""
+    yield from serving(fused, max_queued=1, api_key="secret", max_tokens=100)
 
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[[Served], None]:
-    """Passes take a while, so that there is something to wait for."""
+    """Slow decode steps, so that requests overlap."""
 
     def slowed(one: Served) -> None:
         stream = one.model.stream
@@ -72,7 +72,7 @@ def test_chat(served: Served) -> None:
     ids = served.ids("tell me")
     expected = served.tokens(ids)
     said: Any = served.client.chat.completions.create(
-        **asking(messages=[{"role": "user", "content": "tell me"}]),
+        **request_body(messages=[{"role": "user", "content": "tell me"}]),
         temperature=0,
         max_completion_tokens=TOKENS,
     )
@@ -84,7 +84,7 @@ def test_chat(served: Served) -> None:
     usage = said.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(ids), len(expected))
     assert usage.total_tokens == len(ids) + len(expected)
-    # A tree has more guesses than can become part of an answer.
+    # A tree has more draft tokens than a path can accept.
     details = usage.completion_tokens_details
     assert 0 < details.accepted_prediction_tokens < len(expected)
     assert details.rejected_prediction_tokens > 0
@@ -95,8 +95,8 @@ def test_chat(served: Served) -> None:
     assert again.json()["choices"][0]["message"]["content"] == choice.message.content
 
 
-def test_a_stream_is_the_same_answer_in_pieces(served: Served) -> None:
-    request = asking(messages=[{"role": "user", "content": "tell me"}])
+def test_stream_equals_the_whole_response(served: Served) -> None:
+    request = request_body(messages=[{"role": "user", "content": "tell me"}])
     stream: Any = served.client.chat.completions.create(
         **request,
         temperature=0,
@@ -114,7 +114,7 @@ def test_a_stream_is_the_same_answer_in_pieces(served: Served) -> None:
     assert len({chunk.id for chunk in [*chunks, last]}) == 1
 
 
-def test_completions_of_texts_and_of_tokens(served: Served) -> None:
+def test_completions_of_text_and_of_token_ids(served: Served) -> None:
     ids = served.offline.target.tokenizer("once upon")["input_ids"]
     create: Any = served.client.completions.create
     options = {"model": "tiny", "temperature": 0, "max_tokens": 24}
@@ -127,7 +127,7 @@ def test_completions_of_texts_and_of_tokens(served: Served) -> None:
     assert short.usage.completion_tokens <= 16  # OpenAI's own limit where none is given
 
 
-def test_seeds_repeat_what_generate_draws(served: Served) -> None:
+def test_a_seed_gives_the_tokens_of_generate(served: Served) -> None:
     create: Any = served.client.completions.create
 
     def said(**more: Any) -> str:
@@ -144,7 +144,7 @@ def test_seeds_repeat_what_generate_draws(served: Served) -> None:
     assert said() != said()
 
 
-def test_stop_strings_never_show(served: Served) -> None:
+def test_stop_strings_are_never_sent(served: Served) -> None:
     ids = served.ids("stop it")
     tokens = served.tokens(ids)
     text = served.offline.target.text(tokens)
@@ -152,7 +152,7 @@ def test_stop_strings_never_show(served: Served) -> None:
     stop = text[places[0] : places[0] + 2]
     expected = text[: text.index(stop)]
     enough = next(n for n in range(TOKENS) if stop in served.offline.target.text(tokens[:n]))
-    request = asking(messages=[{"role": "user", "content": "stop it"}], temperature=0)
+    request = request_body(messages=[{"role": "user", "content": "stop it"}], temperature=0)
     for given in (stop, ["not there", stop + "nor there", stop]):
         whole = served.post(**request, max_tokens=TOKENS, stop=given).json()
         assert whole["choices"][0]["message"]["content"] == expected
@@ -199,7 +199,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None]] = [
 
 
 @pytest.mark.parametrize(("given", "status", "param"), WRONG)
-def test_what_is_not_supported_is_refused_by_name(
+def test_unsupported_parameters_are_refused_by_name(
     served: Served, given: dict[str, Any], status: int, param: str | None
 ) -> None:
     said = served.post(**given)
@@ -208,7 +208,7 @@ def test_what_is_not_supported_is_refused_by_name(
     assert error["message"] and error["type"] == "invalid_request_error"
 
 
-def test_what_changes_nothing_is_accepted(served: Served) -> None:
+def test_neutral_values_are_accepted(served: Served) -> None:
     neutral = {"n": 1, "logprobs": None, "user": "me", "tools": [], "presence_penalty": 0}
     more = {"response_format": {"type": "text"}, "logit_bias": {}, "metadata": {"a": "b"}}
     plain = served.post(temperature=0, max_tokens=8).json()
@@ -219,20 +219,20 @@ def test_what_changes_nothing_is_accepted(served: Served) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        (b"{oops", "no JSON"),
+        (b"{oops", "no valid JSON"),
         (b"[]", "no JSON object"),
         (b"\xff\xfe", ""),
         (b"", ""),
         (b"[" * 9999, ""),
     ],
 )
-def test_what_is_no_request(served: Served, body: bytes, said: str) -> None:
+def test_malformed_bodies(served: Served, body: bytes, said: str) -> None:
     headers = {"Content-Type": "application/json"}
     answer = httpx.post(f"{served.address}/v1/completions", content=body, headers=headers)
     assert answer.status_code == 400 and said in answer.json()["error"]["message"]
 
 
-def test_prompts_that_cannot_be_answered(served: Served) -> None:
+def test_invalid_prompts(served: Served) -> None:
     for prompt in ("", [], [0, 10**9], [-1], ["a", "b"], "\ud800", [[1], [2]], [1.5], 3):
         body = {"model": "tiny", "prompt": prompt}
         content = json.dumps(body)
@@ -241,11 +241,11 @@ def test_prompts_that_cannot_be_answered(served: Served) -> None:
         assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
-def test_large_requests_are_not_read(served: Served) -> None:
+def test_large_requests_are_refused(served: Served) -> None:
     host = served.address.removeprefix("http://")
     asked = HTTPConnection(host, timeout=20)
     asked.putrequest("POST", "/v1/completions")
-    asked.putheader("Content-Length", str(MOST_BYTES + 1))
+    asked.putheader("Content-Length", str(MAX_BODY_BYTES + 1))
     asked.endheaders()
     assert asked.getresponse().status == 413
     asked.close()
@@ -264,37 +264,47 @@ def test_models_health_metrics(served: Served) -> None:
     assert served.client.models.retrieve("tiny").id == "tiny"
     assert httpx.get(f"{served.address}/health").json() == {"status": "ok"}
     assert httpx.get(f"{served.address}/v2").json()["error"]["message"] == "Not Found"
-    before = {name: served.figure(name) for name in ("completion_tokens_total", "passes_total")}
+    before = {
+        name: served.metric(name) for name in ("generation_tokens_total", "decode_steps_total")
+    }
     usage = served.post(temperature=0, max_tokens=TOKENS).json()["usage"]
-    more = {name: served.figure(name) - value for name, value in before.items()}
-    assert more["completion_tokens_total"] == usage["completion_tokens"]
+    more = {name: served.metric(name) - value for name, value in before.items()}
+    assert more["generation_tokens_total"] == usage["completion_tokens"]
     accepted = usage["completion_tokens_details"]["accepted_prediction_tokens"]
-    assert 0 < more["passes_total"] <= usage["completion_tokens"] - accepted
-    for name in ("acceptance_length", "tokens_per_second", "time_to_first_token_seconds"):
-        assert served.figure(f"{name}_count") > 0 < served.figure(f"{name}_sum")
-    assert served.figure('requests_total{status="200"}') > 0
-    assert served.figure("queue_length") == 0
+    assert 0 < more["decode_steps_total"] <= usage["completion_tokens"] - accepted
+    for name in (
+        "spec_decode_acceptance_length",
+        "request_tokens_per_second",
+        "request_inference_time_seconds",
+        "time_to_first_token_seconds",
+    ):
+        assert served.metric(f"{name}_count") > 0 < served.metric(f"{name}_sum")
+    assert served.metric('http_requests_total{status="200"}') > 0
+    assert served.metric("num_requests_waiting") == 0
 
 
-def test_a_client_that_leaves_ends_its_answer(
-    served: Served, slow: Callable[[Served], None]
-) -> None:
+def test_a_disconnect_ends_the_request(served: Served, slow: Callable[[Served], None]) -> None:
     slow(served)
-    before = served.figure("completion_tokens_total"), served.figure("disconnects_total")
+    before = served.metric("generation_tokens_total"), served.metric("client_disconnects_total")
     address = f"{served.address}/v1/chat/completions"
-    with httpx.stream("POST", address, json=asking(max_tokens=200, stream=True)) as answer:
+    with httpx.stream("POST", address, json=request_body(max_tokens=200, stream=True)) as answer:
         next(answer.iter_lines())
-    with pytest.raises(httpx.ReadTimeout):  # and one that does not stream
-        httpx.post(address, json=asking(max_tokens=200), timeout=0.5)
-    until(lambda: served.figure("running") == 0 and served.figure("disconnects_total") > before[1])
-    assert served.figure("disconnects_total") == before[1] + 2
-    assert served.figure("completion_tokens_total") < before[0] + 200
+    with pytest.raises(httpx.ReadTimeout):  # and without a stream
+        httpx.post(address, json=request_body(max_tokens=200), timeout=0.5)
+    wait_until(
+        lambda: (
+            served.metric("num_requests_running") == 0
+            and served.metric("client_disconnects_total") > before[1]
+        )
+    )
+    assert served.metric("client_disconnects_total") == before[1] + 2
+    assert served.metric("generation_tokens_total") < before[0] + 200
 
 
-def test_nothing_of_an_answer_is_kept(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_a_request_is_kept(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     made: list[str] = []
-    for kind in (Job, TextStream, KVCache):
+    for kind in (Request, TextStream, KVCache):
 
         def init(self: Any, *given: Any, make: Any = kind.__init__, **more: Any) -> None:
             make(self, *given, **more)
@@ -304,14 +314,14 @@ def test_nothing_of_an_answer_is_kept(served: Served, monkeypatch: pytest.Monkey
         monkeypatch.setattr(kind, "__init__", init)
     served.post(max_tokens=8)
     address = f"{served.address}/v1/chat/completions"
-    with httpx.stream("POST", address, json=asking(max_tokens=200, stream=True)) as answer:
+    with httpx.stream("POST", address, json=request_body(max_tokens=200, stream=True)) as answer:
         next(answer.iter_lines())
-    until(lambda: served.figure("running") == 0)
-    until(lambda: gc.collect() >= 0 and not alive)
-    assert set(made) == {"Job", "TextStream", "KVCache"}
+    wait_until(lambda: served.metric("num_requests_running") == 0)
+    wait_until(lambda: gc.collect() >= 0 and not alive)
+    assert set(made) == {"Request", "TextStream", "KVCache"}
 
 
-def test_mistakes_of_the_server_end_one_request_only(
+def test_an_internal_error_ends_one_request_only(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> Iterator[list[int]]:
@@ -321,13 +331,13 @@ def test_mistakes_of_the_server_end_one_request_only(
     with monkeypatch.context() as patch:
         patch.setattr(served.model, "stream", broken)
         assert served.post().status_code == 500
-        stream: Any = served.client.chat.completions.create(**asking(), stream=True)
-        with pytest.raises(APIError, match="could not answer"):
+        stream: Any = served.client.chat.completions.create(**request_body(), stream=True)
+        with pytest.raises(APIError, match="Internal error"):
             list(stream)
     assert served.post(max_tokens=4).status_code == 200
 
 
-def test_keys_queues_and_the_end(narrow: Served, slow: Callable[[Served], None]) -> None:
+def test_key_queue_and_shutdown(narrow: Served, slow: Callable[[Served], None]) -> None:
     slow(narrow)
     assert narrow.post().status_code == 401
     assert httpx.get(f"{narrow.address}/health").status_code == 200
@@ -336,35 +346,35 @@ def test_keys_queues_and_the_end(narrow: Served, slow: Callable[[Served], None])
 
     def ask(tokens: int) -> None:
         try:
-            narrow.client.chat.completions.create(**asking(max_tokens=tokens, temperature=0))
+            narrow.client.chat.completions.create(**request_body(max_tokens=tokens, temperature=0))
             statuses.put("answered")
         except APIStatusError as error:
             statuses.put(error.status_code)
 
     threads = [threading.Thread(target=ask, args=(tokens,)) for tokens in (30, 5)]
-    for thread, name in zip(threads, ("running", "queue_length"), strict=True):
+    for thread, name in zip(threads, ("num_requests_running", "num_requests_waiting"), strict=True):
         thread.start()
-        until(lambda name=name: narrow.figure(name) == 1)  # type: ignore[misc]
+        wait_until(lambda name=name: narrow.metric(name) == 1)  # type: ignore[misc]
     with pytest.raises(APIStatusError, match="waiting") as full:
-        narrow.client.chat.completions.create(**asking())
+        narrow.client.chat.completions.create(**request_body())
     assert full.value.status_code == 429 and int(full.value.response.headers["Retry-After"]) > 0
-    narrow.server.leave()
-    assert statuses.get(timeout=10) == 503  # the one that waited
+    narrow.server.shut_down()
+    assert statuses.get(timeout=10) == 503  # the waiting request
     assert httpx.get(f"{narrow.address}/health").status_code == 503
     with pytest.raises(APIStatusError) as ending:
-        narrow.client.chat.completions.create(**asking())
+        narrow.client.chat.completions.create(**request_body())
     assert ending.value.status_code == 503
-    assert statuses.get(timeout=10) == "answered"  # the one that ran
+    assert statuses.get(timeout=10) == "answered"  # the running request
     for thread in threads:
         thread.join(10)
 
 
-def test_limits_must_fit_the_model(fused: Path) -> None:
-    assert "reads 512" in refused("serve", fused, "--context", 513, "--budget", "off")
+def test_max_model_len_beyond_the_target(fused: Path) -> None:
+    assert "(512 tokens)" in refused("serve", fused, "--max-model-len", 513, "--budget", "off")
 
 
 @pytest.mark.parametrize("window", [None, 8])
-def test_print_gives_the_line_of_other_engines(tmp_path: Path, window: int | None) -> None:
+def test_print_shows_the_command_of_other_engines(tmp_path: Path, window: int | None) -> None:
     target = load_target(save(tmp_path / "plain"))
     head = make_head(target, "eagle3", {"taps": [0, 1], "window": window})
     save_head(head, tmp_path / "head", HeadMeta(target="tiny", steps=4))
@@ -389,5 +399,5 @@ def test_print_gives_the_line_of_other_engines(tmp_path: Path, window: int | Non
     )
 
 
-def test_print_refuses_what_other_engines_do_not_read(fused: Path) -> None:
+def test_print_refuses_unsupported_heads(fused: Path) -> None:
     assert "headstart serve" in refused("serve", fused, "--print", "sglang")

@@ -36,7 +36,7 @@ from headstart.inference.tree_policy.defaults import (
 )
 from headstart.model.heads.common.base import kinds, make_head
 from headstart.model.target.load import wrap_target
-from headstart.scripts.options.tree_budget import check_budget, usual_budget
+from headstart.scripts.options.tree_budget import check_budget, default_budget
 
 NEW_TOKENS = 24
 ARITHMETIC = Costs((1, 8, 64), (1.0, 1.2, 8.0), advance=0.1, deepen=0.1, rest=0.0)
@@ -59,10 +59,10 @@ def test_where_rounds_are_played_back_trees_have_one_size() -> None:
     def target(device: str, recurrent: bool = False) -> Any:
         return SimpleNamespace(device=torch.device(device), recurrent=recurrent)
 
-    size = usual_budget(target("cuda"))
+    size = default_budget(target("cuda"))
     assert check_budget(size) == size == "16/5/4"
     for other in (target("cpu"), target("cuda", recurrent=True)):
-        assert fixed_tree(other) is None and usual_budget(other) == "auto+lookup"
+        assert fixed_tree(other) is None and default_budget(other) == "auto+ngram"
 
 
 @pytest.mark.parametrize("rows", [1, 2])

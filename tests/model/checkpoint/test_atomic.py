@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, whenever their writer is stopped."""
+"""Folders are replaced atomically, whenever the writer is stopped."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from headstart.model.checkpoint.atomic import ABANDONED, atomic_folder, recover
 
 
 def write(folder: Path, text: str, key: str | None = None) -> None:
-    with atomic_folder(folder, "facts.json", key) as part:
-        (part / "facts.json").write_text(text)
+    with atomic_folder(folder, "data.json", key) as part:
+        (part / "data.json").write_text(text)
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -27,12 +27,12 @@ def content(folder: Path) -> dict[str, str]:
 def stop_at_rename(
     monkeypatch: pytest.MonkeyPatch, number: int, error: type[BaseException]
 ) -> Callable[[], None]:
-    """Fail at one of the renames; what is returned takes that back."""
-    rename, seen = Path.rename, []
+    """Fail at one of the renames; returns a function that undoes this."""
+    rename, calls = Path.rename, []
 
     def failing(self: Path, target: Path) -> Path:
-        seen.append(self)
-        if len(seen) == number:
+        calls.append(self)
+        if len(calls) == number:
             raise error("stopped")
         return rename(self, target)
 
@@ -42,40 +42,40 @@ def stop_at_rename(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_stop_while_renaming_keeps_the_old_one(
+def test_a_stop_between_the_renames_keeps_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[BaseException]
 ) -> None:
     write(tmp_path / "x", "old")
     stop_at_rename(monkeypatch, number, error)
     with pytest.raises(error):
         write(tmp_path / "x", "new")
-    assert content(tmp_path) == {"x/facts.json": "old"}
+    assert content(tmp_path) == {"x/data.json": "old"}
 
 
-def test_a_kill_while_renaming_is_healed(tmp_path: Path) -> None:
+def test_a_kill_between_the_renames_is_recovered(tmp_path: Path) -> None:
     write(tmp_path / "x", "old")
     (tmp_path / "x").rename(tmp_path / ".x.old")  # as a killed process leaves it
     recover(tmp_path / "x")
     recover(tmp_path / "x")
-    assert content(tmp_path) == {"x/facts.json": "old"}
+    assert content(tmp_path) == {"x/data.json": "old"}
     (tmp_path / "x").rename(tmp_path / ".x.old")
-    with pytest.raises(OSError), atomic_folder(tmp_path / "x", "facts.json"):
+    with pytest.raises(OSError), atomic_folder(tmp_path / "x", "data.json"):
         raise OSError("full")
-    assert content(tmp_path) == {"x/facts.json": "old"}
+    assert content(tmp_path) == {"x/data.json": "old"}
     (tmp_path / "x").rename(tmp_path / ".x.old")
     write(tmp_path / "x", "new")
-    assert content(tmp_path) == {"x/facts.json": "new"}
+    assert content(tmp_path) == {"x/data.json": "new"}
 
 
-def test_two_writers_do_not_meet(tmp_path: Path) -> None:
-    with atomic_folder(tmp_path / "x", "facts.json") as first:
-        (first / "facts.json").write_text("first")
+def test_two_writers_do_not_interfere(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "x", "data.json") as first:
+        (first / "data.json").write_text("first")
         write(tmp_path / "x", "second")
-        assert content(tmp_path / "x") == {"facts.json": "second"}
-    assert content(tmp_path) == {"x/facts.json": "first"}
+        assert content(tmp_path / "x") == {"data.json": "second"}
+    assert content(tmp_path) == {"x/data.json": "first"}
 
 
-def test_what_a_dead_run_left_is_removed_in_time(tmp_path: Path) -> None:
+def test_abandoned_folders_are_removed(tmp_path: Path) -> None:
     for name, age in (("fresh", 60), ("stale", ABANDONED + 60)):
         part = tmp_path / f".x.{name}.part"
         part.mkdir()
@@ -86,21 +86,21 @@ def test_what_a_dead_run_left_is_removed_in_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "1", '{"model_type": "llama"}', "{"])
-def test_a_folder_with_a_file_of_the_same_name_is_not_ours(tmp_path: Path, text: str) -> None:
+def test_a_folder_whose_marker_lacks_the_key_is_not_replaced(tmp_path: Path, text: str) -> None:
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "facts.json").write_text(text)
-    with pytest.raises(ValueError, match=r"no facts.json with 'headstart' in it.*Name a new"):
+    (tmp_path / "x" / "data.json").write_text(text)
+    with pytest.raises(ValueError, match=r"no data.json with 'headstart' in it.*Name a new"):
         write(tmp_path / "x", '{"headstart": 1}', "headstart")
-    assert content(tmp_path) == {"x/facts.json": text}
+    assert content(tmp_path) == {"x/data.json": text}
 
 
-def test_ours_is_replaced(tmp_path: Path) -> None:
+def test_a_folder_with_the_key_is_replaced(tmp_path: Path) -> None:
     for number in range(3):
         write(tmp_path / "x", f'{{"headstart": {number}}}', "headstart")
-    assert content(tmp_path) == {"x/facts.json": '{"headstart": 2}'}
+    assert content(tmp_path) == {"x/data.json": '{"headstart": 2}'}
 
 
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
+def test_a_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("mine")
     with pytest.raises(ValueError, match="is a file"):
         write(tmp_path / "x", "new")

@@ -1,4 +1,4 @@
-"""A fused folder in plain transformers: its own code drafts, and says what the model says.
+"""A fused checkpoint in plain transformers: its code drafts, and the output is the model's own.
 
 The decoding runs in a process where Headstart cannot be imported (transformers_worker.py).
 """
@@ -10,13 +10,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from chat_model import save
 from processes import HELPERS
+from tiny_checkpoint import TinyCheckpoint
 from tiny_run import VOCAB, follower, rule_target, tiny_target
 from transformers import (
     AutoModelForCausalLM,
@@ -27,10 +28,11 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from headstart.model.checkpoint.custom_generate import generate as alone
+from headstart.model.checkpoint.custom_generate import generate as standalone
 from headstart.model.checkpoint.custom_generate.drafting import KINDS, HeadState, TargetOutput
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import load_fused, save_head
+from headstart.model.checkpoint.fused import load_fused
+from headstart.model.checkpoint.head import save_head
 from headstart.model.checkpoint.metadata import HeadMeta
 from headstart.model.heads.common.base import DraftHead, make_head
 from headstart.model.target.load import load_target, wrap_target
@@ -41,10 +43,10 @@ WORKER = HELPERS / "transformers_worker.py"
 META = HeadMeta(target="someone/tiny", steps=3)
 EOS = 2
 Case = dict[str, Any]
-Ask = Callable[[list[Case]], list[Case]]
+Decode = Callable[[list[Case]], list[Case]]
 
 
-def knowing(target: Target, kind: str) -> DraftHead:
+def rule_head(target: Target, kind: str) -> DraftHead:
     """A head that knows the rule of `rule_target`, at every depth."""
     settings = {"taps": (0,), "norm_output": True} if kind == "eagle3" else {}
     head = make_head(target, kind, settings)
@@ -56,10 +58,10 @@ def knowing(target: Target, kind: str) -> DraftHead:
             if "norm" not in name:
                 parameter.zero_()
         if kind == "mtp":
-            head.eh_proj.weight[:, :VOCAB] = one  # what is read is the newest token
+            head.eh_proj.weight[:, :VOCAB] = one  # passes the newest token on
         elif kind == "eagle3":
             head.fc.weight.copy_(one)
-            mlp = head.midlayer.mlp  # what was read becomes what follows it
+            mlp = head.midlayer.mlp  # maps a token to the one that follows
             mlp.gate_proj.weight[:VOCAB] = mlp.up_proj.weight[:VOCAB] = one
             mlp.down_proj.weight[:, :VOCAB] = next_VV
         else:
@@ -70,8 +72,10 @@ def knowing(target: Target, kind: str) -> DraftHead:
     return head
 
 
-def written(target: Target, out: Path, make: Callable[[Target], DraftHead], **more: Any) -> Path:
-    """The fused folder of a target and a head that is made for it."""
+def write_fused(
+    target: Target, out: Path, make: Callable[[Target], DraftHead], **more: Any
+) -> Path:
+    """A fused checkpoint of a target and the head that `make` builds for it."""
     target.model.save_pretrained(out / "plain")
     target = load_target(out / "plain")
     save_head(make(target), out / "head", META)
@@ -81,17 +85,17 @@ def written(target: Target, out: Path, make: Callable[[Target], DraftHead], **mo
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By kind: fused folders of the target with a rule."""
+    """By kind: fused checkpoints of the target with a rule."""
     return {
-        kind: written(
-            rule_target(), tmp_path_factory.mktemp(kind), lambda one, kind=kind: knowing(one, kind)
+        kind: write_fused(
+            rule_target(), tmp_path_factory.mktemp(kind), partial(rule_head, kind=kind)
         )
         for kind in KINDS
     }
 
 
 @pytest.fixture(scope="module")
-def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+def decode(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decode]:
     home = tmp_path_factory.mktemp("home")
     process = subprocess.Popen(
         [sys.executable, str(WORKER)],
@@ -101,16 +105,16 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
         env={**os.environ, "HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules")},
     )
     assert process.stdin is not None and process.stdout is not None
-    written, read = process.stdin, process.stdout
+    requests, replies = process.stdin, process.stdout
 
     def run(cases: list[Case]) -> list[Case]:
-        written.write(json.dumps(cases) + "\n")
-        written.flush()
-        answers: list[Case] = json.loads(read.readline())
-        return answers
+        requests.write(json.dumps(cases) + "\n")
+        requests.flush()
+        results: list[Case] = json.loads(replies.readline())
+        return results
 
     yield run
-    written.close()
+    requests.close()
     assert process.wait(60) == 0
 
 
@@ -118,29 +122,29 @@ def case(folder: Path, ids: list[int], **options: Any) -> Case:
     return {"folder": str(folder), "ids": [ids], "options": options}
 
 
-def test_every_kind_says_what_the_model_says_in_fewer_passes(
-    folders: dict[str, Path], ask: Ask
+def test_every_kind_equals_the_model_in_fewer_passes(
+    folders: dict[str, Path], decode: Decode
 ) -> None:
     cases = [
         case(folder, [3], max_new_tokens=count, eos_token_id=None)
         for folder in folders.values()
-        for count in (1, 2, 3, 7, 24)  # most of them end inside a run of right guesses
+        for count in (1, 2, 3, 7, 24)  # most of them end inside an accepted chain
     ]
     cases[-1]["trusted"] = True
-    answers = ask(cases)
-    for asked, answer in zip(cases, answers, strict=True):
-        count = asked["options"]["max_new_tokens"]
-        assert answer["opening"] == []  # the root opens as the plain target
-        assert answer["own"]["ids"] == answer["plain"]["ids"]
-        assert len(answer["own"]["ids"][0]) == 1 + count
-        assert answer["plain"]["passes"] == count
-        # The prompt gives one token, each pass behind it three guesses and one of its own.
-        assert answer["own"]["passes"] == 1 + -(-(count - 1) // 4)
-    assert answers[-1]["trusted"] == answers[-1]["own"]
+    results = decode(cases)
+    for request, result in zip(cases, results, strict=True):
+        count = request["options"]["max_new_tokens"]
+        assert result["opening"] == []  # the root opens as the plain target
+        assert result["own"]["ids"] == result["plain"]["ids"]
+        assert len(result["own"]["ids"][0]) == 1 + count
+        assert result["plain"]["passes"] == count
+        # The prefill gives one token, each verify pass three draft tokens and the bonus token.
+        assert result["own"]["passes"] == 1 + -(-(count - 1) // 4)
+    assert results[-1]["trusted"] == results[-1]["own"]
 
 
-def test_an_answer_ends_inside_a_run(folders: dict[str, Path], ask: Ask) -> None:
-    """With each place in the run as the last one, by the end-of-text token and by a criterion."""
+def test_a_response_ends_inside_an_accepted_chain(folders: dict[str, Path], decode: Decode) -> None:
+    """At each position of the chain, by the end-of-text token and by a criterion."""
     start = int(follower()[5])
     chain = [start]
     while len(chain) < 12:
@@ -148,16 +152,16 @@ def test_an_answer_ends_inside_a_run(folders: dict[str, Path], ask: Ask) -> None
     cases = [
         case(folders["mtp"], [5], max_new_tokens=20, eos_token_id=end) for end in chain[:9]
     ] + [case(folders["eagle3"], [5], max_new_tokens=20, eos_token_id=[chain[6], chain[3]])]
-    for asked, answer in zip(cases, ask(cases), strict=True):
-        assert answer["own"]["ids"] == answer["plain"]["ids"]
-        ends = asked["options"]["eos_token_id"]
-        assert answer["own"]["ids"][0][-1] in (ends if isinstance(ends, list) else [ends])
-        assert answer["own"]["passes"] <= 1 + len(answer["own"]["ids"][0]) // 4 + 1
+    for request, result in zip(cases, decode(cases), strict=True):
+        assert result["own"]["ids"] == result["plain"]["ids"]
+        ends = request["options"]["eos_token_id"]
+        assert result["own"]["ids"][0][-1] in (ends if isinstance(ends, list) else [ends])
+        assert result["own"]["passes"] <= 1 + len(result["own"]["ids"][0]) // 4 + 1
 
 
-def test_draws_are_those_of_transformers(folders: dict[str, Path], ask: Ask) -> None:
-    """One draw per token, in the same order and from the same distribution: with a seed the same
-    text, so the distribution is the model's."""
+def test_sampled_tokens_are_those_of_transformers(folders: dict[str, Path], decode: Decode) -> None:
+    """One random draw per token, in the same order and from the same distribution: the same seed
+    gives the same tokens, so the distribution is the model's."""
     options = {
         "max_new_tokens": 24,
         "do_sample": True,
@@ -172,18 +176,18 @@ def test_draws_are_those_of_transformers(folders: dict[str, Path], ask: Ask) -> 
         for folder in folders.values()
         for seed in range(8)
     ]
-    answers = ask(cases)
-    assert all(answer["own"]["ids"] == answer["plain"]["ids"] for answer in answers)
-    texts = {tuple(answer["own"]["ids"][0]) for answer in answers}
-    assert len(texts) > 4  # they are drawn
-    passes = {way: sum(answer[way]["passes"] for answer in answers) for way in ("own", "plain")}
+    results = decode(cases)
+    assert all(result["own"]["ids"] == result["plain"]["ids"] for result in results)
+    sequences = {tuple(result["own"]["ids"][0]) for result in results}
+    assert len(sequences) > 4  # they are sampled
+    passes = {way: sum(result[way]["passes"] for result in results) for way in ("own", "plain")}
     assert passes["own"] < 0.8 * passes["plain"]
 
 
 def test_processors_and_results_are_those_of_transformers(
-    folders: dict[str, Path], ask: Ask
+    folders: dict[str, Path], decode: Decode
 ) -> None:
-    """What looks at the text before: it must see every token, in order."""
+    """Processors that look at previous tokens must see all of them, in order."""
     kept = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     cases = [
         case(folders["mtp"], [3, 10, 17], max_new_tokens=60, no_repeat_ngram_size=2),
@@ -191,9 +195,9 @@ def test_processors_and_results_are_those_of_transformers(
         case(folders["eagle3"], [3, 10], max_new_tokens=9, min_new_tokens=8, eos_token_id=24),
         case(folders["medusa"], [3, 10], max_new_tokens=9, **kept),
     ]
-    answers = ask(cases)
-    assert all(answer["own"]["ids"] == answer["plain"]["ids"] for answer in answers)
-    own, plain = (torch.tensor(answers[-1][way]["near"]) for way in ("own", "plain"))
+    results = decode(cases)
+    assert all(result["own"]["ids"] == result["plain"]["ids"] for result in results)
+    own, plain = (torch.tensor(results[-1][way]["near"]) for way in ("own", "plain"))
     assert own.shape == (2, 9, 5)
     torch.testing.assert_close(own, plain)
 
@@ -218,36 +222,36 @@ def random_head(target: Target, kind: str, settings: dict[str, object]) -> Draft
 
 
 @pytest.mark.parametrize(("kind", "settings"), LAYOUTS)
-def test_it_guesses_what_headstart_guesses(
+def test_draft_tokens_are_those_of_headstart(
     tmp_path: Path, kind: str, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In every layout, with windows, draft vocabularies and norms, over several rounds."""
-    monkeypatch.setattr(Target, "rounds_guesses", False)  # integers may guess otherwise
-    folder = written(tiny_target(), tmp_path, lambda one: random_head(one, kind, settings))
+    """In every layout, with windows, draft vocabularies and norms, over several decode steps."""
+    monkeypatch.setattr(Target, "drafts_in_int8", False)  # int8 may draft other tokens
+    folder = write_fused(tiny_target(), tmp_path, lambda one: random_head(one, kind, settings))
     target, theirs = load_fused(folder, dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    ours, candidates = alone._head_of(model)
-    assert candidates == META.steps and ours.taps == theirs.taps
-    state, pairs = theirs.start(1), HeadState()
+    ours, draft_steps = standalone._head_of(model)
+    assert draft_steps == META.steps and ours.taps == theirs.taps
+    state, our_state = theirs.start(1), HeadState()
     tokens_1T = torch.randint(VOCAB, (1, 30))
     at = 0
     for new in (6, 1, 3, 2, 1, 4):
-        seen = target.forward(tokens_1T[:, : at + new], taps=ours.taps)
+        output = target.forward(tokens_1T[:, : at + new], taps=ours.taps)
         index_1P = torch.arange(at, at + new)[None]
-        part = seen.gather(index_1P)
+        part = output.gather(index_1P)
         next_1P = tokens_1T[:, at + 1 : at + new + 1]
         state = theirs.advance(state, part, next_1P, torch.tensor([new]))
-        plain = TargetOutput(
+        our_part = TargetOutput(
             torch.empty(1, new, 0), part.lm_head_input_BTD, dict(part.hidden_states)
         )
-        ours.advance(pairs, plain, next_1P)
+        ours.advance(our_state, our_part, next_1P)
         expected = theirs.draft(state, TreeShape.chain(3)).tokens_BN[:, 1:]
         with torch.no_grad():
-            assert torch.equal(ours.draft(pairs, 3), expected)
+            assert torch.equal(ours.draft(our_state, 3), expected)
         at += new
 
 
-def test_windows_of_the_target_are_kept(tmp_path: Path, ask: Ask) -> None:
+def test_windows_of_the_target_are_kept(tmp_path: Path, decode: Decode) -> None:
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=VOCAB,
@@ -261,27 +265,27 @@ def test_windows_of_the_target_are_kept(tmp_path: Path, ask: Ask) -> None:
         eos_token_id=None,
     )
     target = wrap_target(MistralForCausalLM(config))
-    folder = written(target, tmp_path, lambda one: random_head(one, "mtp", {}))
-    for answer in ask([case(folder, [3, 1, 4, 1, 5, 9, 2, 6], max_new_tokens=40)]):
-        assert answer["own"]["ids"] == answer["plain"]["ids"]
-        assert len(answer["own"]["ids"][0]) == 48
+    folder = write_fused(target, tmp_path, lambda one: random_head(one, "mtp", {}))
+    for result in decode([case(folder, [3, 1, 4, 1, 5, 9, 2, 6], max_new_tokens=40)]):
+        assert result["own"]["ids"] == result["plain"]["ids"]
+        assert len(result["own"]["ids"][0]) == 48
 
 
-def test_a_random_model_is_followed_exactly(tmp_path: Path, ask: Ask) -> None:
-    """Guesses are nearly always wrong: every round takes keys back."""
+def test_a_random_model_is_decoded_exactly(tmp_path: Path, decode: Decode) -> None:
+    """Draft tokens are nearly always wrong: every decode step crops the cache."""
     cases = []
     for kind in KINDS:
         make = lambda one, kind=kind: random_head(one, kind, {})  # noqa: E731
-        folder = written(tiny_target(), tmp_path / kind, make)
+        folder = write_fused(tiny_target(), tmp_path / kind, make)
         cases += [
             case(folder, ids, max_new_tokens=30, eos_token_id=None, num_assistant_tokens=4)
             for ids in ([7], [3, 1, 4, 1, 5])
         ]
-    for answer in ask(cases):
-        assert answer["own"]["ids"] == answer["plain"]["ids"]
+    for result in decode(cases):
+        assert result["own"]["ids"] == result["plain"]["ids"]
 
 
-def test_what_cannot_be_decoded_is_refused(folders: dict[str, Path], ask: Ask) -> None:
+def test_unsupported_requests_are_an_error(folders: dict[str, Path], decode: Decode) -> None:
     folder = folders["mtp"]
     short: Any = {"max_new_tokens": 4}
     cases = [
@@ -293,26 +297,23 @@ def test_what_cannot_be_decoded_is_refused(folders: dict[str, Path], ask: Ask) -
         case(folder, [3, 10], output_attentions=True, return_dict_in_generate=True, **short),
         case(folder.parent / "plain", [3, 10], **short) | {"code": str(folder)},
     ]
-    told = [
+    messages = [
         "one prompt at a time, and this is a batch of 2",
         "one prompt at a time, and this is a batch of 2",
-        "greedily or samples, and this asks for beam_search",
-        "num_assistant_tokens is at least 1",
+        "greedily or samples; beam_search is not supported",
+        "num_assistant_tokens must be at least 1",
         "stop_strings needs the tokenizer too",
-        "output_attentions and output_hidden_states are not kept",
-        "Open it from the fused folder",
+        "does not return output_attentions and output_hidden_states",
+        "Open it from the folder or repository of the fused checkpoint",
     ]
-    for message, answer in zip(told, ask(cases), strict=True):
-        assert message in answer["own"]["refused"]
+    for message, result in zip(messages, decode(cases), strict=True):
+        assert message in result["own"]["refused"]
 
 
-def test_words_are_streamed_and_may_end_an_answer(tmp_path: Path) -> None:
-    save(tmp_path / "target")
-    target = load_target(tmp_path / "target")
-    save_head(make_head(target, "mtp", {}), tmp_path / "head", META)
-    fuse(tmp_path / "target", tmp_path / "head", tmp_path / "fused")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "fused")
+def test_streaming_and_stop_strings(tiny_checkpoint: TinyCheckpoint) -> None:
+    folder = tiny_checkpoint.fused["mtp"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("hello", return_tensors="pt").input_ids
     more: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     whole = model.generate(ids, **more)
@@ -320,16 +321,16 @@ def test_words_are_streamed_and_may_end_an_answer(tmp_path: Path) -> None:
     more |= {"stop_strings": [last], "tokenizer": tokenizer}
     expected = model.generate(ids, **more)
     assert ids.shape[1] < expected.shape[1] < whole.shape[1]
-    streamed = Streamed()
-    assert torch.equal(alone.generate(ids, model=model, streamer=streamed, **more), expected)
-    assert streamed.tokens == expected[0].tolist() and streamed.ended
+    streamer = Streamer()
+    assert torch.equal(standalone.generate(ids, model=model, streamer=streamer, **more), expected)
+    assert streamer.tokens == expected[0].tolist() and streamer.ended
     config = GenerationConfig(stop_strings=[last])
     with pytest.raises(ValueError, match="as an argument of generate"):
-        alone.generate(ids, model=model, generation_config=config, tokenizer=tokenizer)
+        standalone.generate(ids, model=model, generation_config=config, tokenizer=tokenizer)
 
 
-class Streamed:
-    """What a streamer of transformers is given."""
+class Streamer:
+    """A streamer that keeps its tokens."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -342,27 +343,27 @@ class Streamed:
         self.ended = True
 
 
-def test_padding_and_caches_of_others_are_refused(folders: dict[str, Path]) -> None:
+def test_padding_and_given_caches_are_an_error(folders: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folders["mtp"])
     ids = torch.tensor([[3, 10]])
     with pytest.raises(ValueError, match="hides tokens"):
-        alone.generate(ids, model=model, attention_mask=torch.tensor([[0, 1]]))
+        standalone.generate(ids, model=model, attention_mask=torch.tensor([[0, 1]]))
     with pytest.raises(ValueError, match="does not take past_key_values"):
-        alone.generate(ids, model=model, past_key_values=DynamicCache())
-    # Another way of decoding is handed on to transformers.
-    way = {"custom_generate": lambda model, input_ids, **_: input_ids + 1}
-    assert torch.equal(alone.generate(ids, model=model, **way), ids + 1)
+        standalone.generate(ids, model=model, past_key_values=DynamicCache())
+    # Another decoding loop is passed on to transformers.
+    loop = {"custom_generate": lambda model, input_ids, **_: input_ids + 1}
+    assert torch.equal(standalone.generate(ids, model=model, **loop), ids + 1)
     model.config.rope_parameters = {
         "rope_type": "longrope",
         "original_max_position_embeddings": 8,
     }
-    with pytest.raises(ValueError, match="Past 8 tokens"):
-        alone.generate(ids, model=model, max_length=9)
+    with pytest.raises(ValueError, match="Beyond 8 tokens"):
+        standalone.generate(ids, model=model, max_length=9)
 
 
-def test_the_code_is_written_where_it_can_draft(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_code_is_written_if_it_can_draft(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = folders["mtp"]
-    sources = Path(alone.__file__).parent
+    sources = Path(standalone.__file__).parent
     for name in ("generate.py", "drafting.py"):
         assert (folder / "custom_generate" / name).read_bytes() == (sources / name).read_bytes()
     card = (folder / "README.md").read_text()

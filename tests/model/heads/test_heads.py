@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headstart.model.checkpoint.engine_config import unservable
+from headstart.model.checkpoint.engine_support import support
 from headstart.model.heads.common.base import DraftHead, kinds, make_head
 from headstart.model.target.load import wrap_target
 from headstart.model.target.output import TargetOutput
@@ -216,4 +216,4 @@ def test_a_window_is_seen_and_kept_from_engines(target):
     ):
         torch.testing.assert_close(all_of_it[:, :5], some[:, :5], rtol=1e-12, atol=1e-12)
         assert ((all_of_it - some)[:, 5:].abs().amax(-1) > 1e-3).all()
-    assert unservable(whole) is None and "window" in str(unservable(narrow))
+    assert support(whole, "vllm") is None and "window" in str(support(narrow, "vllm"))

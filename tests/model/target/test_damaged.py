@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from headstart.model.checkpoint import fuse as fusing
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import is_fused, load_fused, load_head, save_head
+from headstart.model.checkpoint.fused import is_fused, load_fused
+from headstart.model.checkpoint.head import load_head, save_head
 from headstart.model.checkpoint.metadata import HeadMeta
 from headstart.model.heads.common.base import make_head
 from headstart.model.target.load import load_target

@@ -17,7 +17,7 @@ from recurrent_decoding import NEW_TOKENS, SETTINGS, answers
 from torch import Tensor
 
 from headstart.inference import SpeculativeModel
-from headstart.inference.benchmark.runner import acceptance_length
+from headstart.inference.benchmark.acceptance import measure_acceptance
 from headstart.inference.config import SamplingParams, SpeculativeConfig
 from headstart.inference.engine.loop import decode
 from headstart.inference.engine.stats import Stats
@@ -26,7 +26,7 @@ from headstart.model.target.load import wrap_target
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
 from headstart.model.tree.tree import Tree
-from headstart.scripts.options.tree_budget import contestant
+from headstart.scripts.options.tree_budget import speculative_config
 
 GREEDY = SamplingParams(NEW_TOKENS)
 SAMPLINGS = {
@@ -217,16 +217,17 @@ def test_defaults_are_chains() -> None:
     chain = SpeculativeConfig(model.head, TreeShape.chain(2), ngram=True)
     for how in (None, SpeculativeConfig(model.head), chain):
         assert model.generate(repeated, speculative=how, **options)[0].tolist() == expected
-    for budget in ("auto+lookup", "off", "lookup", "5", "5/4/1", "4+lookup"):
-        one, stats = contestant(target, model.head, budget), Stats()
+    for budget in ("auto+ngram", "off", "ngram", "5", "5/4/1", "4+ngram"):
+        one, stats = speculative_config(target, model.head, budget), Stats()
         assert one.shape.width == 1
-        assert one.shape.depth == {"4+lookup": 3, "5": 4, "5/4/1": 4, "off": 4}.get(budget, 8)
+        assert one.shape.depth == {"4+ngram": 3, "5": 4, "5/4/1": 4, "off": 4}.get(budget, 8)
         steps = decode(target, repeated, sampling=GREEDY, speculative=one, stats=stats)
         assert answers(steps)[0] == expected[repeated.shape[1] :]
     model.head.rank_acceptance = ((0.9, 0.5), (0.8, 0.5), (0.7, 0.5))
-    assert contestant(target, model.head, "static").shape.width == 1
-    stats, told = acceptance_length(target, model.head, [repeated[0].tolist()], max_new_tokens=8)
-    assert [token for step in told[0] for token in step] == expected[repeated.shape[1] :][:8]
+    assert speculative_config(target, model.head, "static").shape.width == 1
+    config, ids = SpeculativeConfig(model.head), repeated[0].tolist()
+    _, [steps] = measure_acceptance(target, config, [ids], SamplingParams(8))
+    assert [token for step in steps for token in step] == expected[repeated.shape[1] :][:8]
 
 
 def test_guesses_from_the_text_come_true() -> None:

@@ -13,12 +13,13 @@ from families import FAMILIES, build
 from tiny_run import mixed_rows, write_rows
 
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import load_fused, read_head_file
+from headstart.model.checkpoint.fused import load_fused
+from headstart.model.checkpoint.head import read_head_file
 from headstart.model.heads.common.base import make_head
 from headstart.model.target.load import load_target
 from headstart.model.target.target import Target
 from headstart.model.target.weights_hash import target_hash
-from headstart.scripts.commands.train import run_recipe
+from headstart.scripts.options.recipe import run_recipe
 from headstart.training.config.schema import Recipe, load_recipe
 from headstart.training.preflight import check_early
 

@@ -1,5 +1,5 @@
-"""Heads in production engines: what is reported, with a stub in the engine's place; and vLLM
-itself where VLLM_PYTHON names a Python with vLLM (half an hour)."""
+"""Heads in other engines: the report, with a stub as the engine, and vLLM itself if VLLM_PYTHON
+names a Python that has it (half an hour)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mtp_checkpoints as published
 import pytest
-from export_cases import fused, trained, write_plain
+from export_cases import fused, random_head, write_plain
 from mimo_form import as_mimo
 from processes import HELPERS
 from run_command import refused, run
@@ -25,29 +25,29 @@ from headstart.scripts.benchmarks.engine_parity import (
     Commands,
     Expected,
     _llama_server,
-    _vllm_line,
+    _vllm_command,
     compare,
-    headstart_alone,
+    decode_with_headstart,
     llama_cpp,
     report,
     vllm,
 )
-from headstart.scripts.benchmarks.engine_server import Counted, running
+from headstart.scripts.benchmarks.engine_server import DraftCounters, running
 from headstart.scripts.commands.generate_data import write_responses
-from headstart.scripts.commands.train import run_recipe
 from headstart.scripts.options.default_checkpoint import shipped_checkpoint
 from headstart.scripts.options.prompts import read_prompts, shipped_prompts
+from headstart.scripts.options.recipe import run_recipe
 from headstart.training.config.schema import make_recipe
 
 STUB = HELPERS / "stub_engine.py"
 PROMPTS = [[5, 6], [7, 8, 9]]
-ANSWERS = [[11, 12, 13, 2], [14, 15, 16, 17]]
+RESPONSES = [[11, 12, 13, 2], [14, 15, 16, 17]]
 
 
 @pytest.fixture
 def answers(tmp_path: Path) -> Path:
     file = tmp_path / "answers.json"
-    file.write_text(json.dumps(list(zip(PROMPTS, ANSWERS, strict=True))))
+    file.write_text(json.dumps(list(zip(PROMPTS, RESPONSES, strict=True))))
     return file
 
 
@@ -61,7 +61,7 @@ def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
 
 @pytest.mark.parametrize("dialect", ["vllm", "llama.cpp"])
 def test_the_report(dialect, answers, tmp_path, capsys):
-    ours = [[11, 12, 13], [14, 15, 16, 18]]  # the first without its end, the second another
+    ours = [[11, 12, 13], [14, 15, 16, 18]]  # without its end; different
     expected = Expected({"steps": 3}, PROMPTS, ours, [0.9, 0.7, 0.3], 2.8, frozenset({2}))
     commands = Commands(
         dialect, stub(dialect, answers), stub(dialect, answers, "--drafts"), {"A": "b"}
@@ -71,26 +71,26 @@ def test_the_report(dialect, answers, tmp_path, capsys):
     assert report["prompts"] == 2 and report["tokens"] == 8 and report["steps"] == 3
     assert report["identical_with_and_without_head"] == 2
     assert report["identical_to_headstart"] == 1
-    rates = report["acceptance_by_position"]
-    # Three passes an answer; the one that warms the engine up does not count.
+    rates = report["acceptance_rate_per_position"]
+    # Three drafts per response; the warm-up does not count.
     assert rates["engine"] == [1, 0.6667, 0.3333] and rates["headstart"] == [0.9, 0.7, 0.3]
     assert rates["largest_difference"] == 0.1
     assert report["acceptance_length"] == {"headstart": 2.8, "engine": 3}
     assert report["engine_version"] == "stub" and report["speedup"] > 0
 
 
-def test_other_answers_with_the_head_show(answers, tmp_path, capsys):
-    expected = Expected({}, PROMPTS, ANSWERS, [1, 0.6, 0.3], 2.9, frozenset({2}))
+def test_different_responses_are_reported(answers, tmp_path, capsys):
+    expected = Expected({}, PROMPTS, RESPONSES, [1, 0.6, 0.3], 2.9, frozenset({2}))
     plain, wrong = stub("vllm", answers), stub("vllm", answers, "--drafts", "--wrong")
     compare(Commands("vllm", plain, wrong, {}), expected, 4, tmp_path, {})
     report = reported(capsys)
     assert report["identical_with_and_without_head"] == report["identical_to_headstart"] == 0
 
 
-def test_an_engine_that_does_not_draft_is_no_success(answers, tmp_path):
-    expected = Expected({}, PROMPTS, ANSWERS, [1, 0.6, 0.3], 2.9, frozenset({2}))
+def test_an_engine_that_does_not_draft(answers, tmp_path):
+    expected = Expected({}, PROMPTS, RESPONSES, [1, 0.6, 0.3], 2.9, frozenset({2}))
     plain = stub("vllm", answers)
-    with pytest.raises(ValueError, match="counted no draft"):
+    with pytest.raises(ValueError, match="counted no drafts"):
         compare(Commands("vllm", plain, plain, {}), expected, 4, tmp_path, {})
 
 
@@ -102,56 +102,56 @@ def test_an_engine_that_does_not_start(tmp_path):
 
 
 def test_an_engine_that_hangs_is_ended(answers, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine_server, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(engine_server, "RESPONSE_SECONDS", 0.5)
     monkeypatch.setattr(engine_server, "STOP_SECONDS", 0.5)
     began, command = time.monotonic(), stub("vllm", answers, "--slow", "--deaf")
     with (
-        pytest.raises(ValueError, match=r"does not answer any more.*--logs"),
+        pytest.raises(ValueError, match=r"does not respond any more.*--logs"),
         running("vllm", "served", command, {}, tmp_path / "log") as server,
     ):
-        server.answer(PROMPTS[0], 4)
+        server.generate(PROMPTS[0], 4)
     assert time.monotonic() - began < 30
 
 
-def test_an_engine_that_ends_between_answers(answers, tmp_path):
+def test_an_engine_that_ends_between_responses(answers, tmp_path):
     with running("vllm", "served", stub("vllm", answers), {}, tmp_path / "log") as server:
-        server.answer(PROMPTS[0], 4)
-    with pytest.raises(ValueError, match="does not answer any more"):
-        server.answer(PROMPTS[0], 4)
+        server.generate(PROMPTS[0], 4)
+    with pytest.raises(ValueError, match="does not respond any more"):
+        server.generate(PROMPTS[0], 4)
 
 
-def test_a_proxy_is_not_asked_for_this_machine(answers, tmp_path, monkeypatch):
+def test_no_proxy_is_used_for_this_machine(answers, tmp_path, monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setattr("urllib.request._opener", None)  # one that knows the environment of before
     monkeypatch.setattr(engine_server, "START_SECONDS", 10)
     with running("vllm", "served", stub("vllm", answers), {}, tmp_path / "log") as server:
-        assert server.answer(PROMPTS[0], 4)[0] == ANSWERS[0]
+        assert server.generate(PROMPTS[0], 4)[0] == RESPONSES[0]
 
 
-def test_positions_that_nobody_reached_count_as_none():
-    """Of short answers our chain knows fewer positions, of a poor head llama.cpp does."""
-    turn = (ANSWERS[0], 1.0), (ANSWERS[0], 1.0)
+def test_missing_positions_count_as_zero():
+    """Headstart reports fewer positions of short responses, llama.cpp of a poor head."""
+    turn = (RESPONSES[0], 1.0), (RESPONSES[0], 1.0)
     for ours, theirs in (([0.5], (5, 3)), ([0.5, 0.3], (5,)), ([], ())):
-        expected = Expected({}, PROMPTS[:1], ANSWERS[:1], ours, 1.5, frozenset())
-        found = report(expected, [turn], Counted(10, theirs))["acceptance_by_position"]
+        expected = Expected({}, PROMPTS[:1], RESPONSES[:1], ours, 1.5, frozenset())
+        found = report(expected, [turn], DraftCounters(10, theirs))["acceptance_rate_per_position"]
         longest = max(len(ours), len(theirs))
         assert found["largest_difference"] == (0.3 if longest == 2 else 0.0)
 
 
-def test_mistakes_are_told_before_any_work(tmp_path):
+def test_errors_come_before_any_work(tmp_path):
     for python in (tmp_path / "none", Path(sys.executable)):  # vLLM is not installed beside us
         with pytest.raises(ValueError, match="does not find vLLM"):
             vllm(tmp_path, python=python)
-    with pytest.raises(ValueError, match="leave --steps out"):
+    with pytest.raises(ValueError, match="remove --steps"):
         vllm(tmp_path, form="speculators", steps=2)
     with pytest.raises(ValueError, match="build_llama_cpp"):
         llama_cpp(tmp_path, llama_cpp=tmp_path)
     plain = write_plain(tmp_path / "plain")
-    head = trained(load_target(plain, dtype="float32", device="cpu"), "medusa")
-    with pytest.raises(ValueError, match="heads of kind medusa"):
-        _vllm_line(fused(plain, head, tmp_path), "fused", None, tmp_path / "out")
+    head = random_head(load_target(plain, dtype="float32", device="cpu"), "medusa")
+    with pytest.raises(ValueError, match="this one is medusa"):
+        _vllm_command(fused(plain, head, tmp_path), "fused", None, tmp_path / "out")
 
 
 def test_where_llama_cpp_puts_its_programs(tmp_path):
@@ -162,45 +162,45 @@ def test_where_llama_cpp_puts_its_programs(tmp_path):
     assert Path(_llama_server(tmp_path)) == place / name
 
 
-def test_the_layer_of_the_target_guesses_as_often_on_both_sides(tmp_path, monkeypatch):
+def test_a_native_layer_drafts_as_many_tokens_on_both_sides(tmp_path, monkeypatch):
     published.write("glm4_moe", tmp_path / "plain")
     adopt(tmp_path / "plain", tmp_path / "head")
     fuse(tmp_path / "plain", tmp_path / "head", tmp_path / "fused", native=True)
     monkeypatch.setattr("headstart.scripts.options.prompts.first_turns", lambda *_: PROMPTS)
     monkeypatch.setattr("headstart.scripts.options.prompts.decodable", lambda *_: [])
     for steps, count in ((None, 1), (2, 2)):
-        line = _vllm_line(tmp_path / "fused", "fused", steps, tmp_path / "out")
+        line = _vllm_command(tmp_path / "fused", "fused", steps, tmp_path / "out")
         assert f'"num_speculative_tokens": {count}' in line
-        expected = headstart_alone(tmp_path / "fused", "heldout", 2, 6, steps)
-        assert expected.facts["steps"] == count
+        expected = decode_with_headstart(tmp_path / "fused", "heldout", 2, 6, steps)
+        assert expected.metadata["steps"] == count
 
 
 def test_counters_since():
-    assert Counted(9, (5, 3)).since(Counted(4, (2,))) == Counted(5, (3, 3))
+    assert DraftCounters(9, (5, 3)).since(DraftCounters(4, (2,))) == DraftCounters(5, (3, 3))
 
 
-def test_our_own_chain(tmp_path, monkeypatch):
-    """Rates are those of all passes, each at most the one before."""
+def test_headstart_with_a_chain(tmp_path, monkeypatch):
+    """Rates are shares of all decode steps, each at most the one before."""
     plain = write_plain(tmp_path / "plain")
     target = load_target(plain, dtype="float32", device="cpu")
-    head = trained(target, draft_vocab=20)
+    head = random_head(target, draft_vocab=20)
     folder = fused(plain, head, tmp_path)
     monkeypatch.setattr("headstart.scripts.options.prompts.first_turns", lambda *_: PROMPTS)
     monkeypatch.setattr("headstart.scripts.options.prompts.decodable", lambda *_: [])
-    expected = headstart_alone(folder, "heldout", 2, 6)
-    assert expected.facts["steps"] == 4 and expected.prompts == PROMPTS
-    assert [len(one) for one in expected.answers] == [6, 6]
-    assert len(headstart_alone(folder, "heldout", 2, 6, 2).rates) == 2
+    expected = decode_with_headstart(folder, "heldout", 2, 6)
+    assert expected.metadata["steps"] == 4 and expected.prompts == PROMPTS
+    assert [len(one) for one in expected.responses] == [6, 6]
+    assert len(decode_with_headstart(folder, "heldout", 2, 6, 2).rates) == 2
     assert len(expected.rates) == 4 and expected.rates == sorted(expected.rates, reverse=True)
 
 
-def test_what_belongs_to_llama_cpp(tmp_path):
+def test_options_and_errors_of_llama_cpp(tmp_path):
     plain = write_plain(tmp_path / "plain")
     target = load_target(plain, dtype="float32", device="cpu")
     heads = {
-        "plain": trained(target, draft_vocab=20),
-        "3.1": trained(target, draft_vocab=20, fc_norm=True),
-        "two": trained(target, draft_vocab=20, taps=(1, 4)),
+        "plain": random_head(target, draft_vocab=20),
+        "3.1": random_head(target, draft_vocab=20, fc_norm=True),
+        "two": random_head(target, draft_vocab=20, taps=(1, 4)),
     }
     folders = {name: fused(plain, head, tmp_path / name) for name, head in heads.items()}
     source = tmp_path / "llama.cpp"
@@ -214,16 +214,16 @@ def test_what_belongs_to_llama_cpp(tmp_path):
     said = "import sys; sys.stderr.buffer.write(b'no \\xff such key'); raise SystemExit(1)"
     (source / "convert_hf_to_gguf.py").write_text(said)
     assert "such key" in refused(*given) and not (tmp_path / "out").exists()
-    assert "is no .gguf file" in refused(*given, "--verifier", folders["plain"])
-    for name, reason in (("3.1", "norms of EAGLE-3.1"), ("two", "reads three layers")):
+    assert "is not a .gguf file" in refused(*given, "--verifier", folders["plain"])
+    for name, reason in (("3.1", "norms of EAGLE-3.1"), ("two", "taps three layers")):
         assert reason in refused("export", folders[name], *given[2:])
     assert "belong to --to llama.cpp" in refused(*given[:4], "vllm", "--outtype", "f32")
 
 
-def test_what_llama_cpps_converter_is_asked(tmp_path):
+def test_the_options_of_llama_cpps_converter(tmp_path):
     plain = write_plain(tmp_path / "plain")
     target = load_target(plain, dtype="float32", device="cpu")
-    folder = fused(plain, trained(target, draft_vocab=20), tmp_path)
+    folder = fused(plain, random_head(target, draft_vocab=20), tmp_path)
     source, out = tmp_path / "llama.cpp", tmp_path / "out"
     source.mkdir()
     (source / "convert_hf_to_gguf.py").write_text(
@@ -255,13 +255,13 @@ def test_the_shipped_head_in_vllm(form, capsys):
     vllm(python=Path(os.environ["VLLM_PYTHON"]), form=form)
     report = reported(capsys)
     assert report["identical_with_and_without_head"] == report["prompts"] == 40
-    assert report["acceptance_by_position"]["largest_difference"] <= 0.03
+    assert report["acceptance_rate_per_position"]["largest_difference"] <= 0.03
 
 
 @pytest.mark.slow
 @needs_vllm
 def test_a_layer_of_the_targets_own_in_vllm(tmp_path, capsys):
-    """Hardly trained, so it guesses little; read in another way it would guess nothing."""
+    """Hardly trained, so few draft tokens are accepted; with another layout none would be."""
     root = as_mimo(shipped_checkpoint(), tmp_path / "target")
     adopt(root, tmp_path / "adopted")
     target = load_target(root)
@@ -271,7 +271,7 @@ def test_a_layer_of_the_targets_own_in_vllm(tmp_path, capsys):
     values = {
         "target": {"name": str(root)},
         "head": {"kind": "mtp"},
-        "data": {"path": str(file), "max_length": 256, "batch_tokens": 1024},
+        "data": {"path": str(file), "max_length": 256, "global_batch_tokens": 1024},
         "loss": {"kind": "lk", "steps": 2, "chunk_rows": 256},
         "train": {
             "output": str(tmp_path / "run"), "start_from": str(tmp_path / "adopted"), "steps": 80,
@@ -285,5 +285,5 @@ def test_a_layer_of_the_targets_own_in_vllm(tmp_path, capsys):
     vllm(tmp_path / "fused", python=Path(os.environ["VLLM_PYTHON"]), options=options)
     report = reported(capsys)
     assert report["identical_with_and_without_head"] == report["prompts"] == 40
-    rates = report["acceptance_by_position"]
+    rates = report["acceptance_rate_per_position"]
     assert rates["headstart"][0] > 0.08 and rates["largest_difference"] <= 0.03

@@ -14,7 +14,7 @@ from tiny_run import VOCAB, mixed_rows, tiny_recipe, tiny_target, write_rows
 
 from headstart.model.heads.common.borrow import copy_final_norm
 from headstart.scripts.benchmarks import versus_speculators as against
-from headstart.scripts.commands.train import head_of
+from headstart.scripts.options.recipe import head_of
 from headstart.training.config.schema import Recipe, make_recipe
 from headstart.training.data import hidden_states as store
 from headstart.training.data.batching import Batches
@@ -35,7 +35,11 @@ def target():
 def recipe(target, tmp_path) -> Recipe:
     data = write_rows(tmp_path / "data.jsonl", mixed_rows(24))
     values = tiny_recipe(tmp_path / "run", data, steps=STEPS).model_dump(exclude_none=True)
-    values["data"] |= {"holdout": 5, "batch_tokens": 64, "features": str(tmp_path / "features")}
+    values["data"] |= {
+        "holdout": 5,
+        "global_batch_tokens": 64,
+        "features": str(tmp_path / "features"),
+    }
     values["head"] = {"kind": "eagle3", "taps": [0, 1, 2], "draft_vocab": 20, "fc_norm": True}
     recipe = make_recipe(values)
     found = read_conversations(recipe.data, target, recipe.train.seed)
@@ -53,7 +57,7 @@ def prepared(target, recipe, tmp_path, monkeypatch) -> against.Prepared:
 
 def test_speculators_reads_what_our_batches_hold(target, recipe, prepared, tmp_path):
     corpus = read_conversations(recipe.data, target, recipe.train.seed).train
-    plan = Batches(corpus.lengths, recipe.data.batch_tokens, recipe.train.seed)
+    plan = Batches(corpus.lengths, recipe.data.global_batch_tokens, recipe.train.seed)
     rows = [row for place in range(STEPS) for row in plan.at(place)]
     assert prepared.batches == [
         list(range(len(plan.at(0)))),

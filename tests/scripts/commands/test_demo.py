@@ -15,7 +15,7 @@ from headstart.model.target.load import load_target
 from headstart.scripts.cli import app
 from headstart.scripts.commands import demo, train
 from headstart.training.config.schema import load_recipe
-from headstart.training.signals import Interrupted
+from headstart.training.run.signals import Interrupted
 
 SMALL = ("--prompts", "8", "--heldout", "2", "--max-new-tokens", "8")
 
@@ -39,11 +39,11 @@ def done(target: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return out, result.output
 
 
-def test_from_answers_to_the_table_and_again(done, target):
+def test_all_stages_and_a_second_run(done, target):
     out, output = done
     results = json.loads((out / "results.json").read_text())["results"]
-    assert set(results) == {"plain", "fresh head"}
-    assert all(one["identical"] == one["prompts"] == 2 for one in results.values())
+    assert set(results) == {"autoregressive", "new head"}
+    assert results["new head"]["identical"] == results["new head"]["compared"] == 2
     assert "2/2" in output
     head = out / "fused" / "draft_heads" / "model.safetensors"
     before = head.stat().st_mtime_ns
@@ -55,16 +55,16 @@ def test_another_demo_is_not_mixed_in(done, target, tmp_path):
     other = save(tmp_path / "other", context=2048, seed=1)
     for arguments in ((target, done[0], "--prompts", "9"), (other, done[0])):
         result = run(*arguments)
-        told = " ".join(result.output.replace("\u2502", " ").split())
-        assert result.exit_code == 2 and "other settings" in told
+        message = " ".join(result.output.replace("\u2502", " ").split())
+        assert result.exit_code == 2 and "other settings" in message
 
 
-def test_the_same_target_elsewhere_goes_on(done, target, tmp_path):
+def test_a_moved_target_resumes(done, target, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(target, moved)
     result = run(moved, done[0])
     assert result.exit_code == 0, result.output
-    assert "already answered" in result.output and "already trained" in result.output
+    assert "already generated" in result.output and "already trained" in result.output
 
 
 def test_the_command_for_a_longer_training_works(done):
@@ -74,19 +74,19 @@ def test_the_command_for_a_longer_training_works(done):
     assert (done[0] / "longer" / "best" / "config.json").exists()
 
 
-def test_a_stopped_training_is_gone_on_with_by_the_same_command(target, tmp_path, monkeypatch):
+def test_the_same_command_resumes_a_stopped_training(target, tmp_path, monkeypatch):
     def stopped(*_: object) -> Path:
         raise Interrupted("Go on with train.resume=true.")
 
     monkeypatch.setattr(train, "run_recipe", stopped)
     result = run(target, tmp_path / "out")
     assert result.exit_code == 130
-    assert "the same command" in result.output and "resume" not in result.output
+    assert "the same command" in result.output and "train.resume" not in result.output
     monkeypatch.undo()
     assert run(target, tmp_path / "out").exit_code == 0
 
 
-def test_the_head_is_chosen_on_other_prompts_than_it_is_measured_on(target, tmp_path):
+def test_the_head_is_chosen_and_measured_on_different_prompts(target, tmp_path):
     overrides = demo._overrides(load_target(target), str(target), tmp_path / "a", tmp_path / "b")
     recipe = load_recipe(train.find_recipe(demo.RECIPE), overrides)
     assert recipe.eval.prompts == "dev"  # the table is made of `heldout`

@@ -1,4 +1,4 @@
-"""`headstart graft`: a head goes along to a changed target, and what that costs is said."""
+"""`headstart graft`: transfers a head to a changed target and reports the loss."""
 
 from __future__ import annotations
 
@@ -9,28 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarking import benchmark
 from chat_model import tokenizer, write_recipe
 from run_command import refused, run
 from safetensors.torch import load_file, save_file
 from tiny_run import tiny_head
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headstart.inference.benchmark.runner import PLAIN, measure
+from headstart.inference.benchmark.metrics import AUTOREGRESSIVE
 from headstart.inference.config import SpeculativeConfig
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import (
-    load_fused,
-    load_head,
-    read_head_file,
-    save_head,
-    target_hash,
-)
+from headstart.model.checkpoint.fused import load_fused
+from headstart.model.checkpoint.head import load_head, read_head_file, save_head
 from headstart.model.checkpoint.metadata import HeadMeta, Lora, Measurement
 from headstart.model.checkpoint.model_card import model_card
-from headstart.model.hub.upload import _public
+from headstart.model.hub.upload import publishable
 from headstart.model.target.load import load_target
-from headstart.model.target.target import Target
-from headstart.scripts.commands.graft import MOST_LOST, lost_share
+from headstart.model.target.weights_hash import target_hash
+from headstart.scripts.commands.graft import MAX_LOSS, lost_share
 
 pytestmark = pytest.mark.usefixtures("wide")
 
@@ -41,13 +37,13 @@ META = HeadMeta(
     license="mit",
     steps=2,
     tokens=4321,
-    data="answers.jsonl",
+    data="responses.jsonl",
     data_hash="ab" * 32,
     replaces="model.layers.2.*",
     recipe={"train": {"lr": 0.5}},
     temperatures=(1.5,),
     rank_acceptance=((0.5, 0.25),),
-    calibration_rows=(100,),
+    calibration_positions=(100,),
     calibration_errors=((0.2, 0.1),),
     path_errors=(0.2, 0.1),
     measured=(OLD,),
@@ -55,8 +51,8 @@ META = HeadMeta(
 
 
 def follow(folder: Path, step: int) -> Path:
-    """A chat model that always says the token `step` places on, whatever came before, and a little
-    of what its layers make of it."""
+    """A chat model whose next token is the one `step` ids on, with small contributions of the
+    layers."""
     made = tokenizer()
     torch.manual_seed(0)
     size = len(made)
@@ -91,7 +87,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fused(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a head that knows the rule of its target, not only its LM head."""
+    """With a head that follows the rule of its target by itself, not only by the LM head."""
     folder = tmp_path_factory.mktemp("fused")
     target = load_target(source)
     head = tiny_head(target, "mtp")
@@ -122,7 +118,7 @@ def settings(prompts: Path) -> tuple[object, ...]:
 
 
 def change(source: Path, out: Path, factor: float) -> Path:
-    """A fine-tune: what its layers make of the text weighs more than it did."""
+    """A fine-tune: scales the contributions of the layers."""
     shutil.copytree(source, out)
     tensors = load_file(out / "model.safetensors")
     for name, weight in tensors.items():
@@ -142,14 +138,14 @@ def compared(output: str) -> list[str]:
     ]
 
 
-def test_a_strong_change_costs_and_retraining_is_recommended(
+def test_a_strong_change_lowers_acceptance_and_retraining_is_recommended(
     fused, source, prompts, settings, tmp_path, monkeypatch
 ):
     changed = change(source, tmp_path / "tuned", STRONG)
     out = tmp_path / "out"
     output = run("graft", fused, changed, out, *settings).output
     assert compared(output) == ["original target 2/2", "changed target 2/2"]
-    assert "2 of 2 answers equal the changed target's own" in output
+    assert "2 of 2 responses equal the changed target's" in output
 
     target, head = load_fused(out)
     file = read_head_file(out)
@@ -160,15 +156,15 @@ def test_a_strong_change_costs_and_retraining_is_recommended(
         torch.equal(tensor, old.state_dict()[name]) for name, tensor in head.state_dict().items()
     )
     ids = [[5, 6, 7], [60, 2]]
-    found = measure(target, {"ours": SpeculativeConfig(head)}, ids, max_new_tokens=20)
-    assert found["ours"].identical == found[PLAIN].prompts == 2
+    found = benchmark(target, {"ours": SpeculativeConfig(head)}, ids, max_new_tokens=20)
+    assert found["ours"].identical == found[AUTOREGRESSIVE].prompts == 2
 
     (graft,) = file.meta.grafts
     assert graft.source == file.meta.trained_on == "someone/tiny"
-    assert graft.before > 1.5 > graft.after and lost_share(graft.before, graft.after) > MOST_LOST
+    assert graft.before > 1.5 > graft.after and lost_share(graft.before, graft.after) > MAX_LOSS
     lost = lost_share(graft.before, graft.after)
-    assert f"Lost: {lost:.0%} of what the head gains" in output
-    assert f"{graft.before:.2f} before and {graft.after:.2f} now" in output
+    assert f"Lost: {lost:.0%} of the head's gain" in output
+    assert f"{graft.before:.2f} before, {graft.after:.2f} now" in output
     assert "RETRAIN IT" in output
     # The commands are what a user can run.
     recipe = write_recipe(tmp_path / "r.yaml", Path("none"), Path("none"), Path("none"), steps=2)
@@ -182,7 +178,7 @@ def test_a_strong_change_costs_and_retraining_is_recommended(
     assert meta.start == str(out) and meta.target == str(changed) and not meta.grafts
 
 
-def test_what_was_of_the_old_target_is_dropped_and_the_training_kept(
+def test_metadata_of_the_training_is_kept_and_of_the_old_target_dropped(
     fused, source, settings, tmp_path
 ):
     changed = change(source, tmp_path / "tuned", STRONG)
@@ -191,13 +187,19 @@ def test_what_was_of_the_old_target_is_dropped_and_the_training_kept(
     meta = read_head_file(out).meta
     for name in ("steps", "tokens", "data", "data_hash", "recipe"):
         assert getattr(meta, name) == getattr(META, name)
-    for name in ("temperatures", "rank_acceptance", "calibration_rows", "path_errors", "replaces"):
+    for name in (
+        "temperatures",
+        "rank_acceptance",
+        "calibration_positions",
+        "path_errors",
+        "replaces",
+    ):
         assert not getattr(meta, name)
     assert load_fused(out)[1].temperatures == ()
     (measured,) = meta.measured
     (graft,) = meta.grafts
     assert measured.acceptance_length == graft.after and measured.identical == 2
-    assert measured.prompts == "talk.jsonl, 2 prompts, 16 tokens each at most"
+    assert measured.prompts == "talk.jsonl, 2 prompts, at most 16 tokens each"
     card = (out / "README.md").read_text()
     assert "TRAINED ON ANOTHER TARGET, someone/tiny and" in card
     row = f"| someone/tiny | {changed} | {graft.before:.2f} | {graft.after:.2f} |"
@@ -206,28 +208,28 @@ def test_what_was_of_the_old_target_is_dropped_and_the_training_kept(
     assert f"| {measured.prompts} | {measured.tokens} | 2/2 | {graft.after:.2f} |" in card
 
 
-def test_a_small_change_costs_nothing_to_speak_of(fused, source, settings, tmp_path):
+def test_a_small_change_loses_little(fused, source, settings, tmp_path):
     changed = change(source, tmp_path / "tuned", SMALL)
     output = run("graft", fused, changed, tmp_path / "out", *settings).output
     (graft,) = read_head_file(tmp_path / "out").meta.grafts
-    assert graft.after > 1.5 and lost_share(graft.before, graft.after) <= MOST_LOST
+    assert graft.after > 1.5 and lost_share(graft.before, graft.after) <= MAX_LOSS
     assert "Nothing was lost" in output and "RETRAIN" not in output and "train.start" not in output
 
 
 @pytest.mark.parametrize(
     ("before", "after", "share"), [(3.0, 2.8, 0.1), (3.0, 1.0, 1.0), (2.0, 2.5, -0.5), (1.0, 1, 0)]
 )
-def test_loss_is_of_what_the_head_gains(before, after, share):
+def test_the_loss_is_relative_to_the_gain(before, after, share):
     assert lost_share(before, after) == pytest.approx(share)
 
 
-def test_a_head_alone_is_compared_where_its_target_is_on_disk(fused, source, settings, tmp_path):
+def test_a_head_alone_is_compared_if_its_target_is_on_disk(fused, source, settings, tmp_path):
     changed = change(source, tmp_path / "tuned", STRONG)
     head = fused.parent / "head"
     output = run("graft", head, changed, tmp_path / "alone", *settings).output
     assert compared(output) == ["changed target 2/2"]
-    assert "What was lost is not known: someone/tiny" in output
-    assert "If that is too little, train the head on" in output
+    assert "The loss is unknown: the original target, someone/tiny" in output
+    assert "If that is too little, continue training the head" in output
     (graft,) = read_head_file(tmp_path / "alone").meta.grafts
     assert graft.before is None and graft.after > 0
     assert "| someone/tiny |" in (tmp_path / "alone" / "README.md").read_text()
@@ -240,20 +242,20 @@ def test_a_head_alone_is_compared_where_its_target_is_on_disk(fused, source, set
     assert graft.source == str(source) and graft.before > 1.5
 
 
-def test_a_target_that_was_changed_in_its_place(fused, source, settings, tmp_path):
-    """Opening it names the way out, which may write into the same folder."""
+def test_a_target_that_was_changed_in_place(fused, source, settings, tmp_path):
+    """The error on loading names `graft`, which may write into the same folder."""
     place = Path(shutil.copytree(fused, tmp_path / "place"))
     other = change(source, tmp_path / "tuned", STRONG)
     shutil.copy(other / "model.safetensors", place / "model.safetensors")
     message = refused("eval", place, *settings)
     assert "hash" in message and f"headstart graft {place} {place} OUT" in message
     output = run("graft", place, place, place, *settings).output
-    assert "What was lost is not known" in output
+    assert "The loss is unknown" in output
     assert load_fused(place)[1].kind == "mtp"
     assert read_head_file(place).meta.grafts[0].before is None
 
 
-def test_every_change_is_told(fused, source, settings, tmp_path):
+def test_every_transfer_is_recorded(fused, source, settings, tmp_path):
     first = change(source, tmp_path / "tuned", SMALL)
     second = change(source, tmp_path / "merged", STRONG)
     run("graft", fused, first, tmp_path / "one", *settings)
@@ -263,7 +265,7 @@ def test_every_change_is_told(fused, source, settings, tmp_path):
     assert meta.trained_on == "someone/tiny" and meta.target == str(second)
     card = (tmp_path / "two" / "README.md").read_text()
     assert f"| someone/tiny | {first} |" in card and f"| {first} | {second} |" in card
-    public = _public(meta, "someone/merged")
+    public = publishable(meta, "someone/merged")
     assert [one.source for one in public.grafts] == ["someone/tiny", "tuned"]
 
 
@@ -273,7 +275,7 @@ def test_an_original_that_is_no_longer_there(fused, source, settings, tmp_path):
     other = change(source, tmp_path / "other", STRONG)
     shutil.copy(other / "model.safetensors", broken / "model.safetensors")
     output = run("graft", broken, changed, tmp_path / "out", *settings).output
-    assert f"the weights of {broken} are no longer those that the head knew" in output
+    assert f"the weights of {broken} are no longer those that the head was trained on" in output
 
 
 def sized(folder: Path, **sizes: int) -> Path:
@@ -288,31 +290,31 @@ def sized(folder: Path, **sizes: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "says"),
+    ("sizes", "expected"),
     [
         ({"hidden_size": 32}, "hidden size"),
         ({"vocab_size": 300}, "vocabulary"),
         ({"num_hidden_layers": 3}, "2 layers, but .* has 3"),
     ],
 )
-def test_other_sizes_are_refused_before_anything_is_loaded(
-    fused, tmp_path, monkeypatch, sizes, says
+def test_other_sizes_are_an_error_before_anything_is_loaded(
+    fused, tmp_path, monkeypatch, sizes, expected
 ):
     other = sized(tmp_path / "other", **sizes)
-    monkeypatch.setattr(Target, "load", None)
+    monkeypatch.setattr("headstart.scripts.commands.graft.load_target", None)
     message = refused("graft", fused, other, tmp_path / "out")
-    assert re.search(says, message) and not (tmp_path / "out").exists()
+    assert re.search(expected, message) and not (tmp_path / "out").exists()
 
 
-def test_another_vocabulary_of_the_same_size_is_refused(fused, source, tmp_path, monkeypatch):
+def test_another_vocabulary_of_the_same_size_is_an_error(fused, source, tmp_path, monkeypatch):
     other = change(source, tmp_path / "tuned", SMALL)
     path = other / "tokenizer.json"
     values = json.loads(path.read_text())
     vocabulary = values["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(values))
-    monkeypatch.setattr(Target, "load", None)
-    assert "2 tokens mean other text" in refused("graft", fused, other, tmp_path / "out")
+    monkeypatch.setattr("headstart.scripts.commands.graft.load_target", None)
+    assert "2 token ids stand for other text" in refused("graft", fused, other, tmp_path / "out")
 
 
 def test_added_tokens_may_have_other_names(fused, source, settings, tmp_path):
@@ -323,14 +325,17 @@ def test_added_tokens_may_have_other_names(fused, source, settings, tmp_path):
     run("graft", fused, changed, tmp_path / "out", *settings)
 
 
-def test_what_is_not_changed_is_not_grafted(fused, source, settings, tmp_path):
+def test_an_unchanged_target_is_an_error(fused, source, settings, tmp_path):
     message = refused("graft", fused, source, tmp_path / "out", *settings)
-    assert "nothing to carry over" in message and f"headstart fuse {source} {fused} OUT" in message
+    assert (
+        "nothing has to be carried over" in message
+        and f"headstart fuse {source} {fused} OUT" in message
+    )
 
 
-def test_nothing_of_value_is_replaced(fused, source, tmp_path, monkeypatch):
+def test_other_files_are_not_replaced(fused, source, tmp_path, monkeypatch):
     changed = change(source, tmp_path / "tuned", STRONG)
-    monkeypatch.setattr(Target, "load", None)
+    monkeypatch.setattr("headstart.scripts.commands.graft.load_target", None)
     assert "holds other files" in refused("graft", fused, changed, changed)
     assert "holds the original target" in refused("graft", fused, changed, fused)
     edited = Path(shutil.copytree(fused, tmp_path / "edited"))
@@ -338,19 +343,21 @@ def test_nothing_of_value_is_replaced(fused, source, tmp_path, monkeypatch):
     assert "edited by hand" in refused("graft", fused, changed, edited)
 
 
-def test_a_head_whose_target_is_not_made_yet_is_refused(fused, source, tmp_path):
+def test_a_head_whose_target_is_not_merged_yet_is_an_error(fused, source, tmp_path):
     changed = change(source, tmp_path / "tuned", STRONG)
     joint = Path(shutil.copytree(fused.parent / "head", tmp_path / "joint"))
     (joint / "adapter").mkdir()
     message = refused("graft", joint, changed, tmp_path / "out")
-    assert "trained along with its target" in message and "headstart fuse someone/tiny" in message
-    with pytest.raises(ValueError, match="trained along with its target"):
+    assert "trained jointly with its target" in message and "headstart fuse someone/tiny" in message
+    with pytest.raises(ValueError, match="trained jointly with its target"):
         fuse(changed, joint, tmp_path / "out", regraft=META)
 
 
 def test_the_card_does_not_say_that_the_new_target_was_adapted(fused, source):
     head = load_head(fused, load_target(source))
-    joint = META.model_copy(update={"joint": Lora(rank=4, alpha=8, keep=1, divergence=0.01)})
+    joint = META.model_copy(
+        update={"joint": Lora(rank=4, alpha=8, divergence_weight=1, divergence=0.01)}
+    )
     assert "someone/tiny, CHANGED jointly" in model_card(head, joint, fused)
     card = model_card(head, joint.grafted("me/new", 2.5, 2.0, OLD), fused)
     assert "The weights of me/new, unchanged, and" in card

@@ -17,8 +17,7 @@ from headstart.scripts.commands.plan import shapes
 from headstart.training import cost_estimate as estimate
 from headstart.training.config.schema import Recipe, make_recipe
 from headstart.training.data.batching import Batch
-from headstart.training.distributed.process_group import WorkerGroup
-from headstart.training.objective.joint_lora import Joint
+from headstart.training.objective.joint_lora import JointLoraTeacher
 from headstart.training.objective.losses import loss_sum
 from headstart.training.optim.optimizers import make_optimizers
 
@@ -47,7 +46,7 @@ def recipe_for(target: Path, **sections) -> Recipe:
     values = {
         "target": {"name": str(target), "dtype": "float32"},
         "head": {"kind": "eagle3"},
-        "data": {"path": "answers.jsonl", "max_length": 512, "batch_tokens": 2048},
+        "data": {"path": "answers.jsonl", "max_length": 512, "global_batch_tokens": 2048},
         "loss": {"steps": 3, "chunk_rows": 128},
         "train": {"output": "run", "precision": "float32"},
         "parallel": {"engine": "ddp"},
@@ -93,7 +92,7 @@ def test_memory_is_what_a_step_takes(tmp_path, kind, recompute, length):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_what_a_target_that_learns_along_takes_is_what_is_measured(recompute, tmp_path):
+def test_the_estimate_of_joint_training_is_what_is_measured(recompute, tmp_path):
     config = llama(layers=8)
     sections = {"data": {"max_length": 256}, "loss": {"recompute": recompute}}
     recipe = recipe_for(folder_of(config, tmp_path), **sections)
@@ -102,17 +101,18 @@ def test_what_a_target_that_learns_along_takes_is_what_is_measured(recompute, tm
     real = wrap_target(LlamaForCausalLM(config))
     head = make_head(real, "eagle3", {})
     head.recompute = recompute
-    teacher = Joint(recipe.joint, recipe, head, WorkerGroup(real.device))
-    optimizers = make_optimizers(head, recipe.train, teacher.adapters.values())
+    teacher = JointLoraTeacher(recipe.joint, recipe, head)
+    optimizers = make_optimizers(head, recipe.train, teacher.parameters.values())
     tokens_BT = torch.randint(0, VOCAB, (8, 256))
     mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
     batch = Batch(tokens_BT, torch.full((8,), 256), mask_BT)
 
     def step() -> None:
-        seen = teacher.read(batch, batch)
-        hidden = head.unroll(seen, tokens_BT, 3)
-        loss = teacher.held(loss_sum(recipe.loss, head, seen, hidden, batch), seen, batch)
-        teacher.objective(loss, 1.0, 1).backward()
+        output = teacher.forward(batch)
+        hidden = head.unroll(output, tokens_BT, 3)
+        loss = loss_sum(recipe.loss, head, output, hidden, batch)
+        extra_loss = teacher.extra_loss(output, batch)
+        (loss.total + teacher.extra_loss_weight * extra_loss).backward()
         for optimizer in optimizers:
             optimizer.step()
 
@@ -207,7 +207,7 @@ def test_the_command(tmp_path):
     data = tmp_path / "answers.jsonl"
     lines = [{"tokens": list(range(n)), "spans": [[1, n]]} for n in (10, 20, 900)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    settings = [f"target.name={target}", "data.max_length=512", "data.batch_tokens=2048"]
+    settings = [f"target.name={target}", "data.max_length=512", "data.global_batch_tokens=2048"]
     command = ["plan", "qwen3-8b_eagle3", *settings, "head.draft_vocab=500"]
     counted = run(*command, f"data.path={data}", "--gpus", 2, "--price", 3)
     figures = json.loads(counted.output.splitlines()[-1])

@@ -15,7 +15,7 @@ from tiny_run import mixed_rows, tiny_target, write_rows
 from headstart.model.checkpoint.head import read_head_file
 from headstart.model.target.load import load_target
 from headstart.model.target.target import Target
-from headstart.scripts.commands.train import evaluator, run_recipe
+from headstart.scripts.options.recipe import evaluator, run_recipe
 from headstart.training.config.schema import EvalConfig, load_recipe, make_recipe
 
 RECIPES = sorted(Path(str(resources.files("headstart.configs"))).glob("*.yaml"))
@@ -59,7 +59,7 @@ def test_the_seed_decides_the_first_weights(tmp_path):
         values = {
             "target": {"random": {"model_type": "llama"}},
             "head": {"kind": "eagle3"},
-            "data": {"path": str(data), "max_length": 32, "batch_tokens": 1024},
+            "data": {"path": str(data), "max_length": 32, "global_batch_tokens": 1024},
             "loss": {"steps": 2},
             "train": {"output": str(tmp_path / str(run)), "steps": 1, "lr": 1e-12, "seed": seed},
         }
@@ -75,7 +75,7 @@ def recipe_values(tmp_path: Path, **train) -> dict:
     return {
         "target": {"random": {"model_type": "llama"}},
         "head": {"kind": "mtp"},
-        "data": {"path": str(data), "max_length": 32, "batch_tokens": 1024},
+        "data": {"path": str(data), "max_length": 32, "global_batch_tokens": 1024},
         "loss": {"steps": 2},
         "train": {"output": str(tmp_path / "run"), "steps": 1, **train},
     }
@@ -99,7 +99,7 @@ def test_conversations_beyond_the_target_are_refused(tmp_path, rope):
             "rope_type": "longrope",
             "original_max_position_embeddings": 16,
         }
-    with pytest.raises(ValueError, match=r"reads 16 at most\. Set data\.max_length=16"):
+    with pytest.raises(ValueError, match=r"is 16\. Set data\.max_length=16"):
         run_recipe(make_recipe(recipe_values(tmp_path)), target)
 
 
@@ -108,7 +108,7 @@ def test_what_needs_no_target_is_checked_before_it_is_loaded(tmp_path, monkeypat
     def loaded(recipe):
         raise AssertionError("the target was loaded")
 
-    monkeypatch.setattr("headstart.scripts.commands.train.open_target", loaded)
+    monkeypatch.setattr("headstart.scripts.options.recipe.open_target", loaded)
     if broken == "output":
         (tmp_path / "run").write_text("")
         with pytest.raises(ValueError, match="is a file"):
@@ -158,6 +158,6 @@ def test_a_head_that_does_not_fit_is_no_start(head, message, tmp_path):
 
 
 def test_a_start_that_is_not_there_is_said_before_the_target_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("headstart.scripts.commands.train.open_target", None)
+    monkeypatch.setattr("headstart.scripts.options.recipe.open_target", None)
     with pytest.raises(ValueError, match="holds no draft head"):
         run_recipe(make_recipe(recipe_values(tmp_path, start_from=str(tmp_path / "none"))))

@@ -58,5 +58,5 @@ def test_prompts_without_room(opened: Opened, suites: Suites) -> None:
     second = sorted(len(case.tokens) for case in everything)[1]
     cases, left = make_cases(suite, target, context=None, room=512 - second)
     assert (len(cases), left) == (2, 3)
-    with pytest.raises(ValueError, match="room for 512 tokens"):
+    with pytest.raises(ValueError, match="room for 512 new tokens"):
         make_cases(Suite("talk", suite.prompts), target, context=None, room=512)

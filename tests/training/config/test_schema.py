@@ -141,6 +141,12 @@ def test_removed_settings_are_refused_with_the_reason(setting, value):
         load_recipe(SMALL, [f"{setting}={value}"])
 
 
+def test_renamed_settings_are_refused_with_their_name():
+    renamed = r"data\.batch_tokens \(renamed: write data\.global_batch_tokens\)"
+    with pytest.raises(ValueError, match=renamed):
+        load_recipe(SMALL, ["data.batch_tokens=64"])
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -19,9 +19,15 @@ from transformers import PreTrainedTokenizerFast
 from headstart.model.target.load import load_target
 from headstart.model.target.target import Target
 from headstart.training.config.schema import DataConfig
-from headstart.training.data.batching import Batches, Corpus, frequent_tokens, padded_length
+from headstart.training.data.batching import (
+    Batches,
+    Corpus,
+    frequent_tokens,
+    padded_length,
+    rank_slices,
+)
 from headstart.training.data.chat_template import render
-from headstart.training.data.conversations import in_batches, read_conversations
+from headstart.training.data.conversations import grouped_by_length, read_conversations
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -174,7 +180,7 @@ def test_broken_lines_are_skipped_only_when_asked(target, tmp_path):
 def test_long_conversations_are_cut_and_empty_ones_dropped(target, tmp_path):
     late = {"tokens": [1] * 9, "spans": [[8, 9]]}
     path = write(tmp_path / "data.jsonl", {"tokens": [1] * 9, "spans": [[2, 4], [5, 9]]}, late)
-    found = read(target, path, max_length=6, batch_tokens=6)
+    found = read(target, path, max_length=6, global_batch_tokens=6)
     assert found.dropped == 1
     assert found.train.lengths.tolist() == [6]
     assert found.train.trained.tolist() == [False, False, True, True, False, True]
@@ -206,7 +212,7 @@ def test_holdout_is_apart_and_repeatable(target, tmp_path):
 @pytest.fixture
 def batches() -> Batches:
     lengths = torch.randint(3, 100, (300,), generator=torch.Generator().manual_seed(1))
-    return Batches(lengths, batch_tokens=256, seed=4)
+    return Batches(lengths, global_batch_tokens=256, seed=4)
 
 
 def test_every_row_once_per_epoch_under_the_budget(batches):
@@ -233,31 +239,36 @@ def test_few_lengths_occur():
 def test_a_position_means_the_same_whenever_it_is_asked_for(batches):
     late = batches.count(2) + 3
     expected = [batches.at(position) for position in range(late + 1)]
-    fresh = Batches(batches.lengths, batch_tokens=256, seed=4)
+    fresh = Batches(batches.lengths, global_batch_tokens=256, seed=4)
     assert fresh.at(late) == expected[late]
     assert fresh.at(1) == expected[1]
-    assert Batches(batches.lengths, batch_tokens=256, seed=5).at(1) != expected[1]
+    assert Batches(batches.lengths, global_batch_tokens=256, seed=5).at(1) != expected[1]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_parts_together_are_the_batch(count):
+def test_the_parts_of_all_ranks_are_the_batch(count):
     corpus = Corpus((row, [(2, len(row))]) for row in mixed_rows(5))
     whole = corpus.batch(range(5))
     seen = []
-    for index in range(count):
-        part = whole.part(index, count)
+    for rank in range(count):
+        part = corpus.batch(range(5), rank, count)
         assert part.tokens_BT.shape == part.loss_mask_BT.shape
+        assert part.filler == (rank >= 5)
+        slices = rank_slices(5, rank, count)
+        assert torch.equal(part.tokens_BT, whole.tokens_BT[slices])  # the same padding
         for row in range(len(part.lengths_B)):
             length = int(part.lengths_B[row])
             if bool(part.loss_mask_BT[row].any()):
                 seen.append(part.tokens_BT[row, :length].tolist())
                 assert part.loss_mask_BT[row].sum() == length - 2
     assert sorted(seen) == sorted(mixed_rows(5))
+    parts = [corpus.batch(range(5), rank, count) for rank in range(count)]
+    assert sum(part.num_tokens for part in parts) == whole.num_tokens
 
 
 def test_held_out_batches_cover_all():
     corpus = Corpus((row, [(2, len(row))]) for row in mixed_rows(9))
-    found = list(in_batches(corpus, 64))
+    found = [corpus.batch(rows) for rows in grouped_by_length(corpus, 64)]
     assert all(batch.tokens_BT.numel() <= 64 for batch in found)
     assert sum(int(batch.loss_mask_BT.sum()) for batch in found) == int(corpus.trained.sum())
 

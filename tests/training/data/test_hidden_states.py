@@ -1,4 +1,4 @@
-"""Features on disk: training with them equals training without, and nothing stale is used."""
+"""Hidden states from disk: training equals training without, and nothing stale is used."""
 
 from __future__ import annotations
 
@@ -16,10 +16,20 @@ from stored_states import STEPS, conversations, recipe_for, write
 from tiny_run import learned, mixed_rows, tiny_head, tiny_target, write_rows
 
 from headstart.model.target.target import Target
-from headstart.training import trainer as loop
+from headstart.training import trainer
 from headstart.training.config.schema import Recipe
 from headstart.training.data import hidden_states as store
 from headstart.training.trainer import train
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return tiny_target(layers=4)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_rows(tmp_path / "data.jsonl", mixed_rows(24))
 
 
 def run(recipe: Recipe, target: Target) -> list[dict]:
@@ -41,10 +51,11 @@ def test_training_with_stored_features_equals_training_online(
     assert index.error == 0 if not error else error / 10 < index.error < error
 
     def never(*_, **__):
-        raise AssertionError("the target was read")
+        raise AssertionError("the target ran")
 
-    monkeypatch.setattr(target, "read", never)
-    monkeypatch.setattr(loop, "calibrate_best", lambda *_: "")  # it drafts, and reads for that
+    for name in ("forward", "forward_train"):
+        monkeypatch.setattr(target, name, never)
+    monkeypatch.setattr(trainer, "calibrate_best", lambda *_: "")  # it runs the target
     stored = run(recipe_for(tmp_path / "stored", data, tmp_path / "features"), target)
     assert len(stored) == len(online) == STEPS + 2
     for ours, theirs in zip(stored, online, strict=True):
@@ -79,7 +90,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     assert not (tmp_path / "features").exists()
 
 
-def test_writing_goes_on_where_it_stopped(target, data, tmp_path):
+def test_writing_resumes_where_it_stopped(target, data, tmp_path):
     recipe = recipe_for(tmp_path, data)
     whole = write(tmp_path / "whole", recipe, target)
 
@@ -108,7 +119,7 @@ def test_writing_goes_on_where_it_stopped(target, data, tmp_path):
         ("data", "made of other data"),
         ("holdout", "made of other data"),
         ("target", "made of another target"),
-        ("taps", r"hold the layers \[\], but the head reads"),
+        ("taps", r"hold the layers \[\], but the head taps"),
         ("flipped", "has changed since it was written"),
         ("missing", "is missing"),
         ("index", "cannot be read"),
@@ -155,6 +166,6 @@ def test_the_command(tmp_path, monkeypatch):
     assert index["layers"] == [] and f"{tokens * 32 * 4 / 1e9:.3f} GB" in told
     run_command("train", recipe, f"data.features={features}")
     assert (tmp_path / "run" / "best" / "config.json").exists()
-    assert "no kind 'int3'" in refused("features", recipe, "--out", features, "--kind", "int3")
+    assert "--dtype is 'int3'" in refused("features", recipe, "--out", features, "--dtype", "int3")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "runs in one process" in refused("features", recipe, "--out", features)

@@ -1,4 +1,4 @@
-"""Which engine a run gets, and what is refused before any long work starts."""
+"""Which strategy a run gets, and what is refused before long work starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from processes import ROOT
 from tiny_run import tiny_recipe
 
 from headstart.training.config.schema import Recipe, make_recipe
-from headstart.training.distributed.launcher import deepspeed_settings, with_engine
+from headstart.training.distributed.launcher import deepspeed_settings, resolve_engine
 
 CONFIGS = ROOT / "configs"
 
@@ -32,8 +32,8 @@ def recipe(optimizer: str = "adamw", **parallel: Any) -> Recipe:
 
 
 def test_ddp_unless_something_else_is_asked_for():
-    assert with_engine(recipe()).parallel.engine == "ddp"
-    assert with_engine(recipe(engine="fsdp2")).parallel.engine == "fsdp2"
+    assert resolve_engine(recipe()).parallel.engine == "ddp"
+    assert resolve_engine(recipe(engine="fsdp2")).parallel.engine == "fsdp2"
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -44,34 +44,34 @@ def test_what_accelerate_was_configured_for(environment, tmp_path, named):
         file = tmp_path / "ds.json"
         file.write_text('{"zero_optimization": {"stage": 3}}')
         environment.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    found = with_engine(recipe()).parallel
+    found = resolve_engine(recipe()).parallel
     assert (found.engine, found.deepspeed) == (("zero3", str(file)) if named else ("zero1", None))
-    assert with_engine(recipe(engine="ddp")).parallel.engine == "ddp"  # the recipe goes first
+    assert resolve_engine(recipe(engine="ddp")).parallel.engine == "ddp"  # the recipe goes first
 
 
 def test_fsdp_of_accelerate_has_to_be_the_second(environment):
     environment.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="fsdp_version: 2"):
-        with_engine(recipe())
+        resolve_engine(recipe())
     environment.setenv("FSDP_VERSION", "2")
-    assert with_engine(recipe()).parallel.engine == "fsdp2"
+    assert resolve_engine(recipe()).parallel.engine == "fsdp2"
 
 
 def test_a_process_alone_spreads_nothing(environment):
     environment.setenv("WORLD_SIZE", "1")
     with pytest.raises(ValueError, match="this one is alone"):
-        with_engine(recipe(engine="zero2"))
+        resolve_engine(recipe(engine="zero2"))
     for how in ("sharded", "tensor_parallel"):
         with pytest.raises(ValueError, match=f"target is {how}, but this process is alone"):
-            with_engine(recipe(target=how))
-    assert with_engine(recipe()).parallel.engine == "ddp"
+            resolve_engine(recipe(target=how))
+    assert resolve_engine(recipe()).parallel.engine == "ddp"
 
 
 def test_what_an_engine_cannot_do():
     with pytest.raises(ValueError, match="needs whole matrices"):
-        with_engine(recipe("muon", engine="zero1"))
+        resolve_engine(recipe("muon", engine="zero1"))
     with pytest.raises(ValueError, match=r"parallel\.deepspeed is for zero1"):
-        with_engine(recipe(engine="fsdp2", deepspeed="ds.json"))
+        resolve_engine(recipe(engine="fsdp2", deepspeed="ds.json"))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_deepspeed_file_that_says_something_else(tmp_path, content, said):
     if content is not None:
         file.write_text(content)
     with pytest.raises(ValueError, match=said):
-        with_engine(recipe(engine="zero2", deepspeed=str(file)))
+        resolve_engine(recipe(engine="zero2", deepspeed=str(file)))
 
 
 def test_a_deepspeed_file_adds_to_the_recipe(tmp_path):
@@ -115,4 +115,4 @@ def test_the_files_that_come_along_fit(stage):
 def test_deepspeed_that_is_missing(environment):
     environment.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'headstart\[cluster\]'"):
-        with_engine(recipe(engine="zero2"))
+        resolve_engine(recipe(engine="zero2"))

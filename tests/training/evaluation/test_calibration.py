@@ -207,7 +207,7 @@ def test_every_kind_is_calibrated(target, corpus, kind):
     found = calibrate(head, corpus, steps=6, width=8, batch_tokens=128)
     assert head.temperatures == ()
     # Random guesses are right by chance: as many paths as chance lets reach the next depth.
-    rows = found.calibration_rows
+    rows = found.calibration_positions
     assert rows[0] > 500 and 1 <= len(rows) < 6 and list(rows) == sorted(rows, reverse=True)
     assert min(rows) >= 100 and len(found.temperatures) == len(rows) == len(found.rank_acceptance)
     assert all(len(row) == 8 and sum(row) < 0.5 for row in found.rank_acceptance)
@@ -232,11 +232,11 @@ def test_no_deeper_than_the_head_and_only_what_is_asked_for(target, corpus):
         max_rows=300,
         report=lambda *at: told.append(at),
     )
-    assert len(few.temperatures) == 1 and 300 <= few.calibration_rows[0] < 400
+    assert len(few.temperatures) == 1 and 300 <= few.calibration_positions[0] < 400
     assert told[-1] == (300, 300) and told == sorted(told)
     ten = sum(len(row) - 3 for row in mixed_rows(60)[:10])
     part = calibrate(head, corpus, steps=1, conversations=10)
-    assert part.calibration_rows == (ten,)
+    assert part.calibration_positions == (ten,)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Training the target along with the head: it changes, is held near the original, and is fused."""
+"""A target trained jointly with its head: it changes, stays near the original, and is fused."""
 
 from __future__ import annotations
 
@@ -9,31 +9,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarking import benchmark
 from chat_model import save
 from joint_run import JOINT, STEPS, recipe_for, run
-from processes import launch_together
+from resident_workers import run_together
 from safetensors.torch import load_file
 from tiny_run import learned, mixed_rows, tiny_head, tiny_target, write_rows
 
-from headstart.inference.benchmark.runner import PLAIN, measure
+from headstart.inference.benchmark.metrics import AUTOREGRESSIVE
 from headstart.inference.config import SpeculativeConfig
 from headstart.model.checkpoint.fuse import fuse
-from headstart.model.checkpoint.head import load_fused, load_head, read_head_file
+from headstart.model.checkpoint.fused import load_fused
+from headstart.model.checkpoint.head import load_head, read_head_file
 from headstart.model.heads.common.base import kinds
 from headstart.model.target.load import load_target, wrap_target
 from headstart.model.target.lora import ADAPTER, merge
 from headstart.model.target.weights_hash import target_hash
 from headstart.training.config.schema import make_recipe
 from headstart.training.data.batching import Corpus
-from headstart.training.distributed.process_group import WorkerGroup
-from headstart.training.objective.joint_lora import Joint
+from headstart.training.objective.joint_lora import JointLoraTeacher
 from headstart.training.objective.losses import answer_rows, loss_sum
 from headstart.training.preflight import check_early
-from headstart.training.signals import Interrupted
+from headstart.training.run.signals import Interrupted
 from headstart.training.trainer import train
 
 
-def figures(folder: Path, kind: str) -> list[dict[str, float]]:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", mixed_rows(40))
+
+
+def metrics(folder: Path, kind: str) -> list[dict[str, float]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [learned(line) for line in map(json.loads, lines) if line.pop("kind") == kind]
 
@@ -51,7 +57,7 @@ def test_the_target_is_the_original_again_afterwards(kind, tmp_path, data):
     assert any("lora_B" in name and bool(value.any()) for name, value in adapters.items())
 
 
-def test_what_holds_the_target_is_the_divergence_from_the_original():
+def test_the_extra_loss_is_the_divergence_from_the_original():
     """The gradient of the whole objective, against plain autograd over everything at once."""
     target = tiny_target()
     head = tiny_head(target)
@@ -60,28 +66,31 @@ def test_what_holds_the_target_is_the_divergence_from_the_original():
     values = {"output": "x"}
     recipe = recipe_for(Path("x"), Path("y"), JOINT | {"keep": 0.7}, train=values)
     original_BTD = target.forward(batch.tokens_BT, lengths_B=batch.lengths_B).lm_head_input_BTD
-    teacher = Joint(recipe.joint, recipe, head, WorkerGroup(target.device))
-    for weight in teacher.adapters.values():  # away from the start, where all is zero
+    teacher = JointLoraTeacher(recipe.joint, recipe, head)
+    for weight in teacher.parameters.values():  # away from the start, where all is zero
         torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(5))
 
     def gradients(objective: torch.Tensor) -> list[torch.Tensor]:
-        return list(torch.autograd.grad(objective, list(teacher.adapters.values())))
+        return list(torch.autograd.grad(objective, list(teacher.parameters.values())))
 
-    seen = teacher.read(batch, batch)
-    loss = loss_sum(recipe.loss, head, seen, head.unroll(seen, batch.tokens_BT, 2), batch)
-    loss = teacher.held(loss, seen, batch)
-    found = gradients(teacher.objective(loss, 10.0, 8))
+    output = teacher.forward(batch)
+    hidden = head.unroll(output, batch.tokens_BT, 2)
+    loss = loss_sum(recipe.loss, head, output, hidden, batch)
+    extra_loss = teacher.extra_loss(output, batch)
+    assert (teacher.extra_loss_name, teacher.extra_loss_weight) == ("divergence", 0.7)
+    found = gradients(loss.total / 10 + teacher.extra_loss_weight * extra_loss / 8)
 
-    seen = teacher.read(batch, batch)
-    part = loss_sum(recipe.loss, head, seen, head.unroll(seen, batch.tokens_BT, 2), batch)
+    output = teacher.forward(batch)
+    hidden = head.unroll(output, batch.tokens_BT, 2)
+    part = loss_sum(recipe.loss, head, output, hidden, batch)
     p = target.unembed(original_BTD).log_softmax(-1)
-    q = target.unembed(seen.lm_head_input_BTD).log_softmax(-1)
+    q = target.unembed(output.lm_head_input_BTD).log_softmax(-1)
     rows_BT = torch.zeros(q.shape[:2])
     for row, length in enumerate(map(len, tokens)):
         rows_BT[row, 3 : length - 1] = 1  # their next token is of the answer
     divergence = ((p.exp() * (p - q)).sum(-1) * rows_BT).sum()
     assert len(answer_rows(batch)) == int(rows_BT.sum())
-    torch.testing.assert_close(loss.divergence, divergence, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(extra_loss, divergence, rtol=1e-4, atol=1e-5)
     expected = gradients(part.total / 10 + 0.7 * divergence / 8)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
@@ -89,14 +98,14 @@ def test_what_holds_the_target_is_the_divergence_from_the_original():
     teacher.close()
 
 
-def test_a_heavier_hold_keeps_it_nearer_and_the_head_learns_more_than_alone(tmp_path, data):
+def test_a_larger_weight_keeps_it_nearer_and_the_head_learns_more_than_alone(tmp_path, data):
     found = {}
     for keep in (0.0, 100.0):
         run(tmp_path / str(keep), data, JOINT | {"keep": keep}, train={"steps": 30})
-        found[keep] = figures(tmp_path / str(keep), "eval")[-1]
+        found[keep] = metrics(tmp_path / str(keep), "eval")[-1]
     # Alone: adapters that start in the last step.
     run(tmp_path / "alone", data, JOINT | {"start": 0.99}, train={"steps": 30})
-    alone = figures(tmp_path / "alone", "eval")[-1]
+    alone = metrics(tmp_path / "alone", "eval")[-1]
     assert alone["holdout_divergence"] < 1e-4
     assert found[100.0]["holdout_divergence"] < 0.2 * found[0.0]["holdout_divergence"]
     assert found[0.0]["holdout_loss"] < alone["holdout_loss"]
@@ -108,7 +117,7 @@ def test_until_its_start_the_head_learns_as_if_alone(tmp_path, data):
     values = recipe_for(tmp_path / "frozen", data, JOINT).model_dump(exclude_none=True)
     del values["joint"]
     train(make_recipe(values), target=target, head=tiny_head(target))
-    late, frozen = (figures(tmp_path / name, "train") for name in ("late", "frozen"))
+    late, frozen = (metrics(tmp_path / name, "train") for name in ("late", "frozen"))
     for one, other in zip(late[: STEPS // 2], frozen, strict=False):
         assert one.pop("divergence") == 0
         assert one == pytest.approx(other, rel=1e-4)
@@ -116,7 +125,7 @@ def test_until_its_start_the_head_learns_as_if_alone(tmp_path, data):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_it_goes_on_where_it_was_stopped(recompute, tmp_path, data):
+def test_it_resumes_where_it_was_stopped(recompute, tmp_path, data):
     sections = {"loss": {"recompute": recompute}}
     run(tmp_path / "whole", data, JOINT, **sections)
 
@@ -130,25 +139,25 @@ def test_it_goes_on_where_it_was_stopped(recompute, tmp_path, data):
         train(recipe, target=target, head=tiny_head(target), log=stop)
     sections["train"] = {"resume": True}
     run(tmp_path / "cut", data, JOINT, **sections)
-    assert figures(tmp_path / "whole", "train") == figures(tmp_path / "cut", "train")
+    assert metrics(tmp_path / "whole", "train") == metrics(tmp_path / "cut", "train")
     for name in ("model.safetensors", f"{ADAPTER}/adapter_model.safetensors"):
         whole, cut = (load_file(tmp_path / one / "best" / name) for one in ("whole", "cut"))
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
-def test_working_it_out_again_changes_nothing(tmp_path, data):
+def test_recomputation_changes_nothing(tmp_path, data):
     for recompute in (False, True):
         run(tmp_path / str(recompute), data, JOINT, loss={"recompute": recompute})
-    kept, again = (figures(tmp_path / str(one), "train") for one in (False, True))
+    kept, again = (metrics(tmp_path / str(one), "train") for one in (False, True))
     for one, other in zip(kept, again, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
 
 
 def test_two_processes_learn_what_one_learns(tmp_path, data):
     run(tmp_path / "one", data, JOINT)
-    done = launch_together(2, "joint_worker.py", tmp_path / "two", data)
+    done = run_together(2, "joint_worker.py", tmp_path / "two", data)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (figures(tmp_path / name, "train") for name in ("one", "two"))
+    one, two = (metrics(tmp_path / name, "train") for name in ("one", "two"))
     assert len(one) == len(two) == STEPS
     for ours, theirs in zip(one, two, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
@@ -186,10 +195,10 @@ def test_fused_it_is_a_model_of_its_own_that_is_kept_exactly(dtype, tmp_path, ca
     card = (tmp_path / "fused" / "README.md").read_text()
     assert "CHANGED jointly with the head (LoRA of rank 4; on held-out responses" in card
     assert read_head_file(tmp_path / "fused").meta.joint.divergence > 0
-    results = measure(
+    results = benchmark(
         target, {"ours": SpeculativeConfig(head)}, [rows[0], rows[1]], max_new_tokens=24
     )
-    assert results["ours"].identical == results[PLAIN].prompts == 2
+    assert results["ours"].identical == results[AUTOREGRESSIVE].prompts == 2
 
 
 def test_damaged_adapters_are_refused(tmp_path):

@@ -141,11 +141,11 @@ def test_valid_anchors_have_their_label_in_the_mask():
     assert loss_weight(LossConfig(kind="e2e_tv", steps=3), batch) == len(chained)
 
 
-def test_figures_against_plain_counting(case):
+def test_metrics_against_plain_counting(case):
     head, seen, batch = case
     hidden = draft_hidden(seen)
     config = LossConfig(kind="tv", steps=STEPS, chunk_rows=4)
-    figures = loss_sum(config, head, seen, hidden, batch).sums.figures()
+    metrics = loss_sum(config, head, seen, hidden, batch).sums.metrics()
     p_BTV = head.target.unembed(seen.lm_head_input_BTD).softmax(-1)
     ids = torch.arange(VOCAB) if head.draft_ids is None else head.draft_ids
     alphas: list[list[float]] = [[] for _ in range(STEPS)]
@@ -170,13 +170,17 @@ def test_figures_against_plain_counting(case):
             if complete:
                 lengths.append((_chain_length(greedy), _chain_length(chain)))
     mean = [sum(values) / len(values) for values in (*alphas, *hits)]
-    ours = [figures[f"{name}_{k + 1}"] for name in ("alpha", "top1") for k in range(STEPS)]
+    ours = [
+        metrics[f"{name}_{k + 1}"]
+        for name in ("acceptance_rate", "top1_accuracy")
+        for k in range(STEPS)
+    ]
     assert ours == pytest.approx(mean)
-    assert figures["loss"] == pytest.approx(1 - sum(map(sum, alphas)) / sum(map(len, alphas)))
+    assert metrics["loss"] == pytest.approx(1 - sum(map(sum, alphas)) / sum(map(len, alphas)))
     assert len(lengths) > 3
-    for index, name in enumerate(("accepted_length_t0", "accepted_length_t1")):
+    for index, name in enumerate(("acceptance_length_t0", "acceptance_length_t1")):
         mean_length = sum(length[index] for length in lengths) / len(lengths)
-        assert figures[name] == pytest.approx(mean_length)
+        assert metrics[name] == pytest.approx(mean_length)
 
 
 def _chain_length(accepted: list[float]) -> float:
@@ -213,7 +217,7 @@ def test_the_reported_loss_is_what_is_minimised(case, kind):
     head, seen, batch = case
     config = LossConfig(kind=kind, steps=STEPS, step_decay=0.5)
     loss = loss_sum(config, head, seen, draft_hidden(seen), batch)
-    assert loss.sums.figures()["loss"] == pytest.approx(
+    assert loss.sums.metrics()["loss"] == pytest.approx(
         float(loss.total) / loss_weight(config, batch)
     )
 
@@ -270,7 +274,7 @@ def train_on_rule(shift: int) -> tuple[DraftHead, float]:
         (loss.total / loss_weight(config, batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        top1 = loss.sums.figures()["top1_1"]
+        top1 = loss.sums.metrics()["top1_accuracy_1"]
     return head.eval(), top1
 
 
@@ -286,7 +290,7 @@ def drafted(head: DraftHead, tokens: list[int]) -> list[int]:
 @pytest.mark.parametrize(("shift", "accepted"), [(0, True), (1, False)])
 def test_a_shifted_label_trains_well_and_drafts_nothing(shift, accepted):
     head, top1 = train_on_rule(shift)
-    assert top1 > 0.95  # the training figures look fine either way
+    assert top1 > 0.95  # the training metrics look fine either way
     proposals = [drafted(head, row) for row in rule_rows(20, 9)]
     truth = [
         [int(follower()[row[-1]]), int(follower()[follower()[row[-1]]])] for row in rule_rows(20, 9)

@@ -1,4 +1,4 @@
-"""What can be watched while a head trains: answers, longer prompts, how busy a GPU is."""
+"""Metrics and samples of a run: responses, longer prompts, utilisation of a GPU."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from chat_model import save
 from rich.console import Console
 from tiny_run import mixed_rows, tiny_head, tiny_recipe, tiny_target, write_rows
 
-from headstart.inference.benchmark import runner as measure
+from headstart.inference.benchmark import acceptance
+from headstart.inference.benchmark.acceptance import measure_acceptance
+from headstart.inference.config import SamplingParams, SpeculativeConfig
 from headstart.inference.rollout import prompt_ids
 from headstart.model.heads.common.base import DraftHead, make_head
 from headstart.model.target.load import load_target
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
 from headstart.scripts.commands import train as command
-from headstart.scripts.commands.train import evaluator, run_recipe, show_sample
+from headstart.scripts.options.recipe import evaluator, run_recipe, show_sample
 from headstart.training import cost_estimate as estimate
 from headstart.training.config.schema import EvalConfig, Recipe, make_recipe
-from headstart.training.evaluation.samples import Sample
 from headstart.training.reporting.metrics_log import Progress
-from headstart.training.signals import Interrupted
+from headstart.training.reporting.samples import Sample
+from headstart.training.run.signals import Interrupted
 from headstart.training.trainer import train
 
 SAMPLE = Sample("is <b> 1 < 2?", (("yes ", 1), ("& <i>no", 3)))
@@ -87,7 +89,10 @@ def test_answers_are_told_and_kept_once(tmp_path):
     run(recipe_for(tmp_path, {}, resume=True))
     kept = lines(tmp_path, "samples.jsonl")
     assert [one["step"] for one in kept] == [2, 4, 6]
-    assert kept[0]["prompt"] == SAMPLE.prompt and kept[0]["answer"] == [["yes ", 1], ["& <i>no", 3]]
+    assert kept[0]["prompt"] == SAMPLE.prompt and kept[0]["response"] == [
+        ["yes ", 1],
+        ["& <i>no", 3],
+    ]
     assert all("samples" not in one for one in lines(tmp_path, "metrics.jsonl"))
 
 
@@ -124,7 +129,7 @@ def test_what_is_only_shown_does_not_choose_the_best_head_anew(tmp_path):
         run(recipe_for(tmp_path, {}), log=stop)
     told: list[Progress] = []
     changed = recipe_for(tmp_path, {"samples": 3, "contexts": [64, 128]}, resume=True)
-    lower = {"acceptance_length": 1.5, "accepted_length_64": 9.0}
+    lower = {"acceptance_length": 1.5, "acceptance_length_64": 9.0}
     result = run(changed, evaluate=lambda head: lower, log=told.append)
     assert (result.best_step, result.score) == (2, 2.0)
     assert not any("Evaluation has changed" in at.message for at in told)
@@ -136,34 +141,37 @@ def test_samples_are_the_answers_step_by_step(chatty, head, prompts):
     assert [one.prompt for one in found["samples"]] == ["tell a", "tell bc"]
     for sample in found["samples"]:
         tokens = prompt_ids(chatty, [{"role": "user", "content": sample.prompt}])
-        stats, [steps] = measure.acceptance_length(
-            chatty, head, [tokens], max_new_tokens=24, shape=TreeShape.dynamic(8, 4, 4)
+        stats, [steps] = measure_acceptance(
+            chatty,
+            SpeculativeConfig(head, TreeShape.dynamic(8, 4, 4)),
+            [tokens],
+            SamplingParams(24),
         )
         answer = [token for step in steps for token in step]
         assert len(answer) == stats.tokens and max(len(step) for step in steps) <= 5
-        assert "".join(text for text, _ in sample.answer) == chatty.text(answer)
-        assert 0 < sum(count for _, count in sample.answer) <= len(answer)
+        assert "".join(text for text, _ in sample.response) == chatty.text(answer)
+        assert 0 < sum(count for _, count in sample.response) <= len(answer)
     none = evaluator(config.model_copy(update={"samples": 0}), chatty)(head)
     assert none == found | {"samples": []}
 
 
-def test_longer_prompts_have_figures_of_their_own(chatty, head, prompts, monkeypatch):
+def test_longer_prompts_have_their_own_metrics(chatty, head, prompts, monkeypatch):
     lengths: list[list[int]] = []
-    real = measure.acceptance_length
+    real = measure_acceptance
 
-    def seen(target, head, ids, **options):
+    def seen(target, speculative, ids, sampling):
         lengths.append([len(one) for one in ids])
-        return real(target, head, ids, **options)
+        return real(target, speculative, ids, sampling)
 
-    monkeypatch.setattr(measure, "acceptance_length", seen)
+    monkeypatch.setattr(acceptance, "measure_acceptance", seen)
     config = EvalConfig(prompts=prompts, max_new_tokens=8, contexts=[100, 300])
     found = evaluator(config, chatty)(head)
     assert {name for name in found if name.startswith("acceptance_length")} == {
         "acceptance_length",
-        "accepted_length_100",
-        "accepted_length_300",
+        "acceptance_length_100",
+        "acceptance_length_300",
     }
-    assert found["accepted_length_300"] >= 1
+    assert found["acceptance_length_300"] >= 1
     as_they_are, *filled = lengths
     assert max(as_they_are) < 80
     for context, counts in zip((100, 300), filled, strict=True):
@@ -172,7 +180,7 @@ def test_longer_prompts_have_figures_of_their_own(chatty, head, prompts, monkeyp
 
 def test_contexts_beyond_the_target_are_refused_first(chatty, prompts):
     config = EvalConfig(prompts=prompts, max_new_tokens=64, contexts=[100, 449])
-    with pytest.raises(ValueError, match=r"eval\.contexts asks for prompts of 449.*reads 512"):
+    with pytest.raises(ValueError, match=r"eval\.contexts asks for prompts of 449.*is 512"):
         evaluator(config, chatty)
     assert evaluator(config.model_copy(update={"contexts": (100, 400)}), chatty) is not None
     with pytest.raises(ValueError, match="prompts is null"):
@@ -199,7 +207,7 @@ def test_the_command_shows_and_keeps_what_the_head_helps_to_write(
     values = {
         "target": {"name": chatty.name, "dtype": "float32"},
         "head": {"kind": "mtp"},
-        "data": {"path": str(rows), "max_length": 32, "batch_tokens": 64},
+        "data": {"path": str(rows), "max_length": 32, "global_batch_tokens": 64},
         "loss": {"steps": 2},
         "train": {"output": str(tmp_path / "run"), "steps": 1, "precision": "float32"},
         "eval": {"prompts": prompts, "max_new_tokens": 8, "contexts": [64]},
@@ -209,8 +217,8 @@ def test_the_command_shows_and_keeps_what_the_head_helps_to_write(
     assert kept["prompt"] == "tell a" and kept["step"] == 1
     told = capsys.readouterr().out
     assert "> tell a" in told and " at 64 tokens)" in told
-    (figures,) = [one for one in lines(tmp_path, "metrics.jsonl") if one["kind"] == "eval"]
-    assert figures["accepted_length_64"] >= 1
+    (metrics,) = [one for one in lines(tmp_path, "metrics.jsonl") if one["kind"] == "eval"]
+    assert metrics["acceptance_length_64"] >= 1
 
 
 # --- how much of the GPU's arithmetic is used
@@ -257,11 +265,11 @@ def test_utilisation_counts_what_the_result_needs(tmp_path, monkeypatch):
     for recompute in (False, True):
         loss = plain.loss.model_copy(update={"recompute": recompute})
         recipe = plain.model_copy(update={"loss": loss})
-        found[recompute] = estimate.Arithmetic(recipe, target, tiny_head(target), 2)
+        found[recompute] = estimate.Throughput(recipe, target, tiny_head(target), 2)
     tokens, rows = 1000.0, 600.0
-    once, again = (found[key].figures(tokens, rows) for key in (False, True))
+    once, again = (found[key].metrics(tokens, rows) for key in (False, True))
     assert once["mfu"] == again["mfu"] and once["tflops"] < again["tflops"]
-    everything = found[False].figures(tokens, tokens)
+    everything = found[False].metrics(tokens, tokens)
     assert everything["mfu"] == pytest.approx(everything["tflops"] * 1e12 / 1e9)
     vocab = target.vocab_size  # the target's logits, and the head's forward and backward, two steps
     unused = 2 * (tokens - rows) * target.hidden_size * (vocab + 2 * 2 * vocab) / 2

@@ -17,7 +17,7 @@ from torch import Tensor
 from headstart.model.target.target import Target
 from headstart.training.config.schema import Recipe, make_recipe
 from headstart.training.reporting.metrics_log import Progress
-from headstart.training.signals import Interrupted
+from headstart.training.run.signals import Interrupted
 from headstart.training.trainer import train
 
 STEPS = 11  # of two batches each: several epochs
@@ -49,9 +49,9 @@ def everything(folder: Path) -> tuple[dict[str, Tensor], list[dict], dict]:
     tensors = load_file(folder / "state" / "state.safetensors")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [learned(line) for line in lines]
-    facts = json.loads((folder / "state" / "state.json").read_text())
-    facts.pop("recipe")
-    return tensors, lines, facts
+    metadata = json.loads((folder / "state" / "state.json").read_text())
+    metadata.pop("recipe")
+    return tensors, lines, metadata
 
 
 def run(recipe: Recipe, target: Target, **settings) -> None:
@@ -100,7 +100,7 @@ def stopped_run(folder: Path, data: Path, target: Target) -> None:
 
 def test_what_does_not_fit_is_refused(target, data, tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(ValueError, match="holds no run to go on from"):
+    with pytest.raises(ValueError, match="holds no run to resume"):
         run(recipe_for(folder, data, resume=True), target)
     stopped_run(folder, data, target)
     with pytest.raises(ValueError, match=r"already holds a run \(step 2\)"):

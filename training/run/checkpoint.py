@@ -1,8 +1,8 @@
-"""Saving a run so that it can go on bit for bit, and so that no failure costs the last save.
+"""Checkpoints from which a run resumes bit for bit; a failed save never costs the one before.
 
-A checkpoint is a folder: `state.safetensors` with the head's weights and the optimizers' tensors,
-`state.json` with the rest. It is written beside the old one and then renamed. Nothing in it depends
-on the engine or on how many processes there were (training/engines.py).
+A checkpoint is a folder: `state.safetensors` holds the head's weights and the optimizer's tensors,
+`state.json` the metadata. It is written beside the old one and then renamed. Nothing in it depends
+on the parallel strategy or the number of processes (training/distributed/strategies.py).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from headstart.model.checkpoint.atomic import atomic_folder, recover
 
 FOLDER = "state"  # within the folder of the run
 STATE, TENSORS = "state.json", "state.safetensors"
-HEAD = "head."  # how the names of weights begin; those of the optimizer begin otherwise
+HEAD = "head."  # prefix of the weights; the optimizer's tensors have others
 
 
 def could_not_save(folder: Path, error: OSError) -> OSError:
-    """What to tell the user when a checkpoint cannot be written."""
+    """Return the error to raise when a checkpoint cannot be written."""
     kept = "The one before it is intact" if folder.exists() else "There is none before it"
     return OSError(
         error.errno,
-        f"Could not save {folder} ({error.strerror or error}). {kept}. Free some space, then go on "
-        "with train.resume=true.",
+        f"Could not save {folder} ({error.strerror or error}). {kept}. Free some space, then "
+        "resume with train.resume=true.",
     )
 
 
@@ -38,35 +38,36 @@ def save_state(
     folder: Path,
     head: nn.Module,
     optimizer: Mapping[str, Tensor],
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     keep: int = 1,
 ) -> None:
-    """optimizer: tensors by name, from `Engine.optimizer_state`. facts: anything JSON can hold.
+    """Write a checkpoint, whole or not at all. OSError leaves the one before.
 
-    keep: how many checkpoints stay, the new one among them.
+    optimizer: tensors by name, from `ParallelStrategy.optimizer_state`. metadata: JSON values.
+    keep: number of checkpoints to keep, this one included.
     """
     tensors = {f"{HEAD}{name}": value for name, value in head.state_dict().items()}
     tensors |= optimizer
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
     try:
-        _keep_older(folder, facts["step"], keep)
+        _keep_older(folder, metadata["step"], keep)
         with atomic_folder(folder, STATE) as fresh:
             # As bytes and through Python, so that a full disk is an OSError.
             _write(fresh / TENSORS, safetensors.torch.save(plain))
-            _write(fresh / STATE, _json(facts))
+            _write(fresh / STATE, _json(metadata))
     except OSError as error:
         raise could_not_save(folder, error) from error
 
 
 def _keep_older(folder: Path, step: int, keep: int) -> None:
-    """Give the present checkpoint a name of its own before that of `step` takes its place.
+    """Rename the present checkpoint before that of `step` replaces it.
 
-    Dropped are those that are too old, and those ahead of it: somebody went back behind them.
+    Remove older ones beyond `keep`, and those of later steps: the run went back behind them.
     """
-    facts, name = load_facts(folder), f"{folder.name}_step"
-    if facts is not None and facts["step"] != step and keep > 1:
-        with atomic_folder(folder.with_name(f"{name}{facts['step']}"), STATE) as older:
+    metadata, name = load_metadata(folder), f"{folder.name}_step"
+    if metadata is not None and metadata["step"] != step and keep > 1:
+        with atomic_folder(folder.with_name(f"{name}{metadata['step']}"), STATE) as older:
             for file in (TENSORS, STATE):
                 _link(folder / file, older / file)
     found = [path for path in folder.parent.glob(f"{name}*") if path.name[len(name) :].isdigit()]
@@ -78,43 +79,41 @@ def _keep_older(folder: Path, step: int, keep: int) -> None:
 
 
 def _link(file: Path, to: Path) -> None:
-    """A second name for the file, where the file system knows such: it is never written again."""
+    """Hard-link a file that is never written again; copy it where the file system has no links."""
     try:
         to.hardlink_to(file)
     except OSError:
         shutil.copyfile(file, to)
 
 
-def save_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Other facts for the weights that a checkpoint holds already."""
+def save_metadata(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Replace the metadata of a checkpoint and keep its tensors."""
     part = folder / f".{STATE}.part"
     try:
-        _write(part, _json(facts))
+        _write(part, _json(metadata))
         os.replace(part, folder / STATE)
     except OSError as error:
         raise could_not_save(folder, error) from error
 
 
-def load_facts(folder: Path) -> dict[str, Any] | None:
-    """What `save_state` was told, or None when there is no checkpoint."""
+def load_metadata(folder: Path) -> dict[str, Any] | None:
+    """Return the metadata of a checkpoint, or None when there is none."""
     recover(folder)
     if not (folder / STATE).is_file():
         return None
     try:
-        facts: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        metadata: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"The checkpoint {folder} is damaged ({STATE}: {error}). Remove the folder to "
             "start over."
         ) from error
-    return facts
+    return metadata
 
 
 def load_state(folder: Path, head: nn.Module) -> dict[str, Tensor]:
-    """Put the weights back; the optimizer's tensors, for `Engine.restore`.
-
-    ValueError when the checkpoint is another head's.
-    """
+    """Load the weights into `head` and return the optimizer's tensors, for
+    `ParallelStrategy.restore`. ValueError for a damaged checkpoint or one of another head."""
     try:
         tensors = safetensors.torch.load_file(folder / TENSORS)
     except Exception as error:  # the format's own error type is no OSError
@@ -138,14 +137,14 @@ def load_state(folder: Path, head: nn.Module) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A loose file, e.g. a batch to look at."""
+    """Write tensors to a file of their own, e.g. a batch to inspect."""
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     path.write_bytes(safetensors.torch.save(plain))
 
 
-def _json(facts: Mapping[str, Any]) -> bytes:
-    return (json.dumps(dict(facts), indent=1) + "\n").encode()
+def _json(metadata: Mapping[str, Any]) -> bytes:
+    return (json.dumps(dict(metadata), indent=1) + "\n").encode()
 
 
 def _write(path: Path, content: bytes) -> None:

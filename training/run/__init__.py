@@ -1,0 +1,1 @@
+"""The state of one run: where it is, its checkpoints, and a request to stop it."""
