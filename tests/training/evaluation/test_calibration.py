@@ -268,7 +268,7 @@ def test_a_head_that_knows_the_truth_but_says_it_too_loudly(target, monkeypatch,
 def test_too_little_is_refused(target):
     head = random_head(target, "mtp").for_decoding(target)
     little = Corpus((row, [(3, len(row))]) for row in mixed_rows(4))
-    with pytest.raises(TooFewRows, match=r"answer tokens .* 100 are needed"):
+    with pytest.raises(TooFewRows, match=r"response tokens .* 100 are needed"):
         calibrate(head, little, steps=2)
 
 
