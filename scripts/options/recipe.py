@@ -175,7 +175,7 @@ def _check_contexts(config: EvalConfig, target: Target) -> None:
     if limit is not None and longest and longest + config.max_new_tokens > limit:
         raise ValueError(
             f"eval.contexts asks for prompts of {longest} tokens and eval.max_new_tokens for "
-            f"{config.max_new_tokens} behind them, but the context of {target.name} is {limit} in "
+            f"{config.max_new_tokens} after them, but the context of {target.name} is {limit} in "
             "all. Lower one of them."
         )
 
