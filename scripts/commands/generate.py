@@ -23,7 +23,7 @@ def generate(
         str | None,
         typer.Argument(help="Fused checkpoint (folder or Hub id), else the shipped one."),
     ] = None,
-    prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Prompt.")] = None,
     chat: Annotated[
         bool, typer.Option(help="Keep a conversation going; an empty line ends it.")
     ] = False,
