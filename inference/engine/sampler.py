@@ -183,7 +183,7 @@ class Sampler:
 
 
 def argmax(scores_RV: Tensor) -> Tensor:
-    """The index of each row's largest score, the first of equals."""
+    """`argmax(-1)`, the first of equals, by the device's kernels."""
     return select_ops(scores_RV.device).argmax(scores_RV)
 
 
