@@ -21,7 +21,7 @@ def generate(
         str | None,
         typer.Argument(help="Fused checkpoint (folder or Hub id), else the shipped one."),
     ] = None,
-    prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Prompt.")] = None,
     chat: Annotated[
         bool, typer.Option(help="Keep a conversation going; an empty line ends it.")
     ] = False,
@@ -92,7 +92,7 @@ def stream(
     stats = model.last_stats
     console.print()
     say(
-        f"[dim]{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
+        f"[dim]{stats.num_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
         f"acceptance length {stats.acceptance_length:.2f}[/]"
     )
     return response

@@ -136,7 +136,7 @@ def _finished(out: Path) -> set[str]:
             ids.add(json.loads(line)["id"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{out}:{number} is no answer ({type(error).__name__}: {error}), so what is "
-                "answered already is not known. Mend or remove the line, or choose another --out."
+                f"{out}:{number} is no record ({type(error).__name__}: {error}), so what is "
+                "generated already is not known. Mend or remove the line, or choose another --out."
             ) from error
     return ids

@@ -157,7 +157,9 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
         speculative = SpeculativeConfig(head, shape)
         stats, answers = measure_acceptance(target, speculative, ids, sampling)
         found: dict[str, Any] = {"acceptance_length": stats.acceptance_length}
-        found |= {f"acceptance_rate_{d}": rate for d, rate in enumerate(stats.acceptance, start=1)}
+        found |= {
+            f"acceptance_rate_{d}": rate for d, rate in enumerate(stats.acceptance_rates, start=1)
+        }
         for context, filled in longer.items():
             stats, _ = measure_acceptance(target, speculative, filled, sampling)
             found[f"acceptance_length_{context}"] = stats.acceptance_length
