@@ -179,7 +179,7 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
 
     def evaluate(head: DraftHead) -> dict[str, Any]:
         speculative = SpeculativeConfig(head, shape)
-        stats, answers = measure_acceptance(target, speculative, ids, sampling)
+        stats, responses = measure_acceptance(target, speculative, ids, sampling)
         found: dict[str, Any] = {"acceptance_length": stats.acceptance_length}
         found |= {f"acceptance_rate_{d}": rate for d, rate in enumerate(stats.acceptance, start=1)}
         for context, filled in longer.items():
@@ -187,7 +187,7 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
             found[f"acceptance_length_{context}"] = stats.acceptance_length
         found["samples"] = [
             Sample(prompt.turns[0], tuple(pieces(target, steps)))
-            for prompt, steps in list(zip(prompts, answers, strict=True))[: config.samples]
+            for prompt, steps in list(zip(prompts, responses, strict=True))[: config.samples]
         ]
         return found
 
