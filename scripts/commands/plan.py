@@ -12,6 +12,7 @@ from rich.table import Table
 
 from headstart.model.target.load import target_from_config
 from headstart.scripts.console import console, say, show
+from headstart.scripts.options.common import Overrides, RecipeName
 
 if TYPE_CHECKING:
     from headstart.model.heads.common.base import DraftHead
@@ -31,10 +32,8 @@ REMEDIES: tuple[dict[str, Any], ...] = (
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change: key.sub=value.")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
     gpu: Annotated[str, typer.Option(help="Kind of GPU: a100, h100, h200, b200, l40s.")] = "h100",
     tokens: Annotated[
@@ -47,10 +46,9 @@ def plan(
     price: Annotated[float | None, typer.Option(min=0, help="Price of a GPU hour.")] = None,
 ) -> None:
     """Estimate memory per GPU, time and cost; only configurations are read."""
+    from headstart.scripts.options.recipe import find_recipe
     from headstart.training import cost_estimate as estimate
     from headstart.training.config.schema import load_recipe
-
-    from .train import find_recipe
 
     if gpu not in estimate.GPUS:
         raise ValueError(f"There is no GPU {gpu!r} here. There are: {', '.join(estimate.GPUS)}.")
@@ -84,7 +82,7 @@ def shapes(recipe: Recipe) -> tuple[Target, DraftHead]:
     """Return target and head of a recipe, without weights."""
     import torch
 
-    from .train import head_of
+    from headstart.scripts.options.recipe import head_of
 
     if recipe.target.name is None:
         raise ValueError("A random target needs no plan: name a model in target.name.")

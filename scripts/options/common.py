@@ -37,7 +37,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
 Budget = Annotated[str | None, typer.Option(callback=check_budget, help=HELP)]
 Dtype = Annotated[str, typer.Option(help="Dtype of the weights: auto, float32 or bfloat16.")]
 Quantize = Annotated[str | None, typer.Option(help=QUANTIZE_HELP)]
-Recipe = Annotated[str, typer.Argument(help="Recipe: YAML file or name of a shipped one.")]
+RecipeName = Annotated[str, typer.Argument(help="Recipe: YAML file or name of a shipped one.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings to override: section.key=value.")
 ]

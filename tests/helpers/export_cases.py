@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def write_plain(folder: Path) -> Path:
-    """A target whose weights bfloat16 holds exactly."""
+    """A target whose weights are exact in bfloat16."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=V,
@@ -44,8 +44,8 @@ def write_plain(folder: Path) -> Path:
     return folder
 
 
-def trained(target: Target, kind: str = "eagle3", **settings: Any) -> DraftHead:
-    """Random weights that bfloat16 holds exactly."""
+def random_head(target: Target, kind: str = "eagle3", **settings: Any) -> DraftHead:
+    """Random weights that are exact in bfloat16."""
     torch.manual_seed(1)
     taps = {"taps": (1, 2, 4)} if kind == "eagle3" else {}
     head = make_head(target, kind, taps | settings)

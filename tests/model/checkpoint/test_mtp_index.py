@@ -41,8 +41,8 @@ def target(tmp_path: Path) -> Target:
     return load_target(tmp_path / "plain")
 
 
-def knowing(target: Target, **layer: float) -> DraftHead:
-    """An mtp head that knows what the target will say: it passes the embedding on."""
+def copying_head(target: Target, **layer: float) -> DraftHead:
+    """An mtp head that is always right: it passes the embedding on, as the target does."""
     sizes = make_head(target, "mtp", {}).config.layer.model_dump() | layer
     head = make_head(target, "mtp", {"layer": sizes})
     head.init_from_target()
@@ -52,8 +52,8 @@ def knowing(target: Target, **layer: float) -> DraftHead:
 
 
 def test_transformers_drafts_with_the_head(target: Target, tmp_path: Path) -> None:
-    """`use_mtp` writes what plain greedy decoding writes, in half the forward passes."""
-    save_head(knowing(target), tmp_path / "head", META)
+    """`use_mtp` gives the output of greedy decoding in half the forward passes."""
+    save_head(copying_head(target), tmp_path / "head", META)
     fuse(tmp_path / "plain", tmp_path / "head", tmp_path / "fused", index=True)
     assert target_hash(load_target(tmp_path / "fused")) == target_hash(target)
     prompt = torch.arange(3, 12)[None]
@@ -72,10 +72,10 @@ def test_transformers_drafts_with_the_head(target: Target, tmp_path: Path) -> No
     assert forwards <= 13
 
 
-def test_a_head_that_transformers_reads_differently_is_refused(
+def test_a_head_that_transformers_computes_differently_is_an_error(
     target: Target, tmp_path: Path
 ) -> None:
-    head = knowing(target, rope_theta=50.0)
+    head = copying_head(target, rope_theta=50.0)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     save_head(head, tmp_path / "head", META)

@@ -1,4 +1,4 @@
-"""Heads that came with their target: read exactly, drafted with exactly, written back."""
+"""Native MTP layers: loaded exactly, exact decoding with them, written back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STEPS, LENGTH = 3, 14
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_step_is_the_published_formula(name: str, tmp_path: Path) -> None:
+def test_every_draft_step_equals_the_published_formula(name: str, tmp_path: Path) -> None:
     layer = write(name, tmp_path / "model")
     adopt(tmp_path / "model", tmp_path / "head")
     target = load_target(tmp_path / "model", dtype=torch.float32)
@@ -49,20 +49,20 @@ def test_every_step_is_the_published_formula(name: str, tmp_path: Path) -> None:
     assert read_head_file(tmp_path / "head").head["kind"] == "mtp"
     generator = torch.Generator().manual_seed(5)
     tokens_BT = torch.randint(4, 96, (1, LENGTH), generator=generator)
-    seen = target.forward(tokens_BT, taps=head.taps)
-    # MiMo reads the hidden state before the target's final norm, the others behind it.
-    hidden_TD = seen.lm_head_input_BTD[0].double()
+    output = target.forward(tokens_BT, taps=head.taps)
+    # MiMo takes the hidden state before the target's final norm, the others after it.
+    hidden_TD = output.lm_head_input_BTD[0].double()
     if name == "mimo":
         with torch.no_grad():
             states = target.model(tokens_BT, output_hidden_states=True)
         norm = target.model.model.norm
-        raw_TD = seen.hidden_states[target.num_layers - 1][0]
+        raw_TD = output.hidden_states[target.num_layers - 1][0]
         torch.testing.assert_close(norm(raw_TD), states.hidden_states[-1][0])
         hidden_TD = raw_TD.double()
     embedded = [target.embed(tokens_BT.roll(-1 - step, 1))[0].double() for step in range(STEPS)]
     expected = Reference(name, layer).steps(embedded, hidden_TD)
     with torch.no_grad():
-        got = head.unroll(seen, tokens_BT, STEPS)
+        got = head.unroll(output, tokens_BT, STEPS)
     tolerance = 1e-12 if plain else 2e-5
     for step in range(STEPS):
         mine, theirs = got[step][0].double(), expected[step]
@@ -83,7 +83,7 @@ def adopted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def load_head_for_training(folder: Path, target: Target) -> mtp.Head:
-    """Without what drafting rounds and joins."""
+    """Without the quantised and fused linears of decoding."""
     opened = load_head(folder, target)
     head = mtp.Head(opened.config)
     head.load_state_dict(opened.state_dict())
@@ -92,13 +92,13 @@ def load_head_for_training(folder: Path, target: Target) -> mtp.Head:
 
 
 def test_training_equals_sequential_drafting(adopted: Path) -> None:
-    """The target's own layer drafts in a tree what it computes on a text."""
+    """The target's own layer computes the same in drafting as over a sequence."""
     target = load_target(adopted / "model", dtype=torch.float32)
     head = load_head_for_training(adopted / "head", target)
     tokens_BT = prompts([LENGTH], seed=3)[0][None]
-    seen = target.forward(tokens_BT, taps=head.taps)
+    output = target.forward(tokens_BT, taps=head.taps)
     with torch.no_grad():
-        trained = head.unroll(seen, tokens_BT, STEPS)
+        trained = head.unroll(output, tokens_BT, STEPS)
     for anchor in range(LENGTH - STEPS - 1):
         follow, hidden = tokens_BT[0, anchor + 2 :].tolist(), []
 
@@ -114,7 +114,7 @@ def test_training_equals_sequential_drafting(adopted: Path) -> None:
             return torch.zeros(1, 1, 1), torch.full((1, 1, 1), token)
 
         head.candidates = candidates  # type: ignore[method-assign]
-        rows = seen.gather(torch.arange(anchor + 1)[None])
+        rows = output.gather(torch.arange(anchor + 1)[None])
         counts_B = torch.tensor([anchor + 1])
         state = head.advance(head.start(1), rows, tokens_BT[:, 1 : anchor + 2], counts_B)
         head.draft(state, TreeShape.chain(STEPS))
@@ -122,8 +122,8 @@ def test_training_equals_sequential_drafting(adopted: Path) -> None:
             torch.testing.assert_close(hidden[step], trained[step][:, anchor], **NEAR)
 
 
-def test_what_chooses_experts_stays_in_full_precision(tmp_path: Path) -> None:
-    """In the file and in a head that is converted; rotary frequencies too."""
+def test_router_weights_stay_in_full_precision(tmp_path: Path) -> None:
+    """In the file and in a converted head; rotary frequencies too."""
     layer = write("glm4_moe", tmp_path / "model")
     head = adopt(tmp_path / "model", tmp_path / "head")
     name = "mlp.gate.e_score_correction_bias"
@@ -136,8 +136,8 @@ def test_what_chooses_experts_stays_in_full_precision(tmp_path: Path) -> None:
     assert torch.equal(head.layer.rotary.inv_freq, frequencies)
 
 
-def test_what_is_decoded_is_the_targets_own(adopted: Path) -> None:
-    """In a batch of ragged prompts, with a tree, and the head rounded to integers where it is."""
+def test_the_output_is_the_targets_own(adopted: Path) -> None:
+    """With a tree, and with the head in int8 where it drafts in int8."""
     target = load_target(adopted / "model", dtype=torch.float32)
     model = SpeculativeModel(target, load_head(adopted / "head", target))
     for prompt in prompts([7, 12]):
@@ -164,7 +164,7 @@ def differing(before: Path, after: Path) -> set[str]:
     return found
 
 
-def test_writing_back_what_was_read_changes_no_byte(adopted: Path, tmp_path: Path) -> None:
+def test_writing_back_the_loaded_layer_changes_no_byte(adopted: Path, tmp_path: Path) -> None:
     fuse(adopted / "model", adopted / "head", tmp_path / "out", native=True, link=True)
     assert shards(tmp_path / "out") == shards(adopted / "model")
 
@@ -183,7 +183,7 @@ def test_a_checkpoint_in_one_file(tmp_path: Path) -> None:
 
 
 def test_a_changed_head_changes_its_tensors_only(adopted: Path, tmp_path: Path) -> None:
-    """Files of the target stay as they are, linked ones too, and all other bytes."""
+    """Not the files of the target, hard-linked ones included, and no other bytes."""
     before = shards(adopted / "model")
     target = load_target(adopted / "model")
     head = load_head_for_training(adopted / "head", target)
@@ -208,7 +208,7 @@ def test_a_changed_head_changes_its_tensors_only(adopted: Path, tmp_path: Path) 
     assert f"(`{family.prefix}*`) is OVERWRITTEN with this head" in card
     for other in ("config.json", "model.safetensors.index.json"):
         assert (tmp_path / "out" / other).read_bytes() == (adopted / "model" / other).read_bytes()
-    # The written layer is the head: adopted again it is the same.
+    # The written layer is the head: adopting it again gives the same weights.
     adopt(tmp_path / "out", tmp_path / "again")
     first, second = (load_file(tmp_path / one / "model.safetensors") for one in ("better", "again"))
     assert first.keys() == second.keys()
@@ -221,7 +221,7 @@ def read_family(folder: Path) -> str:
     return kind
 
 
-def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     """Change the tensors of a checkpoint's second file, and its index with them."""
     file = folder / "model-00002-of-00002.safetensors"
     tensors = load_file(file)
@@ -248,25 +248,25 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("message", MISTAKES)
-def test_what_cannot_be_adopted_is_refused(message: str, tmp_path: Path) -> None:
+def test_unsupported_layers_are_an_error(message: str, tmp_path: Path) -> None:
     write("glm4_moe", tmp_path / "model")
-    rewritten(tmp_path / "model", MISTAKES[message])
+    rewrite(tmp_path / "model", MISTAKES[message])
     with pytest.raises(ValueError, match=message):
         adopt(tmp_path / "model", tmp_path / "head")
     assert not (tmp_path / "head").exists()
 
 
-def test_several_layers_of_qwen_are_refused(tmp_path: Path) -> None:
+def test_several_layers_of_qwen_are_an_error(tmp_path: Path) -> None:
     write("qwen3_next", tmp_path / "model")
     one = {"mtp.layers.1.input_layernorm.weight": torch.ones(32)}
-    rewritten(tmp_path / "model", lambda tensors: tensors.update(one))
+    rewrite(tmp_path / "model", lambda tensors: tensors.update(one))
     with pytest.raises(ValueError, match=r"several multi-token .*mtp\.layers\.1\."):
         adopt(tmp_path / "model", tmp_path / "head")
 
 
-def test_a_layer_of_another_kind_is_refused(tmp_path: Path) -> None:
-    """The names are a Llama layer's, but this family turns half of the channels only, and none of
-    its layers is dense."""
+def test_a_layer_of_another_kind_is_an_error(tmp_path: Path) -> None:
+    """The names are those of a Llama layer, but this family rotates only half of head_dim, and has
+    no dense layer."""
     write("glm4_moe", tmp_path / "model", first_k_dense_replace=0)
     dense = {"mlp.gate_proj.weight": (64, 32), "mlp.up_proj.weight": (64, 32)}
     dense |= {"mlp.down_proj.weight": (32, 64)}
@@ -276,12 +276,12 @@ def test_a_layer_of_another_kind_is_refused(tmp_path: Path) -> None:
             tensors.pop(name)
         tensors.update({GLM + name: torch.ones(shape) for name, shape in dense.items()})
 
-    rewritten(tmp_path / "model", change)
+    rewrite(tmp_path / "model", change)
     with pytest.raises(ValueError, match=r"missing \['mlp.experts.0"):
         adopt(tmp_path / "model", tmp_path / "head")
 
 
-def test_a_head_that_reads_something_else_is_not_written(tmp_path: Path) -> None:
+def test_a_head_that_engines_compute_differently_is_not_written(tmp_path: Path) -> None:
     write("mimo", tmp_path / "model")
     target = load_target(tmp_path / "model")
     meta = HeadMeta(target="tiny")
@@ -299,8 +299,8 @@ def test_a_head_that_reads_something_else_is_not_written(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_a_scaled_family_is_held_to_its_target(tmp_path: Path) -> None:
-    """Long-context DeepSeek-V3 scales its scores (YaRN); a layer that did not would be refused."""
+def test_a_family_with_scaled_attention_is_adopted(tmp_path: Path) -> None:
+    """Long-context DeepSeek-V3 scales its scores (YaRN), so the head's layer must do so too."""
     rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "mscale": 1.0}
     rope |= {"mscale_all_dim": 1.0, "original_max_position_embeddings": 64}
     write("deepseek_v3", tmp_path / "model", rope_parameters=rope)
@@ -312,8 +312,9 @@ def test_a_scaled_family_is_held_to_its_target(tmp_path: Path) -> None:
     ("name", "layers"),
     [pytest.param("glm4_moe", 46, marks=pytest.mark.slow), ("glm4_moe", 2), ("deepseek_v3", 2)],
 )
-def test_transformers_drafts_with_what_was_written(name: str, layers: int, tmp_path: Path) -> None:
-    """GLM-4.5-Air's number of layers is what transformers knows; for two, it is told so."""
+def test_transformers_drafts_with_the_written_layer(name: str, layers: int, tmp_path: Path) -> None:
+    """transformers ignores the MTP layer for GLM-4.5-Air's number of layers only, so the test sets
+    the pattern for two."""
     write(name, tmp_path / "model", num_hidden_layers=layers)
     head = adopt(tmp_path / "model", tmp_path / "head")
     with torch.no_grad():
@@ -330,14 +331,14 @@ def test_transformers_drafts_with_what_was_written(name: str, layers: int, tmp_p
     assert torch.equal(model.generate(prompt, use_mtp=True, **settings), expected)
     head = load_head_for_training(tmp_path / "better", wrap_target(model))
     with torch.no_grad():
-        seen = head.target.forward(prompt)
-        ours_BTD = head.unroll(seen, prompt, 1)[0][:, :-1]
-        theirs_BTD = first_step(model, prompt, seen.lm_head_input_BTD)
+        output = head.target.forward(prompt)
+        ours_BTD = head.unroll(output, prompt, 1)[0][:, :-1]
+        theirs_BTD = first_step(model, prompt, output.lm_head_input_BTD)
     torch.testing.assert_close(ours_BTD, theirs_BTD, **NEAR)
 
 
 def first_step(model: PreTrainedModel, tokens_BT: Tensor, lm_head_input_BTD: Tensor) -> Tensor:
-    """The first step on all pairs of a text, by transformers: B x T-1 x D."""
+    """The first draft step over a sequence in transformers, B x T-1 x D."""
     layer = MtpModel.from_pretrained(model)
     embedded_BTD = model.get_input_embeddings()(tokens_BT[:, 1:])
     pairs = embedded_BTD.shape[1]
@@ -367,14 +368,14 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "Choose one of the two" in refused(*both, "--native", "--index")
 
 
-def test_a_plan_of_going_on_with_experts(tmp_path: Path) -> None:
+def test_the_cost_estimate_of_further_training_with_experts(tmp_path: Path) -> None:
     """Sizes follow from shapes alone, with a layer of the family too."""
     write("glm4_moe", tmp_path / "model")
     adopt(tmp_path / "model", tmp_path / "head")
     values = {
         "target": {"name": str(tmp_path / "model"), "dtype": "bfloat16"},
         "head": {"kind": "mtp"},
-        "data": {"path": "answers.jsonl"},
+        "data": {"path": "responses.jsonl"},
         "train": {"output": "run", "start_from": str(tmp_path / "head"), "precision": "bfloat16"},
         "parallel": {"engine": "ddp"},
     }
@@ -387,5 +388,5 @@ def test_a_plan_of_going_on_with_experts(tmp_path: Path) -> None:
     chosen = head.config.family.settings | {"num_experts_per_tok": 4}
     family = head.config.family.model_copy(update={"settings": chosen})
     head.config = head.config.model_copy(update={"family": family})
-    # Two experts more, of three matrices of 32 x 32, in three steps there and twice back.
+    # Two more experts of three 32 x 32 matrices, in three steps; the backward pass costs twice.
     assert flops_per_token(recipe, target, head) - with_all == 2 * 3 * 3 * 2 * 3 * 32 * 32

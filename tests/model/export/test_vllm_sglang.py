@@ -1,7 +1,7 @@
-"""`headstart export`: what vLLM and SGLang make of the folders that it writes.
+"""`headstart export`: how vLLM and SGLang load the folders that it writes.
 
-The engines need GPUs; two readers of their layouts stand for them, which share nothing with what
-writes the folders. Logits of a first and of a chained draft step are compared with the head's own.
+The engines need GPUs. Two readers of their formats stand for them, written independently of the
+export. The logits of the first and second draft step are compared with the head's own.
 
 Legend: V vocabulary, Vd draft vocabulary.
 """
@@ -22,7 +22,7 @@ import pytest
 import sglang_reader
 import torch
 import vllm_reader
-from export_cases import CASES, VD, V, fused, trained, write_plain
+from export_cases import CASES, VD, V, fused, random_head, write_plain
 from processes import HELPERS
 from reference_draft import NgramDraft
 from safetensors.torch import load_file, save_file
@@ -34,8 +34,8 @@ from headstart.model.target.load import load_target
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
 
-TEXT = [5, 90, 17, 33, 2, 64, 11, 48, 71, 9]
-AT = 6  # where drafting begins: the text up to there, one token said after it, one drafted
+TOKENS = [5, 90, 17, 33, 2, 64, 11, 48, 71, 9]
+ANCHOR = 6  # position where drafting begins; one accepted and one draft token follow
 NEAR = {"rtol": 1e-4, "atol": 1e-4}
 READERS = [
     ("vllm", "native", vllm_reader.read),
@@ -62,23 +62,23 @@ def case(
     target: Target,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[DraftHead, Path]:
-    head = trained(target, **CASES[request.param])
+    head = random_head(target, **CASES[request.param])
     return head, fused(plain, head, tmp_path_factory.mktemp("case"))
 
 
 def ours(head: DraftHead) -> list[NgramDraft]:
-    """The head's own logits: after the text up to AT and what was said, and a drafted token on."""
-    target, ids_BT = head.target, torch.tensor([TEXT])
+    """The head's own logits of the first and second draft step behind ANCHOR."""
+    target, ids_BT = head.target, torch.tensor([TOKENS])
     with torch.no_grad():
-        seen = target.forward(ids_BT, taps=head.taps)
-        hidden = head.unroll(seen, ids_BT, 2)
+        output = target.forward(ids_BT, taps=head.taps)
+        hidden = head.unroll(output, ids_BT, 2)
         ids = torch.arange(V) if head.draft_ids is None else head.draft_ids
-        return [NgramDraft(head.logits(step[0, AT]), ids) for step in hidden]
+        return [NgramDraft(head.logits(step[0, ANCHOR]), ids) for step in hidden]
 
 
 def theirs(folder: Path, read: Callable[..., Any], target: Target, **how: Any) -> list[NgramDraft]:
     draft = read(folder, target.model, **how)
-    return [draft.begin(TEXT[: AT + 1], TEXT[AT + 1]), draft.follow(TEXT[AT + 2])]
+    return [draft.begin(TOKENS[: ANCHOR + 1], TOKENS[ANCHOR + 1]), draft.follow(TOKENS[ANCHOR + 2])]
 
 
 def agree(one: list[NgramDraft], other: list[NgramDraft]) -> list[bool]:
@@ -104,19 +104,19 @@ def test_engines_compute_what_the_head_does(case, target, tmp_path, engine, form
 def test_engines_draft_the_tokens_of_the_head(case, target, tmp_path, engine, form, read):
     head, folder = case
     export(folder, tmp_path / "out", engine, form)
-    seen = target.forward(torch.tensor([TEXT[:-1]]), taps=head.taps)
+    output = target.forward(torch.tensor([TOKENS[:-1]]), taps=head.taps)
     state = head.advance(
-        head.start(1), seen, torch.tensor([TEXT[1:]]), torch.tensor([len(TEXT) - 1])
+        head.start(1), output, torch.tensor([TOKENS[1:]]), torch.tensor([len(TOKENS) - 1])
     )
     tree = head.draft(state, TreeShape.chain(3))
     draft = read(tmp_path / "out", target.model)
-    said = [draft.begin(TEXT[:-1], TEXT[-1]).token]
+    drafted = [draft.begin(TOKENS[:-1], TOKENS[-1]).token]
     for _ in range(2):
-        said.append(draft.follow(said[-1]).token)
-    assert tree.tokens_BN[0].tolist() == [TEXT[-1], *said]
+        drafted.append(draft.follow(drafted[-1]).token)
+    assert tree.tokens_BN[0].tolist() == [TOKENS[-1], *drafted]
 
 
-def test_one_native_folder_is_for_both_engines(case, plain, target, tmp_path):
+def test_both_engines_share_one_native_folder(case, plain, target, tmp_path):
     _, folder = case
     export(folder, tmp_path / "vllm", "vllm")
     export(folder, tmp_path / "sglang", "sglang")
@@ -124,7 +124,7 @@ def test_one_native_folder_is_for_both_engines(case, plain, target, tmp_path):
         content = (tmp_path / "vllm" / name).read_bytes()
         assert content == (tmp_path / "sglang" / name).read_bytes()
         assert content == (folder / "draft_heads" / name).read_bytes()
-    load_head(tmp_path / "vllm", target)  # Headstart reads it too
+    load_head(tmp_path / "vllm", target)  # Headstart loads it too
 
 
 LAYER = {
@@ -164,7 +164,7 @@ def test_every_key_and_name_of_a_folder_for_speculators(case, plain, tmp_path):
     (folder / "tokenizer.json").write_text("{}")
     line = export(folder, tmp_path / "out", "vllm", "speculators")
     assert line == f"vllm serve {tmp_path / 'out'}"
-    assert (tmp_path / "out" / "tokenizer.json").is_file()  # vLLM looks for it there
+    assert (tmp_path / "out" / "tokenizer.json").is_file()  # vLLM looks for it in this folder
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.pop("headstart")["target_hash"]
     options = {name: getattr(head.config, name) for name in ("fc_norm", "norm_output")}
@@ -252,22 +252,22 @@ MUTATIONS = [
 
 @pytest.fixture(scope="module")
 def pruned(plain: Path, target: Target, tmp_path_factory) -> tuple[DraftHead, Path]:
-    head = trained(target, **CASES["pruned"])
+    head = random_head(target, **CASES["pruned"])
     return head, fused(plain, head, tmp_path_factory.mktemp("pruned"))
 
 
 @pytest.mark.parametrize(("engine", "form", "read"), READERS, ids=NAMES)
 @pytest.mark.parametrize("change", MUTATIONS, ids=lambda one: getattr(one, "__name__", "layers"))
-def test_a_wrong_folder_does_not_agree(pruned, target, tmp_path, engine, form, read, change):
+def test_a_wrong_folder_gives_other_logits(pruned, target, tmp_path, engine, form, read, change):
     head, folder = pruned
     export(folder, tmp_path / "out", engine, form)
     changed(tmp_path / "out", change)
-    # What is fed back shows in the second step only.
+    # The feedback shows in the second step only.
     expected = [change is other_feedback, False]
     assert agree(ours(head), theirs(tmp_path / "out", read, target)) == expected
 
 
-def test_each_engine_reads_layers_of_its_own_key(pruned, target, tmp_path):
+def test_each_engine_takes_the_layers_from_its_own_key(pruned, target, tmp_path):
     head, folder = pruned
     export(folder, tmp_path / "out", "vllm")
     mine = ours(head)
@@ -295,12 +295,12 @@ def test_speculators_itself_computes_what_the_head_does(plain, target, tmp_path,
         pytest.skip(
             "speculators is not installed; SPECULATORS_PYTHON may name a Python that has it"
         )
-    head = trained(target, **CASES[name])
+    head = random_head(target, **CASES[name])
     folder = fused(plain, head, tmp_path)
     export(folder, tmp_path / "out", "vllm", "speculators")
-    ids_BT = torch.tensor([TEXT])
-    seen = target.forward(ids_BT, taps=head.taps)
-    features = torch.cat([seen.hidden_states[tap] for tap in head.taps], -1)[:, :-1].contiguous()
+    ids_BT = torch.tensor([TOKENS])
+    output = target.forward(ids_BT, taps=head.taps)
+    features = torch.cat([output.hidden_states[tap] for tap in head.taps], -1)[:, :-1].contiguous()
     case = tmp_path / "case"
     save_file({"features": features, "tokens": ids_BT[:, 1:].contiguous()}, case)
     command = [python, HELPERS / "speculators_reader.py", tmp_path / "out", case]
@@ -309,10 +309,10 @@ def test_speculators_itself_computes_what_the_head_does(plain, target, tmp_path,
     assert done.returncode == 0, done.stderr[-4000:]
     read = load_file(tmp_path / "case.read")
     with torch.no_grad():
-        hidden = head.unroll(seen, ids_BT, 2)
+        hidden = head.unroll(output, ids_BT, 2)
     for step, one in enumerate(hidden):
-        rows = len(TEXT) - 2 - step  # behind them are tokens that the text does not have
-        mine = head.logits(one[0, :rows])
-        torch.testing.assert_close(read["logits"][step][:rows], mine.detach(), **NEAR)
+        count = len(TOKENS) - 2 - step  # later positions need tokens beyond the sequence
+        mine = head.logits(one[0, :count])
+        torch.testing.assert_close(read["logits"][step][:count], mine.detach(), **NEAR)
     ids = torch.arange(V) if head.draft_ids is None else head.draft_ids
     assert torch.equal(read["ids"], ids)

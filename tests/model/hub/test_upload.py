@@ -1,4 +1,4 @@
-"""Publishing to a Hub and loading back: the real client against a small server on this machine."""
+"""Publishing on a Hub and loading back: the real client against a small local server."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make(folder: Path, seed: int = 0) -> tuple[Path, DraftHead]:
     target = load_target(folder / "plain")
     torch.manual_seed(1)
     head = make_head(target, "eagle3", {})
-    data = str(folder / "private" / "answers.jsonl")
+    data = str(folder / "private" / "responses.jsonl")
     meta = HeadMeta(target=BASE, tokens=123456, data=data, recipe={"train": {"lr": 0.01}})
     save_head(head, folder / "head", meta)
     fuse(folder / "plain", folder / "head", folder / "fused")
@@ -72,7 +72,7 @@ def worker(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wo
 
 @pytest.fixture
 def hub(server: Hub) -> Hub:
-    """As new, with the target's own repository."""
+    """The server without repositories but the target's own."""
     for part in (server.repos, server.blobs, server.sent, server.drops, server.calls):
         part.clear()
     server.put(BASE, {"config.json": b"{}", "README.md": b"---\nlicense: mit\n---\n# Tiny\n"})
@@ -81,7 +81,7 @@ def hub(server: Hub) -> Hub:
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
-    """A repository of its own for each test, as the client keeps a cache."""
+    """A repository for each test, since the client has a cache."""
     return f"{USER}/{request.node.name.replace('[', '-').rstrip(']')}"
 
 
@@ -97,17 +97,17 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_fused_checkpoint_goes_up_and_comes_back(
+def test_a_fused_checkpoint_is_uploaded_and_loaded_back(
     hub: Hub, worker: Worker, made: Path, tmp_path: Path, name: str
 ) -> None:
     folder = shutil.copytree(made / "fused", tmp_path / "fused")
     for left in (".cache/huggingface/upload/state", "draft_heads/.model.safetensors.part"):
         (folder / left).parent.mkdir(parents=True, exist_ok=True)
-        (folder / left).write_text("of a download or a save that was stopped")
+        (folder / left).write_text("left by an interrupted download or save")
     before = files(folder)
-    told = worker.run("push", folder, name, "--private", "--message", "my first head")
+    output = worker.run("push", folder, name, "--private", "--message", "my first head")
     repo = hub.repos[name]
-    assert f"{hub.url}/{name} (commit {repo.head.sha[:7]})" in told
+    assert f"{hub.url}/{name} (commit {repo.head.sha[:7]})" in output
     assert repo.private and repo.head.message == "my first head" and len(repo.commits) == 2
     assert files(folder) == before
     sent = repo.head.files
@@ -117,13 +117,13 @@ def test_a_fused_checkpoint_goes_up_and_comes_back(
     assert all(sent[path] == before[path] for path in before.keys() - hidden - written)
     assert str(made) not in (sent["README.md"] + sent["draft_heads/config.json"]).decode()
     assert json.loads(sent["draft_heads/config.json"])["headstart"]["meta"]["data"] == (
-        "answers.jsonl"
+        "responses.jsonl"
     )
 
-    ask = ["hello", "--max-new-tokens", 8, "--dtype", "float32", "--budget", "8"]
+    options = ["hello", "--max-new-tokens", 8, "--dtype", "float32", "--budget", "8"]
     assert (
-        worker.run("generate", name, *ask).splitlines()[:2]
-        == (worker.run("generate", folder, *ask).splitlines()[:2])
+        worker.run("generate", name, *options).splitlines()[:2]
+        == (worker.run("generate", folder, *options).splitlines()[:2])
     )
     same = worker.code(
         "import torch\n"
@@ -144,20 +144,20 @@ def test_a_fused_checkpoint_goes_up_and_comes_back(
     ours = load_target(folder).model
     assert plain == str(sum(float(one.double().sum()) for one in ours.parameters()))
     (tmp_path / "p.jsonl").write_text('{"prompt": "hi"}\n')
-    ask = ["--prompts", tmp_path / "p.jsonl", "--max-new-tokens", 4, "--budget", "8"]
-    assert f'"target": "{name}"' in worker.run("eval", name, *ask)
+    options = ["--prompts", tmp_path / "p.jsonl", "--max-new-tokens", 4, "--budget", "8"]
+    assert f'"target": "{name}"' in worker.run("eval", name, *options)
     got = {call.rsplit("/", 1)[1] for call in hub.calls if call.startswith("GET /me")}
-    assert "README.md" not in got and "README.target.md" not in got  # only what is used
+    assert "README.md" not in got and "README.target.md" not in got  # only files that are used
 
     worker.run("push", folder, name)  # nothing new: no empty commit
     assert len(repo.commits) == 2
 
 
-def test_transformers_drafts_with_the_code_that_was_pushed(
+def test_transformers_drafts_with_the_uploaded_code(
     hub: Hub, worker: Worker, made: Path, tmp_path: Path, name: str
 ) -> None:
     worker.run("push", made / "fused", name)
-    said = worker.code(
+    printed = worker.code(
         "import torch\n"
         "from transformers import AutoModelForCausalLM\n"
         f"model = AutoModelForCausalLM.from_pretrained({name!r})\n"
@@ -167,8 +167,8 @@ def test_transformers_drafts_with_the_code_that_was_pushed(
         f"more |= {{'custom_generate': {name!r}, 'trust_remote_code': True}}\n"
         "print(torch.equal(model.generate(ids, **more), plain), len(plain[0]))"
     )
-    assert said == "True 15"
-    # Code that the new checkpoint does not have leaves the repository, for it would not fit.
+    assert printed == "True 15"
+    # Code that the new checkpoint does not have is removed, since it would not fit.
     folder = shutil.copytree(made / "fused", tmp_path / "fused")
     shutil.rmtree(folder / "custom_generate")
     assert set(FILES) <= hub.repos[name].head.files.keys()
@@ -176,7 +176,7 @@ def test_transformers_drafts_with_the_code_that_was_pushed(
     assert not set(FILES) & hub.repos[name].head.files.keys()
 
 
-def test_the_card_says_what_was_measured(
+def test_the_card_shows_what_was_measured(
     hub: Hub, worker: Worker, made: Path, tmp_path: Path, name: str
 ) -> None:
     worker.run("push", made / "fused", name)
@@ -187,13 +187,13 @@ def test_the_card_says_what_was_measured(
     assert data["library_name"] == "headstart" and "eagle3" in data["tags"]
     results = data["model-index"][0]["results"]
     assert [one["dataset"]["name"] for one in results] == [MEASURED.prompts]
-    figures = {one["type"]: one["value"] for one in results[0]["metrics"]}
-    assert figures == {
+    metrics = {one["type"]: one["value"] for one in results[0]["metrics"]}
+    assert metrics == {
         "acceptance_length": 2.25,
         "speedup": 1.5,
         "identical_to_baseline": 1.0,
     }
-    for said in (
+    for part in (
         "8 of 8 responses equal those of autoregressive decoding",
         f'SpeculativeModel.from_pretrained("{name}")',
         f'model="{name}"',
@@ -203,7 +203,7 @@ def test_the_card_says_what_was_measured(
         "lr: 0.01",
         "123,456",
     ):
-        assert said in card.text, said
+        assert part in card.text, part
 
 
 def test_a_head_alone_is_fused_from_the_hub(
@@ -220,7 +220,7 @@ def test_a_head_alone_is_fused_from_the_hub(
     assert "eagle3" in worker.run("inspect", "head", name)
     alone = worker.refused("generate", name, "hello")
     assert f"headstart fuse TARGET {name} OUT" in alone
-    # The other way round: the fused one in its place, and no weights of the head left at the root.
+    # Replaced by the fused checkpoint, with no weights of the head left at the root.
     worker.run("push", made / "fused", name)
     assert worker.run("generate", name, "hello", "--max-new-tokens", 2, "--plain")
     back = worker.refused("push", made / "head", name)
@@ -241,30 +241,30 @@ def test_a_head_of_a_nameless_target_needs_a_base_model(
     assert sent["headstart"]["meta"]["target"] == BASE
 
 
-def test_a_branch_is_made_and_loaded(hub: Hub, worker: Worker, made: Path, name: str) -> None:
+def test_a_branch_is_created_and_loaded(hub: Hub, worker: Worker, made: Path, name: str) -> None:
     worker.run("push", made / "fused", name, "--revision", "dev")
     assert "config.json" not in hub.repos[name].head.files
     assert "holds no draft head" in worker.refused("generate", name, "hello")
-    ask = ["hello", "--max-new-tokens", 2, "--plain"]
-    assert worker.run("generate", f"{name}@dev", *ask)
-    assert "no such branch, tag or commit" in worker.refused("generate", f"{name}@v9", *ask)
+    options = ["hello", "--max-new-tokens", 2, "--plain"]
+    assert worker.run("generate", f"{name}@dev", *options)
+    assert "no such branch, tag or commit" in worker.refused("generate", f"{name}@v9", *options)
 
 
 @pytest.mark.parametrize("token", [None, "hf_wrong", READ_TOKEN])
-def test_tokens_that_do_not_do(
+def test_missing_wrong_and_read_only_tokens(
     hub: Hub, worker: Worker, made: Path, name: str, token: str | None
 ) -> None:
-    told = worker.refused("push", made / "fused", name, token=token)
-    says = {
+    message = worker.refused("push", made / "fused", name, token=token)
+    expected = {
         None: "You are not logged in",
         "hf_wrong": "does not know your token",
         READ_TOKEN: "Your token may not write to me/",
     }
-    assert says[token] in told and "hf auth login" in told
+    assert expected[token] in message and "hf auth login" in message
     assert name not in hub.repos and not hub.blobs
 
 
-def test_what_cannot_be_published_is_told_before(
+def test_errors_come_before_anything_is_sent(
     hub: Hub, worker: Worker, made: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -310,11 +310,11 @@ def test_another_model_is_not_replaced(
         meanwhile = worker.refused("push", other / "fused", name, "--replace")
     finally:
         hub.race = False
-    assert "changed on the Hub meanwhile" in meanwhile
+    assert "changed on the Hub in the meantime" in meanwhile
     assert hub.repos[name].head.message == "meanwhile"
 
 
-def test_a_card_of_somebody_is_kept(
+def test_an_edited_card_is_kept(
     hub: Hub, worker: Worker, made: Path, tmp_path: Path, name: str
 ) -> None:
     worker.run("push", made / "fused", name)
@@ -336,48 +336,48 @@ def test_a_card_of_somebody_is_kept(
     assert repo.head.files["README.md"] == b"# By hand, again\n"
 
 
-def test_a_lost_connection_is_gone_on_from(hub: Hub, worker: Worker, made: Path, name: str) -> None:
+def test_an_interrupted_upload_resumes(hub: Hub, worker: Worker, made: Path, name: str) -> None:
     target = digest(made / "fused" / "model.safetensors")
     head = digest(made / "fused" / "draft_heads" / "model.safetensors")
     hub.drops[target] = 1000
-    told = worker.refused("push", made / "fused", name)
-    assert "was cut off" in told and "Run the same command again" in told
+    message = worker.refused("push", made / "fused", name)
+    assert "was interrupted" in message and "Run the same command again" in message
     assert hub.sent == {head: 1} and "config.json" not in hub.repos[name].head.files
-    hub.drops[target] = 1  # once more: the client itself tries again
+    hub.drops[target] = 1  # the client itself retries
     worker.run("push", made / "fused", name)
     assert hub.sent == {head: 1, target: 1}
     assert hub.repos[name].head.files["model.safetensors"] == hub.blobs[target]
 
 
-def test_a_download_goes_on_and_the_cache_serves_offline(
+def test_a_download_resumes_and_the_cache_serves_offline(
     hub: Hub, server: Hub, worker: Worker, made: Path, tmp_path: Path, name: str
 ) -> None:
     worker.run("push", made / "fused", name)
     hub.drops["model.safetensors"] = 1
-    ask = ["generate", name, "hello", "--max-new-tokens", 4, "--plain"]
+    options = ["generate", name, "hello", "--max-new-tokens", 4, "--plain"]
     online = Worker(server, tmp_path / "home")
-    text = online.run(*ask)
+    text = online.run(*options)
     online.close()
     assert hub.drops["model.safetensors"] < 0  # it happened
     hub.calls.clear()
     offline = Worker(server, tmp_path / "home", HF_HUB_OFFLINE="1")
-    assert offline.run(*ask).splitlines()[:2] == text.splitlines()[:2]
+    assert offline.run(*options).splitlines()[:2] == text.splitlines()[:2]
     assert "HF_HUB_OFFLINE forbids" in offline.refused("generate", f"{USER}/never", "hello")
     assert "HF_HUB_OFFLINE forbids" in offline.refused("push", made / "fused", name)
     offline.close()
     assert not hub.calls
 
 
-def test_what_is_on_the_hub_is_not_changed_from_here(
+def test_commands_do_not_change_a_checkpoint_on_the_hub(
     hub: Hub, worker: Worker, made: Path, tmp_path: Path, name: str
 ) -> None:
     worker.run("push", made / "fused", name)
-    for command in (["eval", name, "--record"], ["calibrate", name, "--answers", tmp_path / "a"]):
+    for command in (["eval", name, "--record"], ["calibrate", name, "--responses", tmp_path / "a"]):
         assert "takes a folder" in worker.refused(*command)
     assert "no repository of this name" in worker.refused("generate", "me/typo", "hello")
     private = hub.repos[name]
     private.private = True
-    told = worker.refused("inspect", "head", f"{name}@main", token=None)
-    assert "a private one that is not yours" in told
+    message = worker.refused("inspect", "head", f"{name}@main", token=None)
+    assert "a private one that is not yours" in message
     hub.put("me/plain", {"config.json": b"{}"})
     assert "holds no draft head" in worker.refused("generate", "me/plain", "hello", token=TOKEN)

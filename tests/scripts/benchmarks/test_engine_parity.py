@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mtp_checkpoints as published
 import pytest
-from export_cases import fused, trained, write_plain
+from export_cases import fused, random_head, write_plain
 from mimo_form import as_mimo
 from processes import HELPERS
 from run_command import refused, run
@@ -34,9 +34,9 @@ from headstart.scripts.benchmarks.engine_parity import (
 )
 from headstart.scripts.benchmarks.engine_server import DraftCounters, running
 from headstart.scripts.commands.generate_data import write_responses
-from headstart.scripts.commands.train import run_recipe
 from headstart.scripts.options.default_checkpoint import shipped_checkpoint
 from headstart.scripts.options.prompts import read_prompts, shipped_prompts
+from headstart.scripts.options.recipe import run_recipe
 from headstart.training.config.schema import make_recipe
 
 STUB = HELPERS / "stub_engine.py"
@@ -149,8 +149,8 @@ def test_errors_come_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="build_llama_cpp"):
         llama_cpp(tmp_path, llama_cpp=tmp_path)
     plain = write_plain(tmp_path / "plain")
-    head = trained(load_target(plain, dtype="float32", device="cpu"), "medusa")
-    with pytest.raises(ValueError, match="heads of kind medusa"):
+    head = random_head(load_target(plain, dtype="float32", device="cpu"), "medusa")
+    with pytest.raises(ValueError, match="this one is medusa"):
         _vllm_command(fused(plain, head, tmp_path), "fused", None, tmp_path / "out")
 
 
@@ -183,7 +183,7 @@ def test_headstart_with_a_chain(tmp_path, monkeypatch):
     """Rates are shares of all decode steps, each at most the one before."""
     plain = write_plain(tmp_path / "plain")
     target = load_target(plain, dtype="float32", device="cpu")
-    head = trained(target, draft_vocab=20)
+    head = random_head(target, draft_vocab=20)
     folder = fused(plain, head, tmp_path)
     monkeypatch.setattr("headstart.scripts.options.prompts.first_turns", lambda *_: PROMPTS)
     monkeypatch.setattr("headstart.scripts.options.prompts.decodable", lambda *_: [])
@@ -198,9 +198,9 @@ def test_options_and_errors_of_llama_cpp(tmp_path):
     plain = write_plain(tmp_path / "plain")
     target = load_target(plain, dtype="float32", device="cpu")
     heads = {
-        "plain": trained(target, draft_vocab=20),
-        "3.1": trained(target, draft_vocab=20, fc_norm=True),
-        "two": trained(target, draft_vocab=20, taps=(1, 4)),
+        "plain": random_head(target, draft_vocab=20),
+        "3.1": random_head(target, draft_vocab=20, fc_norm=True),
+        "two": random_head(target, draft_vocab=20, taps=(1, 4)),
     }
     folders = {name: fused(plain, head, tmp_path / name) for name, head in heads.items()}
     source = tmp_path / "llama.cpp"
@@ -214,7 +214,7 @@ def test_options_and_errors_of_llama_cpp(tmp_path):
     said = "import sys; sys.stderr.buffer.write(b'no \\xff such key'); raise SystemExit(1)"
     (source / "convert_hf_to_gguf.py").write_text(said)
     assert "such key" in refused(*given) and not (tmp_path / "out").exists()
-    assert "is no .gguf file" in refused(*given, "--verifier", folders["plain"])
+    assert "is not a .gguf file" in refused(*given, "--verifier", folders["plain"])
     for name, reason in (("3.1", "norms of EAGLE-3.1"), ("two", "taps three layers")):
         assert reason in refused("export", folders[name], *given[2:])
     assert "belong to --to llama.cpp" in refused(*given[:4], "vllm", "--outtype", "f32")
@@ -223,7 +223,7 @@ def test_options_and_errors_of_llama_cpp(tmp_path):
 def test_the_options_of_llama_cpps_converter(tmp_path):
     plain = write_plain(tmp_path / "plain")
     target = load_target(plain, dtype="float32", device="cpu")
-    folder = fused(plain, trained(target, draft_vocab=20), tmp_path)
+    folder = fused(plain, random_head(target, draft_vocab=20), tmp_path)
     source, out = tmp_path / "llama.cpp", tmp_path / "out"
     source.mkdir()
     (source / "convert_hf_to_gguf.py").write_text(

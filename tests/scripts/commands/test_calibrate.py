@@ -1,4 +1,4 @@
-"""Where a calibration is kept, and the commands that make one."""
+"""Calibration in checkpoints, and the commands that write it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from headstart.training.reporting.metrics_log import Progress
 from headstart.training.run.signals import Interrupted
 from headstart.training.trainer import train
 
-NOTED = {
+CALIBRATION = {
     "temperatures": (1.25, 0.5),
     "rank_acceptance": ((0.5, 0.25), (0.4, 0.2)),
     "calibration_positions": (1234, 567),
@@ -42,11 +42,11 @@ def saved(target, tmp_path) -> Path:
     return tmp_path / "head"
 
 
-def test_a_calibration_goes_through_the_checkpoint(target, saved):
+def test_a_calibration_is_saved_and_loaded(target, saved):
     weights = (saved / "model.safetensors").read_bytes()
     head = load_head(saved, target)
     assert head.temperatures == ()
-    meta = read_head_file(saved).meta.model_copy(update=NOTED)
+    meta = read_head_file(saved).meta.model_copy(update=CALIBRATION)
     rewrite_meta(saved, head, meta)
     assert read_head_file(saved).meta == meta
     assert load_head(saved, target).temperatures == (1.25, 0.5)
@@ -54,10 +54,10 @@ def test_a_calibration_goes_through_the_checkpoint(target, saved):
     assert {file.name for file in saved.iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_an_old_checkpoint_is_read(target, saved):
+def test_a_checkpoint_without_calibration_loads(target, saved):
     path = saved / "config.json"
     config = json.loads(path.read_text())
-    for name in NOTED:
+    for name in CALIBRATION:
         if name != "temperatures":
             del config["headstart"]["meta"][name]
     path.write_text(json.dumps(config))
@@ -66,7 +66,7 @@ def test_an_old_checkpoint_is_read(target, saved):
 
 
 @pytest.mark.parametrize("wrong", [[0.0], [-1.0], [float("nan")], ["warm"]])
-def test_temperatures_that_make_no_sense_are_refused(target, saved, wrong):
+def test_invalid_temperatures_are_an_error(target, saved, wrong):
     path = saved / "config.json"
     config = json.loads(path.read_text())
     config["headstart"]["meta"]["temperatures"] = wrong
@@ -75,8 +75,8 @@ def test_temperatures_that_make_no_sense_are_refused(target, saved, wrong):
         load_head(saved, target)
 
 
-def test_the_card_shows_it(target, tmp_path):
-    meta = HeadMeta(target="someone/tiny").model_copy(update=NOTED)
+def test_the_card_shows_the_calibration(target, tmp_path):
+    meta = HeadMeta(target="someone/tiny").model_copy(update=CALIBRATION)
     card = model_card(tiny_head(target), meta, tmp_path)
     assert "| 1 | 1,234 | 1.25 | 0.100 | 0.020 | 0.500 0.250 |" in card
     assert "| 2 | 567 | 0.50 | 0.200 | 0.030 | 0.400 0.200 |" in card
@@ -116,18 +116,18 @@ def test_training_calibrates_its_best_head_once(target, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("holdout", "says"), [(0, "data.holdout keeps no conversations"), (2, "100 are needed")]
+    ("holdout", "message"), [(0, "data.holdout keeps no conversations"), (2, "100 are needed")]
 )
-def test_training_says_why_it_does_not_calibrate(target, tmp_path, holdout, says):
+def test_training_reports_why_it_does_not_calibrate(target, tmp_path, holdout, message):
     notes = run_once(target, held_out_recipe(tmp_path, holdout))
-    assert says in notes[-1]
+    assert message in notes[-1]
     assert read_head_file(tmp_path / "run" / "best").meta.temperatures == ()
 
 
-def test_a_run_stopped_while_it_calibrates_goes_on_there(target, tmp_path, monkeypatch):
+def test_a_run_stopped_during_calibration_resumes_there(target, tmp_path, monkeypatch):
     def stop(*_: object) -> str:
         os.kill(os.getpid(), signal.SIGINT)
-        raise AssertionError("the signal was not heeded")
+        raise AssertionError("the signal was ignored")
 
     with monkeypatch.context() as patch:
         patch.setattr("headstart.training.trainer.calibrate_best", stop)
@@ -138,7 +138,7 @@ def test_a_run_stopped_while_it_calibrates_goes_on_there(target, tmp_path, monke
     assert read_head_file(tmp_path / "run" / "best").meta.temperatures
 
 
-def test_the_command_rewrites_only_what_is_known_of_the_head(target, saved, tmp_path, capsys):
+def test_the_command_rewrites_metadata_only(target, saved, tmp_path, capsys):
     target.model.save_pretrained(tmp_path / "plain")
     fuse(tmp_path / "plain", saved, tmp_path / "fused")
 
@@ -147,8 +147,8 @@ def test_the_command_rewrites_only_what_is_known_of_the_head(target, saved, tmp_
         return {file.relative_to(tmp_path).as_posix(): file.read_bytes() for file in found}
 
     before = files()
-    answers = write_rows(tmp_path / "answers.jsonl", mixed_rows(60))
-    command(tmp_path / "fused", answers, limit=40, depth=2, width=3, dtype="auto")
+    responses = write_rows(tmp_path / "responses.jsonl", mixed_rows(60))
+    command(tmp_path / "fused", responses, limit=40, depth=2, width=3, dtype="auto")
     assert "acceptance by rank" in capsys.readouterr().out
     meta = read_head_file(tmp_path / "fused").meta
     assert meta.calibration_positions[0] == sum(len(row) - 3 for row in mixed_rows(60)[:40])

@@ -1,4 +1,4 @@
-"""`headstart export`: the command, what it names as the verifier, and what it refuses."""
+"""`headstart export`: the command, the verifier, and unsupported heads and targets."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
-import mtp_checkpoints as published
+import mtp_checkpoints
 import pytest
 import torch
-from export_cases import CASES, fused, trained, write_plain
+from export_cases import CASES, fused, random_head, write_plain
 from families import FAMILIES
 from run_command import refused, run
 from safetensors.torch import load_file
@@ -34,7 +34,7 @@ def target(plain: Path) -> Target:
 
 @pytest.fixture(scope="module")
 def pruned(plain: Path, target: Target, tmp_path_factory) -> tuple[DraftHead, Path]:
-    head = trained(target, **CASES["pruned"])
+    head = random_head(target, **CASES["pruned"])
     return head, fused(plain, head, tmp_path_factory.mktemp("pruned"))
 
 
@@ -78,24 +78,24 @@ def test_the_command_and_the_verifier(pruned, plain, tmp_path):
         ("mtp", {}, "have no class"),
     ],
 )
-def test_what_engines_cannot_draft_is_refused(plain, target, tmp_path, kind, settings, reason):
-    folder = fused(plain, trained(target, kind, **settings), tmp_path)
+def test_unsupported_heads_are_an_error(plain, target, tmp_path, kind, settings, reason):
+    folder = fused(plain, random_head(target, kind, **settings), tmp_path)
     for engine in ("vllm", "sglang"):
         assert reason in refused("export", folder, tmp_path / "out", "--to", engine)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("option", ["qk_norm", "attention_bias"])
-def test_a_layer_that_engines_lack_is_refused(plain, target, tmp_path, option):
-    layer = trained(target).config.layer.model_copy(update={option: True})
-    folder = fused(plain, trained(target, layer=layer.model_dump()), tmp_path)
+def test_unsupported_layers_are_an_error(plain, target, tmp_path, option):
+    layer = random_head(target).config.layer.model_copy(update={option: True})
+    folder = fused(plain, random_head(target, layer=layer.model_dump()), tmp_path)
     assert "queries" in refused("export", folder, tmp_path / "out", "--to", "vllm")
 
 
 @pytest.mark.parametrize(
     ("family", "reason"), [("gemma", "scales its embeddings"), ("phi", "bias")]
 )
-def test_targets_that_engines_draft_for_otherwise_are_refused(tmp_path, family, reason):
+def test_unsupported_targets_are_an_error(tmp_path, family, reason):
     FAMILIES[family]().save_pretrained(tmp_path / "plain")
     target = load_target(tmp_path / "plain")
     head = make_head(target, "eagle3", {"taps": (0, 1)})
@@ -104,24 +104,24 @@ def test_targets_that_engines_draft_for_otherwise_are_refused(tmp_path, family, 
 
 
 @pytest.mark.parametrize("family", ["glm4_moe", "glm_moe_dsa", "mimo", "qwen3_5_text", "llama"])
-def test_mtp_layers_of_the_target_have_a_way_of_their_own(tmp_path, family):
-    published.write(family, tmp_path / "plain")
+def test_mtp_heads_are_pointed_to_fuse_native(tmp_path, family):
+    mtp_checkpoints.write(family, tmp_path / "plain")
     adopt(tmp_path / "plain", tmp_path / "head")
     fuse(tmp_path / "plain", tmp_path / "head", tmp_path / "beside")
     fuse(tmp_path / "plain", tmp_path / "head", tmp_path / "inside", native=True)
     given = (tmp_path / "out", "--to", "vllm")
-    said = [refused("export", tmp_path / folder, *given) for folder in ("beside", "inside")]
-    if family == "llama":  # it carries a layer, but no engine has a class that would read it
-        assert all("have no class" in one for one in said)
+    messages = [refused("export", tmp_path / folder, *given) for folder in ("beside", "inside")]
+    if family == "llama":  # it has an MTP layer, but engines have no class for one
+        assert all("have no class" in one for one in messages)
         return
-    assert "HEAD OUT --native" in said[0]
-    assert "serve the folder as it is" in said[1]
+    assert "HEAD OUT --native" in messages[0]
+    assert "serve the folder as it is" in messages[1]
 
 
-def test_tied_ends_are_written_one_by_one(tmp_path):
+def test_tied_embedding_and_lm_head_are_both_written(tmp_path):
     FAMILIES["llama_tied"]().bfloat16().save_pretrained(tmp_path / "plain")
     target = load_target(tmp_path / "plain")
-    folder = fused(tmp_path / "plain", trained(target, taps=(0, 1)), tmp_path)
+    folder = fused(tmp_path / "plain", random_head(target, taps=(0, 1)), tmp_path)
     export(folder, tmp_path / "out", "vllm", "speculators")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     weight = target.model.get_input_embeddings().weight
@@ -129,7 +129,7 @@ def test_tied_ends_are_written_one_by_one(tmp_path):
     assert torch.equal(stored["lm_head.weight"], weight)
 
 
-def test_what_lies_in_the_way_is_kept(pruned, tmp_path):
+def test_other_files_are_not_replaced(pruned, tmp_path):
     _, folder = pruned
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")

@@ -1,4 +1,4 @@
-"""`headstart graft`: a head goes along to a changed target, and what that costs is said."""
+"""`headstart graft`: transfers a head to a changed target and reports the loss."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ META = HeadMeta(
     license="mit",
     steps=2,
     tokens=4321,
-    data="answers.jsonl",
+    data="responses.jsonl",
     data_hash="ab" * 32,
     replaces="model.layers.2.*",
     recipe={"train": {"lr": 0.5}},
@@ -51,8 +51,8 @@ META = HeadMeta(
 
 
 def follow(folder: Path, step: int) -> Path:
-    """A chat model that always says the token `step` places on, whatever came before, and a little
-    of what its layers make of it."""
+    """A chat model whose next token is the one `step` ids on, with small contributions of the
+    layers."""
     made = tokenizer()
     torch.manual_seed(0)
     size = len(made)
@@ -87,7 +87,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fused(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a head that knows the rule of its target, not only its LM head."""
+    """With a head that follows the rule of its target by itself, not only by the LM head."""
     folder = tmp_path_factory.mktemp("fused")
     target = load_target(source)
     head = tiny_head(target, "mtp")
@@ -118,7 +118,7 @@ def settings(prompts: Path) -> tuple[object, ...]:
 
 
 def change(source: Path, out: Path, factor: float) -> Path:
-    """A fine-tune: what its layers make of the text weighs more than it did."""
+    """A fine-tune: scales the contributions of the layers."""
     shutil.copytree(source, out)
     tensors = load_file(out / "model.safetensors")
     for name, weight in tensors.items():
@@ -138,7 +138,7 @@ def compared(output: str) -> list[str]:
     ]
 
 
-def test_a_strong_change_costs_and_retraining_is_recommended(
+def test_a_strong_change_lowers_acceptance_and_retraining_is_recommended(
     fused, source, prompts, settings, tmp_path, monkeypatch
 ):
     changed = change(source, tmp_path / "tuned", STRONG)
@@ -178,7 +178,7 @@ def test_a_strong_change_costs_and_retraining_is_recommended(
     assert meta.start == str(out) and meta.target == str(changed) and not meta.grafts
 
 
-def test_what_was_of_the_old_target_is_dropped_and_the_training_kept(
+def test_metadata_of_the_training_is_kept_and_of_the_old_target_dropped(
     fused, source, settings, tmp_path
 ):
     changed = change(source, tmp_path / "tuned", STRONG)
@@ -208,7 +208,7 @@ def test_what_was_of_the_old_target_is_dropped_and_the_training_kept(
     assert f"| {measured.prompts} | {measured.tokens} | 2/2 | {graft.after:.2f} |" in card
 
 
-def test_a_small_change_costs_nothing_to_speak_of(fused, source, settings, tmp_path):
+def test_a_small_change_loses_little(fused, source, settings, tmp_path):
     changed = change(source, tmp_path / "tuned", SMALL)
     output = run("graft", fused, changed, tmp_path / "out", *settings).output
     (graft,) = read_head_file(tmp_path / "out").meta.grafts
@@ -219,11 +219,11 @@ def test_a_small_change_costs_nothing_to_speak_of(fused, source, settings, tmp_p
 @pytest.mark.parametrize(
     ("before", "after", "share"), [(3.0, 2.8, 0.1), (3.0, 1.0, 1.0), (2.0, 2.5, -0.5), (1.0, 1, 0)]
 )
-def test_loss_is_of_what_the_head_gains(before, after, share):
+def test_the_loss_is_relative_to_the_gain(before, after, share):
     assert lost_share(before, after) == pytest.approx(share)
 
 
-def test_a_head_alone_is_compared_where_its_target_is_on_disk(fused, source, settings, tmp_path):
+def test_a_head_alone_is_compared_if_its_target_is_on_disk(fused, source, settings, tmp_path):
     changed = change(source, tmp_path / "tuned", STRONG)
     head = fused.parent / "head"
     output = run("graft", head, changed, tmp_path / "alone", *settings).output
@@ -242,8 +242,8 @@ def test_a_head_alone_is_compared_where_its_target_is_on_disk(fused, source, set
     assert graft.source == str(source) and graft.before > 1.5
 
 
-def test_a_target_that_was_changed_in_its_place(fused, source, settings, tmp_path):
-    """Opening it names the way out, which may write into the same folder."""
+def test_a_target_that_was_changed_in_place(fused, source, settings, tmp_path):
+    """The error on loading names `graft`, which may write into the same folder."""
     place = Path(shutil.copytree(fused, tmp_path / "place"))
     other = change(source, tmp_path / "tuned", STRONG)
     shutil.copy(other / "model.safetensors", place / "model.safetensors")
@@ -255,7 +255,7 @@ def test_a_target_that_was_changed_in_its_place(fused, source, settings, tmp_pat
     assert read_head_file(place).meta.grafts[0].before is None
 
 
-def test_every_change_is_told(fused, source, settings, tmp_path):
+def test_every_transfer_is_recorded(fused, source, settings, tmp_path):
     first = change(source, tmp_path / "tuned", SMALL)
     second = change(source, tmp_path / "merged", STRONG)
     run("graft", fused, first, tmp_path / "one", *settings)
@@ -290,23 +290,23 @@ def sized(folder: Path, **sizes: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "says"),
+    ("sizes", "expected"),
     [
         ({"hidden_size": 32}, "hidden size"),
         ({"vocab_size": 300}, "vocabulary"),
         ({"num_hidden_layers": 3}, "2 layers, but .* has 3"),
     ],
 )
-def test_other_sizes_are_refused_before_anything_is_loaded(
-    fused, tmp_path, monkeypatch, sizes, says
+def test_other_sizes_are_an_error_before_anything_is_loaded(
+    fused, tmp_path, monkeypatch, sizes, expected
 ):
     other = sized(tmp_path / "other", **sizes)
     monkeypatch.setattr("headstart.scripts.commands.graft.load_target", None)
     message = refused("graft", fused, other, tmp_path / "out")
-    assert re.search(says, message) and not (tmp_path / "out").exists()
+    assert re.search(expected, message) and not (tmp_path / "out").exists()
 
 
-def test_another_vocabulary_of_the_same_size_is_refused(fused, source, tmp_path, monkeypatch):
+def test_another_vocabulary_of_the_same_size_is_an_error(fused, source, tmp_path, monkeypatch):
     other = change(source, tmp_path / "tuned", SMALL)
     path = other / "tokenizer.json"
     values = json.loads(path.read_text())
@@ -314,7 +314,7 @@ def test_another_vocabulary_of_the_same_size_is_refused(fused, source, tmp_path,
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(values))
     monkeypatch.setattr("headstart.scripts.commands.graft.load_target", None)
-    assert "2 tokens mean other text" in refused("graft", fused, other, tmp_path / "out")
+    assert "2 token ids stand for other text" in refused("graft", fused, other, tmp_path / "out")
 
 
 def test_added_tokens_may_have_other_names(fused, source, settings, tmp_path):
@@ -325,7 +325,7 @@ def test_added_tokens_may_have_other_names(fused, source, settings, tmp_path):
     run("graft", fused, changed, tmp_path / "out", *settings)
 
 
-def test_what_is_not_changed_is_not_grafted(fused, source, settings, tmp_path):
+def test_an_unchanged_target_is_an_error(fused, source, settings, tmp_path):
     message = refused("graft", fused, source, tmp_path / "out", *settings)
     assert (
         "nothing has to be carried over" in message
@@ -333,7 +333,7 @@ def test_what_is_not_changed_is_not_grafted(fused, source, settings, tmp_path):
     )
 
 
-def test_nothing_of_value_is_replaced(fused, source, tmp_path, monkeypatch):
+def test_other_files_are_not_replaced(fused, source, tmp_path, monkeypatch):
     changed = change(source, tmp_path / "tuned", STRONG)
     monkeypatch.setattr("headstart.scripts.commands.graft.load_target", None)
     assert "holds other files" in refused("graft", fused, changed, changed)
@@ -343,13 +343,13 @@ def test_nothing_of_value_is_replaced(fused, source, tmp_path, monkeypatch):
     assert "edited by hand" in refused("graft", fused, changed, edited)
 
 
-def test_a_head_whose_target_is_not_made_yet_is_refused(fused, source, tmp_path):
+def test_a_head_whose_target_is_not_merged_yet_is_an_error(fused, source, tmp_path):
     changed = change(source, tmp_path / "tuned", STRONG)
     joint = Path(shutil.copytree(fused.parent / "head", tmp_path / "joint"))
     (joint / "adapter").mkdir()
     message = refused("graft", joint, changed, tmp_path / "out")
-    assert "trained along with its target" in message and "headstart fuse someone/tiny" in message
-    with pytest.raises(ValueError, match="trained along with its target"):
+    assert "trained jointly with its target" in message and "headstart fuse someone/tiny" in message
+    with pytest.raises(ValueError, match="trained jointly with its target"):
         fuse(changed, joint, tmp_path / "out", regraft=META)
 
 
