@@ -155,7 +155,7 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
 
     def evaluate(head: DraftHead) -> dict[str, Any]:
         speculative = SpeculativeConfig(head, shape)
-        stats, answers = measure_acceptance(target, speculative, ids, sampling)
+        stats, responses = measure_acceptance(target, speculative, ids, sampling)
         found: dict[str, Any] = {"acceptance_length": stats.acceptance_length}
         found |= {
             f"acceptance_rate_{d}": rate for d, rate in enumerate(stats.acceptance_rates, start=1)
@@ -165,7 +165,7 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
             found[f"acceptance_length_{context}"] = stats.acceptance_length
         found["samples"] = [
             Sample(prompt.turns[0], tuple(pieces(target, steps)))
-            for prompt, steps in list(zip(prompts, answers, strict=True))[: config.samples]
+            for prompt, steps in list(zip(prompts, responses, strict=True))[: config.samples]
         ]
         return found
 
@@ -189,7 +189,9 @@ def _filled(
     from headstart.scripts.options.suites import Suite, make_cases
 
     suite = Suite("eval.prompts", prompts)
-    cases, left_out = make_cases(suite, target, context=context, room=config.max_new_tokens)
+    cases, left_out = make_cases(
+        suite, target, context=context, max_new_tokens=config.max_new_tokens
+    )
     if left_out:
         show(f"eval.contexts: {left_out} prompts of about {context} tokens leave no room, left out")
     return [case.tokens for case in cases]
