@@ -8,7 +8,7 @@ tokenizer with byte fallback (Llama 2, Gemma) meets a stray byte behind a charac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from headstart.model.target.target import Target
 
@@ -92,3 +92,18 @@ def _overlap(text: str, stop: str) -> int:
     """How many characters at the end of a text may be the beginning of a stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def pieces(target: Target, steps: Iterable[list[int]]) -> Iterator[tuple[str, int]]:
+    """Yield the text that each step adds, and how many tokens it came from."""
+    text = TextStream(target)
+    held = 0
+    for step in steps:
+        held += len(step)
+        piece = text.add(step)
+        if step and not text.waiting:
+            yield piece, held
+            held = 0
+    rest = text.end()
+    if rest:
+        yield rest, held

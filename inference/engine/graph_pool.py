@@ -112,7 +112,7 @@ class GraphPool:
             self._free.pop(next(iter(self._free))).graphs.close()
 
     def _bytes(self) -> int:
-        return sum(cache.size for entry in self._free.values() for cache in entry.graphs.caches)
+        return sum(cache.nbytes for entry in self._free.values() for cache in entry.graphs.caches)
 
 
 def _key(

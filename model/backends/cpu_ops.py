@@ -77,7 +77,7 @@ class CpuOps(TorchOps):
             else:
                 masks = masks[:, 0].contiguous()
         cos, sin = cos_sin
-        slots_BN = visibility.cache.new_columns(cos.shape[1])
+        slots_BN = visibility.cache.new_slots(cos.shape[1])
         shared = cos.contiguous(), sin.contiguous()
         return AttentionContext(visibility, shared, dtype, masks, slots_BN)
 
@@ -87,12 +87,12 @@ class CpuOps(TorchOps):
         assert context.slots_BN is not None, "begun by other ops"
         batch, new = context.slots_BN.shape
         empty = torch.empty(batch, spec.kv_heads, 0, spec.head_dim, dtype=context.dtype)
-        keys, values = kv_layer.room(empty, empty)
+        keys, values = kv_layer.allocate(empty, empty)
         assert keys.dtype == context.dtype, "the cache was filled by another backend"
         queries_BNHC = self._kernels.rotate_store(
             qkv_BNE, *_norms(spec), context.cos_sin, context.slots_BN, (keys, values)
         )
-        visible, mask_BNS = context.visibility.cache.columns, context.mask(spec.kind)
+        visible, mask_BNS = context.visibility.cache.slots, context.mask(spec.kind)
         exact = spec.exact or keys.dtype == torch.bfloat16
         if new > MAX_NEW:
             attention = exact_attention if exact else grouped_attention

@@ -92,19 +92,24 @@ class TritonOps(TorchOps):
         _refuse(qkv_BNE)
         visibility, cache = context.visibility, context.visibility.cache
         empty = qkv_BNE.new_empty(len(qkv_BNE), spec.kv_heads, 0, spec.head_dim)
-        keys, values = kv_layer.room(empty, empty)
+        keys, values = kv_layer.allocate(empty, empty)
         queries_BNHC = self._kernels.rotate_store(
-            qkv_BNE, context.cos_sin, *_norms(spec), (keys, values), cache.lengths_B, cache.after
+            qkv_BNE,
+            context.cos_sin,
+            *_norms(spec),
+            (keys, values),
+            cache.lengths_B,
+            cache.pending_before,
         )
         if visibility.windowed:
-            visible = keys[:, :, : cache.columns], values[:, :, : cache.columns]
+            visible = keys[:, :, : cache.slots], values[:, :, : cache.slots]
             mask = context.mask(spec.kind)
             queries = queries_BNHC.transpose(1, 2)
             attended = grouped_attention(queries, *visible, mask, scale=spec.scale)
             return attended.transpose(1, 2).flatten(2)
         attended_BNHC: Tensor = self._kernels.attend(
             queries_BNHC, (keys, values), cache.lengths_B, visibility.pending_BNM, spec.scale,
-            cache.columns,
+            cache.slots,
         )  # fmt: skip
         return attended_BNHC.flatten(2)
 
@@ -117,7 +122,7 @@ class TritonOps(TorchOps):
         cache, scale = visibility.cache, queries_BHNC.shape[-1] ** -0.5
         attended_BNHC: Tensor = self._kernels.attend(
             queries_BHNC.transpose(1, 2), (keys, values), cache.lengths_B, visibility.pending_BNM,
-            scale, cache.columns,
+            scale, cache.slots,
         )  # fmt: skip
         return attended_BNHC.transpose(1, 2)
 

@@ -75,7 +75,7 @@ class FusedDecoder:
     def accepts(self, ids_BN: Tensor, cache: KVCache) -> bool:
         """Whether it computes such a pass. On a CPU all behind a prefix, and all of a quantised
         model, as rounding must not depend on how many positions are computed together."""
-        behind = cache.preallocated or cache.width > 0
+        behind = cache.preallocated or cache.max_length > 0
         if self.device.type != "cpu":
             return behind and ids_BN.shape[1] <= MAX_NEW_ON_A_GPU
         known = behind or ids_BN.numel() <= MAX_ROWS or self.layers[0].spec.exact

@@ -136,7 +136,7 @@ class Visibility:
         more token, or for whole sequences. Sparse attention always needs ours."""
         if self.tree is not None or self.windows.sparse or not self.cache.equal_lengths:
             return False
-        return self.depths_BN.shape[1] == 1 or self.cache.width == 0
+        return self.depths_BN.shape[1] == 1 or self.cache.max_length == 0
 
     def additive(self, dtype: torch.dtype) -> AdditiveMask:
         """Build the additive mask, B x 1 x N x S: one for each kind of attention if there are

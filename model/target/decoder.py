@@ -1,4 +1,7 @@
-"""How a target's decoder layers are run: one interface, and the model's own modules behind it.
+"""The layers of a target, run through the model's own modules.
+
+`FusedDecoder` (model/backends/) computes the same behind the same `forward`, for the passes that it
+accepts.
 
 Legend: B sequences, N new positions, S cache slots, D hidden size.
 """

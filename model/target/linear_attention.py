@@ -74,11 +74,11 @@ class RecurrentDecoder(ModuleDecoder):
         new = ids_BN.shape[1]
         ids_T = cache.states.begin(ids_BN[0], certain=new if tree is None else 1)
         replayed = len(ids_T) - new
-        cache.reserve(new, again=replayed)
-        positions_T = torch.arange(cache.width - replayed, cache.columns, device=ids_T.device)
+        cache.reserve(new, rewrite=replayed)
+        positions_T = torch.arange(cache.max_length - replayed, cache.slots, device=ids_T.device)
         mask: Tensor | None = None  # None: the model makes its own causal mask
-        if cache.width and len(ids_T) > 1:
-            slots_S = torch.arange(cache.columns, device=ids_T.device)
+        if cache.max_length and len(ids_T) > 1:
+            slots_S = torch.arange(cache.slots, device=ids_T.device)
             mask = additive_mask((slots_S <= positions_T[:, None])[None], self.dtype)
         with cache.states.snapshot_at_root(self.mixers):
             lm_head_input_1TD, hidden_states = self.run(

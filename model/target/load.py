@@ -125,8 +125,7 @@ def _build(
             f"({quantize})."
         )
 
-    def wire(backend: FusedDecoder | None = None) -> Target:
-        # Quantising and packing replace linear layers, the LM head among them.
+    def wired(backend: FusedDecoder | None = None) -> Target:
         lm_head = LMHead(output_head(model, name), LogitsRule.of(config))
         return Target(
             model,
@@ -139,7 +138,7 @@ def _build(
             weight_only=weight_only,
         )
 
-    target = wire()
+    target = wired()
     if target.device.type == "meta":
         return target
     expected = own_logits(target)
@@ -156,7 +155,7 @@ def _build(
     if not decoder.recurrent and not decoder.windows.sparse:
         backend = select_backend(decoder.module, decoder.layers, config, decoder.windows)
     pack_linears(model)  # after the probes, which would pack what they widen
-    return wire(backend)
+    return wired(backend)  # with an LM head that may have been replaced
 
 
 def _module_decoder(model: PreTrainedModel, dtype: torch.dtype, name: str) -> ModuleDecoder:

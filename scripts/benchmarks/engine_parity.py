@@ -27,9 +27,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from headstart.scripts.commands.export import OutType
 from headstart.scripts.console import friendly, progress, show
 from headstart.scripts.options.environment import environment
+from headstart.scripts.options.parse import OutType
 
 from .engine_server import Dialect, DraftCounters, EngineServer, running
 

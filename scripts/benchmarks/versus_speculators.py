@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headstart.scripts.commands.train import find_recipe, fresh_head, open_target
 from headstart.scripts.console import friendly, show
 from headstart.scripts.options.environment import environment
+from headstart.scripts.options.recipe import find_recipe, fresh_head, open_target
 
 if TYPE_CHECKING:
     from torch import Tensor

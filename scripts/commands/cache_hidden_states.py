@@ -25,12 +25,11 @@ def features(
     shard_mb: Annotated[int, typer.Option(min=1, help="Maximum size of a file, in MB.")] = 512,
 ) -> None:
     """Cache the hidden states that the recipe's head reads; train with data.features=FOLDER."""
+    from headstart.scripts.options.recipe import find_recipe, head_of, open_target
     from headstart.training.config.schema import load_recipe
     from headstart.training.data import hidden_states as store
     from headstart.training.data.conversations import read_conversations
     from headstart.training.distributed.launcher import world_size
-
-    from .train import find_recipe, head_of, open_target
 
     if dtype is not None and dtype not in store.BYTES:
         raise ValueError(f"--dtype is {dtype!r}. Choose one of {', '.join(store.BYTES)}.")

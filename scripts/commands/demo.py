@@ -140,7 +140,7 @@ def _generate_responses(target: Target, out: Path, count: int, stages: _Stages) 
 
 
 def _train(target: Target, name: str | None, responses: Path, out: Path, stages: _Stages) -> Path:
-    from headstart.scripts.commands.train import find_recipe, run_recipe
+    from headstart.scripts.options.recipe import find_recipe, run_recipe
     from headstart.training.config.schema import load_recipe
 
     output = out / "head"

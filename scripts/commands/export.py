@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from headstart.scripts.console import show
-
-OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"]  # of llama.cpp's converter
+from headstart.scripts.options.parse import OutType
 
 
 def export(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +14,6 @@ from headstart.scripts.options.tree_budget import HELP, check_budget, speculativ
 if TYPE_CHECKING:
     from headstart.inference.config import SamplingParams, SpeculativeConfig
     from headstart.inference.generate import SpeculativeModel
-    from headstart.model.target.target import Target
 
 
 def generate(
@@ -79,6 +77,8 @@ def stream(
     """Print a response as it comes; its text."""
     import torch
 
+    from headstart.inference.detokenizer import pieces
+
     steps = model.stream(
         torch.tensor([ids]),
         speculative=speculative,
@@ -96,23 +96,6 @@ def stream(
         f"acceptance length {stats.acceptance_length:.2f}[/]"
     )
     return response
-
-
-def pieces(target: Target, steps: Iterable[list[int]]) -> Iterable[tuple[str, int]]:
-    """Yield the text that each step adds, and how many tokens it came from."""
-    from headstart.inference.detokenizer import TextStream
-
-    text = TextStream(target)
-    held = 0
-    for step in steps:
-        held += len(step)
-        piece = text.add(step)
-        if step and not text.waiting:
-            yield piece, held
-            held = 0
-    rest = text.end()
-    if rest:
-        yield rest, held
 
 
 def _arguments(first: str | None, second: str | None, chat: bool) -> tuple[Path | None, str | None]:

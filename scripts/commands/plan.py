@@ -47,10 +47,9 @@ def plan(
     price: Annotated[float | None, typer.Option(min=0, help="Price of a GPU hour.")] = None,
 ) -> None:
     """Estimate memory per GPU, time and cost; only configurations are read."""
+    from headstart.scripts.options.recipe import find_recipe
     from headstart.training import cost_estimate as estimate
     from headstart.training.config.schema import load_recipe
-
-    from .train import find_recipe
 
     if gpu not in estimate.GPUS:
         raise ValueError(f"There is no GPU {gpu!r} here. There are: {', '.join(estimate.GPUS)}.")
@@ -84,7 +83,7 @@ def shapes(recipe: Recipe) -> tuple[Target, DraftHead]:
     """Return target and head of a recipe, without weights."""
     import torch
 
-    from .train import head_of
+    from headstart.scripts.options.recipe import head_of
 
     if recipe.target.name is None:
         raise ValueError("A random target needs no plan: name a model in target.name.")

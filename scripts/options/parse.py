@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal
+
+OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"]  # of llama.cpp's converter
 
 
 def parse_sizes(text: str, option: str) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from headstart.model.checkpoint.fused import load_fused
 from headstart.model.checkpoint.head import read_head_file
 from headstart.model.target.load import load_target
 from headstart.model.target.target import Target
-from headstart.scripts.commands.train import run_recipe
+from headstart.scripts.options.recipe import run_recipe
 from headstart.training.config.schema import make_recipe
 
 VOCAB, FIRST = 96, "model-00001-of-00002.safetensors"

@@ -14,6 +14,7 @@ import pytest
 import torch
 from killed_worker import STEPS
 from processes import HELPERS, launch, launch_together
+from resident_workers import run_together
 from safetensors.torch import load_file
 from tiny_run import learned, mixed_rows, write_rows
 
@@ -39,7 +40,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_p
 
 
 def finished(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], list[dict], list[str]]:
-    """Weights and optimizer; figures but the speed; the checkpoints that are there."""
+    """Return weights and optimizer state, metrics without speed, and names of checkpoints."""
     files = {"state": "state/state.safetensors"}
     files |= {name: f"{name}/model.safetensors" for name in ("best", "last")}
     tensors = {name: load_file(folder / file) for name, file in files.items()}
@@ -100,7 +101,7 @@ def test_one_on_another_machine_that_is_gone_ends_the_others_too(tmp_path, how):
 def test_the_main_process_may_decode_for_longer_than_a_collective_may(tmp_path):
     data = write_rows(tmp_path / "data.jsonl", mixed_rows(24))
     settings = json.dumps({"timeout": 4, "decodes": 6})
-    done = launch_together(2, "strategies_worker.py", tmp_path / "run", data, settings)
+    done = run_together(2, "strategies_worker.py", tmp_path / "run", data, settings)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -109,7 +110,7 @@ def test_processes_with_different_data_are_refused(tmp_path):
     for number in (0, 1):
         write_rows(tmp_path / f"data{number}.jsonl", mixed_rows(24 + number))
     given = (tmp_path / "run", tmp_path / "data{rank}.jsonl", "{}")
-    done = launch_together(2, "strategies_worker.py", *given)
+    done = run_together(2, "strategies_worker.py", *given)
     assert done.returncode != 0
     assert "The processes differ in data and recipe" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -33,7 +33,7 @@ from headstart.model.checkpoint.metadata import HeadMeta
 from headstart.model.heads import mtp
 from headstart.model.heads.common.base import make_head
 from headstart.model.target.load import load_target
-from headstart.scripts.commands.train import run_recipe
+from headstart.scripts.options.recipe import run_recipe
 from headstart.training.config.schema import make_recipe
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from headstart.scripts.commands.train import open_target, run_recipe
+from headstart.scripts.options.recipe import open_target, run_recipe
 from headstart.training.config.schema import load_recipe
 
 

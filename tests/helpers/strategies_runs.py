@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from processes import TORCHRUN, launch_together
+from processes import launch_together
+from resident_workers import run_together
 from strategies_worker import decoded, recipe_for
 from tiny_run import (
     VOCAB,
@@ -40,11 +41,14 @@ def alone(folder: Path, data: Path, settings: dict) -> None:
 
 
 def together(
-    folder: Path, data: Path, processes: int, settings: dict, launcher: Sequence[str] = TORCHRUN
+    folder: Path, data: Path, processes: int, settings: dict, launcher: Sequence[str] = ()
 ) -> list[dict]:
-    """Train in several processes; what each reports of itself."""
+    """Train in several processes; what each reports of itself. launcher: starts them."""
     given = (folder, data, json.dumps(settings))
-    done = launch_together(processes, "strategies_worker.py", *given, launcher=launcher)
+    if launcher:
+        done = launch_together(processes, "strategies_worker.py", *given, launcher=launcher)
+    else:
+        done = run_together(processes, "strategies_worker.py", *given)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"rank_{n}.json").read_text()) for n in range(processes)]
 

@@ -292,6 +292,6 @@ class _DraftedNodes:
     def _appended(self, frontier: Frontier) -> Attend:
         drafted = 0 if self.ancestors_BFM is None else self.ancestors_BFM.shape[-1]
         self.ancestors_BFM = self.ops.inherit(self.ancestors_BFM, frontier.parents_BF)
-        self.cache.reserve(frontier.tokens_BF.shape[1], after=drafted)
+        self.cache.reserve(frontier.tokens_BF.shape[1], pending_before=drafted)
         visibility = DraftVisibility(self.cache, self.ancestors_BFM, self.first_B1)
         return CachedAttention(self.ops, visibility)

@@ -119,10 +119,14 @@ class DraftHead(nn.Module, ABC):
         else:
             pack_linears(self)
         if target.drafts_in_int8 or target.device.type != "cpu":
-            self.ops = select_ops(target.device)
-            use_ops(self, self.ops)
+            self.use_ops(select_ops(target.device))
         self._decoded = target.draft_logits(self.draft_ids)
         return self
+
+    def use_ops(self, ops: Ops) -> None:
+        """Compute with these operations from now on. Those of a device have no gradients."""
+        self.ops = ops
+        use_ops(self, ops)
 
     def set_draft_vocab(self, token_ids: Tensor) -> None:
         """Fix which tokens can be proposed: sorted ids, stored as offsets id - index (d2t)."""

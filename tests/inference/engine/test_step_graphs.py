@@ -218,7 +218,7 @@ def test_a_pool_is_limited_in_memory() -> None:
     for shape in (LARGE, SHAPES["chain"]):
         assert replayed(target, head, batch("llama", 3), shape, sampling, pool=pool)[0] == truth
         (graphs,) = pool.free  # the latest stays, however large
-    sizes = [cache.size for cache in graphs.caches]
+    sizes = [cache.nbytes for cache in graphs.caches]
     assert graphs.shape == SHAPES["chain"] and min(sizes) > 0
     roomy = GraphPool(max_bytes=3 * sum(sizes))
     for shape in (LARGE, SHAPES["chain"]):

@@ -1,4 +1,4 @@
-"""The shorter ways through models built like Llama, against their own modules."""
+"""`FusedDecoder` with each kind of ops, against the modules of models built like Llama."""
 
 from __future__ import annotations
 
@@ -10,28 +10,40 @@ from bit_equality import check_bits
 from decoder_reads import LIKE_LLAMA, OTHERS, a_tree, reads
 from families import FAMILIES
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from headstart.model.backends.cpu_ops import Native
-from headstart.model.backends.fused_decoder import Lean
-from headstart.model.backends.kernels.cpu import build as kernels
-from headstart.model.backends.linear import MOST_ROWS
-from headstart.model.backends.select import shorter_way
+from headstart.model.backends.cpu_ops import MAX_NEW, CpuOps
+from headstart.model.backends.fused_decoder import FusedDecoder
+from headstart.model.backends.linear import MAX_ROWS
+from headstart.model.backends.select import select_backend
+from headstart.model.backends.torch_ops import TORCH_OPS
+from headstart.model.backends.visibility import AttentionWindows
 from headstart.model.target.load import wrap_target
+from headstart.model.target.target import Target
+
+
+def outputs_by_ops(target: Target, batch: int) -> list[list[Tensor]]:
+    """Outputs with the kernels, with the reference, and of the model's own modules."""
+    fused = target.backend
+    assert fused is not None and isinstance(fused.ops, CpuOps)
+    kernels, outputs = fused.ops, []
+    for backend, ops in ((fused, kernels), (fused, TORCH_OPS), (None, kernels)):
+        target.backend, fused.ops = backend, ops
+        outputs.append(reads(target, batch))
+    return outputs
+
+
+def selected(model: PreTrainedModel) -> FusedDecoder | None:
+    windows = AttentionWindows.of(model.config)
+    return select_backend(model.model, model.model.layers, model.config, windows)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("family", LIKE_LLAMA)
-def test_they_read_as_the_modules_do(family: str, batch: int) -> None:
+def test_outputs_are_those_of_the_modules(family: str, batch: int) -> None:
     target = wrap_target(FAMILIES[family]())
-    native = target.backend
-    assert isinstance(native, Native)
-    ways = []
-    for way in (native, native._lean, None):
-        target.backend = way
-        ways.append(reads(target, batch))
-    *shorter, modules = ways
-    for seen in shorter:
+    *fused, modules = outputs_by_ops(target, batch)
+    for seen in fused:
         assert len(seen) == len(modules) == 6
         for ours, theirs in zip(seen, modules, strict=True):
             close = {"rtol": 1e-3, "atol": 1e-4 * float(theirs.abs().max())}
@@ -43,17 +55,12 @@ def test_they_read_as_the_modules_do(family: str, batch: int) -> None:
 def test_bfloat16_is_nearer_to_float32_than_the_modules_are(family: str, batch: int) -> None:
     model = FAMILIES[family]().bfloat16()
     exact = reads(wrap_target(copy.deepcopy(model).float()), batch)
-    target = wrap_target(model)
-    native = target.backend
-    assert isinstance(native, Native)
     errors = []
-    for way in (native, native._lean, None):
-        target.backend = way
-        seen = reads(target, batch)
+    for seen in outputs_by_ops(wrap_target(model), batch):
         assert all(part.dtype == torch.bfloat16 for part in seen)
         pairs = zip(seen, exact, strict=True)
         errors.append(max(float((a - b).norm() / b.norm()) for a, b in pairs))
-    assert errors[0] < 1.1 * errors[2] and errors[1] < 1.5 * errors[2] and errors[2] < 0.05
+    assert errors[0] < 1.1 * errors[2] and errors[1] < 1.8 * errors[2] and errors[2] < 0.05
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -73,9 +80,9 @@ def test_a_difference_far_out_is_seen(dtype: torch.dtype, monkeypatch: pytest.Mo
         return whole(self, hidden_states * (1.02 if far else 1.0), position_embeddings, **rest)
 
     monkeypatch.setattr(type(layer), "forward", scaled)
-    assert shorter_way(model.model, model.model.layers, model.config) is None
+    assert selected(model) is None
     monkeypatch.undo()
-    assert shorter_way(model.model, model.model.layers, model.config) is not None
+    assert selected(model) is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -109,22 +116,22 @@ def test_changed_weights_are_seen(dtype: torch.dtype) -> None:
 def test_long_texts_take_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     target = wrap_target(FAMILIES["llama"]())
     assert target.backend is not None
-    read, rows = target.backend.read, []
+    forward, rows = target.backend.forward, []
     monkeypatch.setattr(
         target.backend,
-        "read",
-        lambda ids_BN, *rest: rows.append(ids_BN.numel()) or read(ids_BN, *rest),
+        "forward",
+        lambda ids_BN, *rest: rows.append(ids_BN.numel()) or forward(ids_BN, *rest),
     )
-    for shape in ((8, MOST_ROWS // 8), (1, MOST_ROWS + 1), (16, MOST_ROWS // 8), (1, 1)):
+    for shape in ((8, MAX_ROWS // 8), (1, MAX_ROWS + 1), (16, MAX_ROWS // 8), (1, 1)):
         target.forward(torch.ones(shape, dtype=torch.int64), target.new_cache(shape[0]))
-    assert rows == [MOST_ROWS, 1]
+    assert rows == [MAX_ROWS, 1]
     cache = target.new_cache(16)
     target.forward(torch.ones(16, 1, dtype=torch.int64), cache)
     cache.commit(None, torch.ones(16, dtype=torch.int64))
     # Behind a text all reads go one way, so that rounding does not depend on the tree.
     target.forward(a_tree(torch.ones(16, dtype=torch.int64)), cache)
-    target.forward(torch.ones(16, MOST_ROWS, dtype=torch.int64), cache)
-    assert rows[2:] == [16, 112, 16 * MOST_ROWS]
+    target.forward(torch.ones(16, MAX_ROWS, dtype=torch.int64), cache)
+    assert rows[2:] == [16, 112, 16 * MAX_ROWS]
     with torch.autocast("cpu", torch.bfloat16):  # the functions in C would not notice
         target.forward(torch.ones(1, 1, dtype=torch.int64), target.new_cache(1))
     assert len(rows) == 5
@@ -134,10 +141,10 @@ def test_an_activation_unknown_to_the_kernels_keeps_pytorchs_operations() -> Non
     model = FAMILIES["llama"]()
     model.config.hidden_act = "gelu"
     target = wrap_target(type(model)(model.config))
-    assert type(target.backend) is Lean
+    assert target.backend is not None and target.backend.ops is TORCH_OPS
 
 
-@pytest.mark.parametrize("more", [0, 1 + kernels.LONG])
+@pytest.mark.parametrize("more", [0, 1 + MAX_NEW])
 @pytest.mark.parametrize("family", LIKE_LLAMA)
 def test_bfloat16_trees_give_the_bits_of_single_tokens(family: str, more: int) -> None:
     check_bits(wrap_target(FAMILIES[family]().bfloat16()), 11, more)
@@ -154,6 +161,6 @@ def test_layers_that_cannot_be_widened_stay_as_they_are(monkeypatch: pytest.Monk
         return whole(weight)
 
     monkeypatch.setattr(torch.Tensor, "float", narrow)
-    assert shorter_way(model.model, model.model.layers, model.config) is None
+    assert selected(model) is None
     monkeypatch.undo()
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}

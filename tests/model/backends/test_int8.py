@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from headstart.inference.config import SamplingParams, SpeculativeConfig
 from headstart.inference.engine.loop import decode
+from headstart.model.backends.cpu_ops import MAX_NEW
 from headstart.model.backends.int8 import (
     Int8,
     QuantizedLinear,
     available,
-    exact_attention,
     full_precision,
 )
-from headstart.model.backends.kernels.cpu import build as kernels
 from headstart.model.backends.kernels.cpu.build import FINE
+from headstart.model.backends.torch_ops import exact_attention
 from headstart.model.target.load import load_target, wrap_target
 from headstart.model.target.quantize import quantization_report
 from headstart.model.target.weights_hash import target_hash
@@ -172,7 +172,7 @@ def test_trees_write_what_plain_decoding_writes(family):
     assert accepted > 20 and side > 2
 
 
-@pytest.mark.parametrize("more", [0, 1 + kernels.LONG])
+@pytest.mark.parametrize("more", [0, 1 + MAX_NEW])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "olmo2"])
 def test_a_tree_gives_the_bits_of_single_tokens(family, more):
     check_bits(wrap_target(FAMILIES[family](), quantize="int8"), 25, more)
@@ -257,7 +257,7 @@ def test_other_types_and_kinds_are_refused():
 
 
 def test_without_a_compiler_it_is_refused_and_heads_draft_in_floats(monkeypatch):
-    monkeypatch.setattr(kernels, "functions", lambda: None)
+    monkeypatch.setattr("headstart.model.backends.kernels.cpu.functions.load_kernels", lambda: None)
     with pytest.raises(ValueError, match="Install gcc or clang"):
         wrap_target(build("llama", {}), quantize="int8")
     assert not wrap_target(build("llama", {})).drafts_in_int8

@@ -10,8 +10,8 @@ from families import build
 from run_command import pickled
 from torch import nn
 
-from headstart.model.backends import linear as packed
-from headstart.model.backends.linear import ROWS, pack_linears
+from headstart.model.backends import linear
+from headstart.model.backends.linear import ROWS, PackedLinear, pack_linears, packed
 from headstart.model.target.load import wrap_target
 
 pytestmark = pytest.mark.skipif(
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.skipif(
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every packed product."""
     seen: list[int] = []
-    product = packed._product
+    product = linear._product
     monkeypatch.setattr(
-        packed,
+        linear,
         "_product",
         lambda hidden, *rest: seen.append(hidden[..., 0].numel()) or product(hidden, *rest),
     )
@@ -40,7 +40,7 @@ def test_packed_equals_default(calls, shape, bias, rows):
     hidden = torch.randn(*rows, shape[1])
     expected = nn.functional.linear(hidden.double(), layer.weight.double())
     expected = expected + layer.bias.double() if bias else expected
-    pack_linears(nn.Sequential(layer))
+    layer = packed(layer)
     with torch.no_grad():
         got = layer(hidden)
     assert got.shape == expected.shape
@@ -52,7 +52,7 @@ def test_packed_equals_default(calls, shape, bias, rows):
 def test_weights_stay_as_they_are(calls):
     layer = nn.Linear(128, 256)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    pack_linears(nn.Sequential(layer))
+    layer = packed(layer)
     with torch.no_grad():
         layer(torch.randn(8, 128))
     assert calls == [8]
@@ -62,7 +62,7 @@ def test_weights_stay_as_they_are(calls):
 
 def test_weights_that_change_are_packed_again(calls):
     layer = nn.Linear(128, 256).requires_grad_(False)
-    pack_linears(nn.Sequential(layer))
+    layer = packed(layer)
     hidden = torch.randn(8, 128)
     with torch.no_grad():
         before = layer(hidden)
@@ -76,7 +76,7 @@ def test_weights_that_change_are_packed_again(calls):
 
 def test_gradients_take_the_default_kernel(calls):
     layer = nn.Linear(128, 256).requires_grad_(False)
-    pack_linears(nn.Sequential(layer))
+    layer = packed(layer)
     hidden = torch.randn(8, 128, requires_grad=True)
     layer(hidden).sum().backward()
     assert calls == [] and hidden.grad is not None
@@ -84,19 +84,20 @@ def test_gradients_take_the_default_kernel(calls):
 
 @pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Linear(128, 256).double()])
 def test_small_and_double_precision_layers_are_left_alone(layer):
-    pack_linears(nn.Sequential(layer))
-    assert type(layer) is nn.Linear
+    assert packed(layer) is layer
+    pack_linears(holder := nn.Sequential(layer))
+    assert holder[0] is layer
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_a_copy_computes_with_its_own_weights(calls, copied):
     layer = nn.Linear(128, 256).requires_grad_(False)
-    pack_linears(nn.Sequential(layer))
+    layer = packed(layer)
     hidden = torch.randn(8, 128)
     with torch.no_grad():
         before = layer(hidden)
         other = copied(layer)
-        assert isinstance(other, nn.Linear) and "_packed" not in vars(other)
+        assert isinstance(other, PackedLinear) and other._packed is None
         other.weight.mul_(2)
         other.bias.mul_(2)
         torch.testing.assert_close(other(hidden), 2 * before)
@@ -116,3 +117,15 @@ def test_a_copy_of_a_target_is_a_model_of_its_own():
         assert not other(ids_1T).logits.any()
         assert torch.equal(model(ids_1T).logits, before)
         assert torch.equal(pickled(model)(ids_1T).logits, before)
+
+
+def test_layers_inside_a_module_are_replaced_and_keep_their_parameters():
+    layer = nn.Linear(128, 256)
+    module = nn.Sequential(layer, nn.Sequential(layer, nn.Linear(256, 128)), nn.Linear(8, 8))
+    before = module.state_dict()
+    pack_linears(module)
+    assert type(module[0]) is type(module[1][1]) is PackedLinear and module[0] is module[1][0]
+    assert type(module[2]) is nn.Linear and module[0].weight is layer.weight
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    assert all(after[name].data_ptr() == value.data_ptr() for name, value in before.items())

@@ -184,7 +184,7 @@ def test_states_are_those_of_the_text_that_was_kept(family: str) -> None:
         torch.testing.assert_close(
             seen.lm_head_input_BTD[:, :accepted], expected, rtol=1e-3, atol=1e-4
         )
-    assert cache.width == place
+    assert cache.max_length == place
     target.forward(torch.tensor([text[place : place + 2]]), cache, logits=False)
     for mine, theirs in zip(held(cache), states(target, text[: place + 2]), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import chat_model
 import pytest
+import resident_workers
 import torch
 import yaml
-from processes import launch_together
 from safetensors.torch import load_file
 from tiny_run import mixed_rows, skip_without_deepspeed, write_rows
 
-from headstart.scripts.commands.train import run_recipe
+from headstart.scripts.options.recipe import run_recipe
 from headstart.training.config.schema import load_recipe
 
 PROCESSES = 2
@@ -52,7 +52,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def run_together(recipe: Path) -> subprocess.CompletedProcess[str]:
-    return launch_together(PROCESSES, "sharded_worker.py", recipe, recipe.parent)
+    return resident_workers.run_together(PROCESSES, "sharded_worker.py", recipe, recipe.parent)
 
 
 @pytest.mark.slow

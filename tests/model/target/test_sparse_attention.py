@@ -102,8 +102,8 @@ def test_of_columns_with_the_same_score_the_earlier_is_chosen(family: str) -> No
 def test_what_an_indexer_remembers_moves_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that left its keys where they were read would be noticed when a model is opened in
     32 bits."""
-    whole = KVLayer.held
-    monkeypatch.setattr(KVLayer, "held", lambda layer: whole(layer)[:2])
+    whole = KVLayer.tensors
+    monkeypatch.setattr(KVLayer, "tensors", lambda layer: whole(layer)[:2])
     for family in FAMILIES:
         with pytest.raises(ValueError, match="computes a tree unlike the same sequence"):
             wrap_target(build(family, SETTINGS[family]))
@@ -113,10 +113,10 @@ def test_memory_counts_what_an_indexer_remembers() -> None:
     target = target_of("glm_moe_dsa")
     cache, ids_1T = target.new_cache(1), prompts([5])[0][None]
     target.forward(ids_1T, cache, logits=False)
-    held = [layer.held() for layer in cache.kv_layers]
+    held = [layer.tensors() for layer in cache.kv_layers]
     assert [len(one) for one in held] == [3, 2, 3]  # the layer between shares the choice
     own = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.kv_layers)
-    assert cache.size == own + 2 * BLOCK * SPARSE["index_head_dim"] * 4
+    assert cache.nbytes == own + 2 * BLOCK * SPARSE["index_head_dim"] * 4
 
 
 def test_what_cannot_be_had_is_refused() -> None:

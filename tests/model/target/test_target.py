@@ -185,7 +185,9 @@ def test_a_cache_grows_by_blocks() -> None:
     for seed in (1, 2, 3):
         rows.check_tree(seed)
     layer = rows.cache.kv_layers[0]
-    assert layer.keys is not None and layer.keys.shape[2] == 2 * BLOCK > rows.cache.width > BLOCK
+    assert (
+        layer.keys is not None and layer.keys.shape[2] == 2 * BLOCK > rows.cache.max_length > BLOCK
+    )
 
 
 def test_a_chain_in_place_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from families import FAMILIES, build
-from processes import launch_together
+from resident_workers import run_together
 
 PROCESSES = 2
 # Plain, tied, norms of queries, windows and caps, experts, one matrix for q, k and v, latents;
@@ -32,7 +32,7 @@ def facts(tmp_path_factory) -> dict[str, dict[str, Any]]:
     gguf = folder / "plain.gguf"
     gguf.touch()
     folders = [folder / name for name in models]
-    done = launch_together(PROCESSES, "tensor_parallel_worker.py", folder, *folders, gguf)
+    done = run_together(PROCESSES, "tensor_parallel_worker.py", folder, *folders, gguf)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((folder / f"facts_{n}.json").read_text()) for n in range(PROCESSES))
     assert first[0] == second[0] == PROCESSES and first[1].keys() == second[1].keys()

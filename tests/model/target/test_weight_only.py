@@ -19,7 +19,7 @@ from headstart.model.heads.common.base import make_head
 from headstart.model.target.load import load_target
 from headstart.model.target.target import Target
 from headstart.model.target.weights_hash import target_hash
-from headstart.scripts.commands.train import run_recipe
+from headstart.scripts.options.recipe import run_recipe
 from headstart.training.config.schema import Recipe, load_recipe
 from headstart.training.preflight import check_early
 

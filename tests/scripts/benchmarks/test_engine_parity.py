@@ -34,9 +34,9 @@ from headstart.scripts.benchmarks.engine_parity import (
 )
 from headstart.scripts.benchmarks.engine_server import DraftCounters, running
 from headstart.scripts.commands.generate_data import write_responses
-from headstart.scripts.commands.train import run_recipe
 from headstart.scripts.options.default_checkpoint import shipped_checkpoint
 from headstart.scripts.options.prompts import read_prompts, shipped_prompts
+from headstart.scripts.options.recipe import run_recipe
 from headstart.training.config.schema import make_recipe
 
 STUB = HELPERS / "stub_engine.py"

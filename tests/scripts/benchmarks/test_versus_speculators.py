@@ -14,7 +14,7 @@ from tiny_run import VOCAB, mixed_rows, tiny_recipe, tiny_target, write_rows
 
 from headstart.model.heads.common.borrow import copy_final_norm
 from headstart.scripts.benchmarks import versus_speculators as against
-from headstart.scripts.commands.train import head_of
+from headstart.scripts.options.recipe import head_of
 from headstart.training.config.schema import Recipe, make_recipe
 from headstart.training.data import hidden_states as store
 from headstart.training.data.batching import Batches

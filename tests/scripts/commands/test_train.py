@@ -15,7 +15,7 @@ from tiny_run import mixed_rows, tiny_target, write_rows
 from headstart.model.checkpoint.head import read_head_file
 from headstart.model.target.load import load_target
 from headstart.model.target.target import Target
-from headstart.scripts.commands.train import evaluator, run_recipe
+from headstart.scripts.options.recipe import evaluator, run_recipe
 from headstart.training.config.schema import EvalConfig, load_recipe, make_recipe
 
 RECIPES = sorted(Path(str(resources.files("headstart.configs"))).glob("*.yaml"))
@@ -108,7 +108,7 @@ def test_what_needs_no_target_is_checked_before_it_is_loaded(tmp_path, monkeypat
     def loaded(recipe):
         raise AssertionError("the target was loaded")
 
-    monkeypatch.setattr("headstart.scripts.commands.train.open_target", loaded)
+    monkeypatch.setattr("headstart.scripts.options.recipe.open_target", loaded)
     if broken == "output":
         (tmp_path / "run").write_text("")
         with pytest.raises(ValueError, match="is a file"):
@@ -158,6 +158,6 @@ def test_a_head_that_does_not_fit_is_no_start(head, message, tmp_path):
 
 
 def test_a_start_that_is_not_there_is_said_before_the_target_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("headstart.scripts.commands.train.open_target", None)
+    monkeypatch.setattr("headstart.scripts.options.recipe.open_target", None)
     with pytest.raises(ValueError, match="holds no draft head"):
         run_recipe(make_recipe(recipe_values(tmp_path, start_from=str(tmp_path / "none"))))

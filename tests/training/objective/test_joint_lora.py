@@ -12,7 +12,7 @@ import torch
 from benchmarking import benchmark
 from chat_model import save
 from joint_run import JOINT, STEPS, recipe_for, run
-from processes import launch_together
+from resident_workers import run_together
 from safetensors.torch import load_file
 from tiny_run import learned, mixed_rows, tiny_head, tiny_target, write_rows
 
@@ -155,7 +155,7 @@ def test_recomputation_changes_nothing(tmp_path, data):
 
 def test_two_processes_learn_what_one_learns(tmp_path, data):
     run(tmp_path / "one", data, JOINT)
-    done = launch_together(2, "joint_worker.py", tmp_path / "two", data)
+    done = run_together(2, "joint_worker.py", tmp_path / "two", data)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (metrics(tmp_path / name, "train") for name in ("one", "two"))
     assert len(one) == len(two) == STEPS

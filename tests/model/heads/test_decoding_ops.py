@@ -1,4 +1,4 @@
-"""A head's blocks for drafting on a CPU, against those that it is trained with."""
+"""The modules of heads with the kernels that draft on a CPU, against the reference that trains."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ from families import FAMILIES, prompts
 from run_command import pickled
 from torch import Tensor, nn
 
-from headstart.model.backends.attention import grouped_attention
-from headstart.model.backends.fused_head import SWIFT, _under_a_mask, speed_up_blocks
+from headstart.model.backends.cpu_ops import CpuOps, cpu_ops
+from headstart.model.backends.torch_ops import TORCH_OPS, TorchOps, grouped_attention
+from headstart.model.cache.kv_cache import KVCache
 from headstart.model.heads.common.base import DraftHead, kinds, make_head
-from headstart.model.heads.common.layers import MLP, Attention, LayerConfig, RMSNorm
+from headstart.model.heads.common.cached_attention import DraftVisibility
+from headstart.model.heads.common.layers import (
+    MLP,
+    Attention,
+    LayerConfig,
+    OpsModule,
+    RMSNorm,
+    use_ops,
+)
 from headstart.model.target.load import wrap_target
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
@@ -42,14 +51,15 @@ def test_attention_and_mlp(qk_norm: bool, bias: bool, copied) -> None:
     attention, mlp = Attention(config, 64), MLP(config)
     for weight in attention.parameters():
         nn.init.normal_(weight, 0, 0.3)
-    swift_blocks = copy.deepcopy(nn.ModuleList([attention, mlp]))
-    speed_up_blocks(swift_blocks)
+    fused = copy.deepcopy(nn.ModuleList([attention, mlp]))
+    use_ops(fused, cpu_ops())
     for shape in ((1, 1), (3, 5), (2, 70)):
         hidden_BTD = torch.randn(*shape, 64)
         for start in (0, 100, 7):  # the tables grow, and are used again
             positions_BT = start + torch.arange(shape[1])[None] + torch.arange(shape[0])[:, None]
-            quick, quick_mlp = copied(swift_blocks)
-            assert type(quick) is SWIFT[Attention]
+            quick, quick_mlp = copied(fused)
+            assert isinstance(quick.ops, CpuOps) and quick.ops is quick_mlp.ops
+            assert quick.qkv.linears[0] is quick.q_proj
             ours = quick(hidden_BTD, positions_BT, attend)
             torch.testing.assert_close(ours, attention(hidden_BTD, positions_BT, attend))
             torch.testing.assert_close(quick_mlp(ours), mlp(ours))
@@ -62,7 +72,7 @@ def test_norm(shape: tuple[int, ...]) -> None:
     nn.init.normal_(norm.weight)
     hidden = torch.randn(*shape)
     expected, before = norm(hidden), hidden.clone()
-    speed_up_blocks(nn.ModuleList([norm]))
+    use_ops(norm, cpu_ops())
     torch.testing.assert_close(norm(hidden), expected)
     assert torch.equal(hidden, before)
     torch.testing.assert_close(
@@ -71,23 +81,32 @@ def test_norm(shape: tuple[int, ...]) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("new", [1, 9, 65])
-def test_attention_over_a_cache(new: int) -> None:
-    columns = torch.randn(2, 3, 2, 100, 16)
-    keys, values = columns[:, :, :, :80]
+def test_attention_over_a_cache(new: int, window: int | None) -> None:
+    cache = KVCache(3, 1, torch.device("cpu"))
+    cache.reserve(70)
+    cache.update(torch.randn(3, 2, 70, 16), torch.randn(3, 2, 70, 16), 0)
+    cache.commit(None, torch.tensor([70, 31, 1]))
+    cache.reserve(new)
+    keys, values = cache.update(torch.randn(3, 2, new, 16), torch.randn(3, 2, new, 16), 0)
+    pending_BNM = (torch.rand(3, new, new) < 0.7) | torch.eye(new, dtype=torch.bool)
+    first_BN = None if window is None else cache.lengths_B[:, None] - window
+    visibility = DraftVisibility(cache, pending_BNM, first_BN)
     queries = torch.randn(3, new, 4, 16).transpose(1, 2)
-    mask_BNS = torch.rand(3, new, 80) < 0.7
-    mask_BNS[..., 0] = True
-    ours = _under_a_mask(queries, keys, values, mask_BNS)
-    torch.testing.assert_close(ours, grouped_attention(queries, keys, values, mask_BNS[:, None]))
+    ours = cpu_ops().cached_attention(queries, keys, values, visibility)
+    theirs = TORCH_OPS.cached_attention(queries, keys, values, visibility)
+    torch.testing.assert_close(ours, theirs)
 
 
-def drafted(target: Target, kind: str) -> tuple[DraftHead, list[Tree]]:
-    """Trees of a ragged batch, before and after it has gone on."""
+def drafted(target: Target, kind: str, ops: TorchOps | None = None) -> tuple[DraftHead, list[Tree]]:
+    """Trees of a ragged batch, before and after one more step. ops: instead of the device's."""
     torch.manual_seed(0)
     head = make_head(target, kind, {})
     head.init_from_target()
     head = head.for_decoding(target)
+    if ops is not None:
+        head.use_ops(ops)
     ids_BT, counts_B = torch.stack(prompts([9, 9])), torch.tensor([9, 4])
     trees, state = [], head.start(2)
     for _ in range(2):
@@ -99,14 +118,13 @@ def drafted(target: Target, kind: str) -> tuple[DraftHead, list[Tree]]:
 
 
 @pytest.mark.parametrize("kind", kinds())
-def test_heads_guess_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_draft_the_same(kind: str) -> None:
     target = wrap_target(FAMILIES["qwen3"]())
     head, ours = drafted(target, kind)
-    used = any(type(one) in SWIFT.values() for one in head.modules())
-    assert used == (kind != "medusa")
-    monkeypatch.setattr("headstart.model.heads.common.base.speed_up_blocks", lambda head: None)
-    slow, theirs = drafted(target, kind)
-    assert not any(type(one) in SWIFT.values() for one in slow.modules())
+    modules = [one for one in head.modules() if isinstance(one, OpsModule)]
+    assert bool(modules) == (kind != "medusa")
+    assert all(isinstance(one.ops, CpuOps) for one in (head, *modules))
+    theirs = drafted(target, kind, TORCH_OPS)[1]
     for one, other in zip(ours, theirs, strict=True):
         assert torch.equal(one.tokens_BN, other.tokens_BN)
         assert torch.equal(one.parents_BN, other.parents_BN)
