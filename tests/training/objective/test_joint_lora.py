@@ -176,7 +176,7 @@ def test_fused_it_is_a_model_of_its_own_that_is_kept_exactly(dtype, tmp_path, ca
     recipe = recipe_for(tmp_path / "run", data, JOINT | {"keep": 0.1}, train={"steps": 20})
     train(recipe, target=original, head=tiny_head(original))
     best = tmp_path / "run" / "best"
-    with pytest.raises(ValueError, match=r"trained along with its target.*headstart fuse"):
+    with pytest.raises(ValueError, match=r"trained jointly with its target.*headstart fuse"):
         load_head(best, load_target(source))
 
     fuse(source, best, tmp_path / "fused")
