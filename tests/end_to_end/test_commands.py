@@ -13,7 +13,7 @@ from chat_model import save
 from run_command import refused, run
 
 from headstart.model.checkpoint.head import read_head_file
-from headstart.scripts import console as ui
+from headstart.scripts import console
 
 pytestmark = pytest.mark.usefixtures("wide")
 
@@ -134,11 +134,11 @@ def test_inspect_data_marks_the_responses(target, responses):
 def test_chat_keeps_the_conversation(target, prompts, recipe, tmp_path, monkeypatch):
     run("train", recipe(), "train.steps=1")
     run("fuse", target, tmp_path / "run" / "best", tmp_path / "fused")
-    said = iter(["hello", "and now?", ""])
+    inputs = iter(["hello", "and now?", ""])
     seen: list[int] = []
     from headstart.scripts.commands import generate
 
-    monkeypatch.setattr(generate.console, "input", lambda _: next(said))
+    monkeypatch.setattr(generate.console, "input", lambda _: next(inputs))
     stream = generate.stream
     monkeypatch.setattr(
         generate,
@@ -271,4 +271,4 @@ def test_interruption_says_how_to_go_on(target, prompts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "write_responses", stop)
     result = run("data", prompts, "--target", target, "--out", tmp_path / "o.jsonl", ok=False)
-    assert result.exit_code == ui.INTERRUPTED and "Stopped" in result.output
+    assert result.exit_code == console.INTERRUPTED and "Stopped" in result.output
