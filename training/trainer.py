@@ -117,9 +117,11 @@ class Trainer:
                     mark("target")
                     total = loss.total / inputs.loss_weight
                     total = total + teacher.extra_loss_weight * extra_loss / inputs.labels
-                    strategy.backward(total * ranks, last=last)  # gradients are averaged over ranks
-                    mark("backward")
                     sums = sums + loss.sums.with_extra_loss(extra_loss)
+                    del output, hidden, loss, extra_loss  # the backward pass needs the memory
+                    strategy.backward(total * ranks, last=last)  # gradients are averaged over ranks
+                    del total
+                    mark("backward")
                 metrics = self._reduce(sums)
                 lr = learning_rate(run.recipe.train, state.step, state.total)
                 finite = math.isfinite(metrics["loss"])
