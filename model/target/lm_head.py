@@ -66,7 +66,7 @@ class LMHead:
     def draft_logits(
         self, token_ids: Tensor | None, *, rounded: bool
     ) -> Callable[[Tensor], Tensor]:
-        """As a call with these tokens, for guesses. rounded: in 8-bit integers."""
+        """As a call with these tokens, for drafts. rounded: in int8."""
         if not rounded:
             rows = self.rows(token_ids)  # kept with it
             return lambda hidden_RD: self.finish(rows(hidden_RD))

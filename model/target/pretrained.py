@@ -143,14 +143,14 @@ def _read_config(name: str, source: str, where: dict[str, str | None]) -> Pretra
 def open_tensor_parallel(
     name: str, dtype: torch.dtype | str, device: torch.device, revision: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | str]:
-    """As `open_pretrained`, with the layers in parts by transformers' tensor parallelism.
+    """As `open_pretrained`, with layers sharded by transformers' tensor parallelism.
 
     Every process calls it, and reads its part of the files.
     """
     source, file = _source(name)
     if file is not None:
         raise ValueError(
-            f"{name} is a GGUF file, which is not read in parts. Set parallel.target=sharded, or "
+            f"{name} is a GGUF file, which cannot be read in shards. Set parallel.target=sharded, or "
             "name the model's folder or Hub id."
         )
     plan = tensor_plan(open_skeleton(name, revision), name)

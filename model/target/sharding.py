@@ -1,9 +1,10 @@
-"""A frozen target whose layers lie in parts on several processes, for one that fits no accelerator.
+"""Shard a frozen target over several processes, for one that fits no single accelerator.
 
-Sharded (torch's `fully_shard`): a layer is put together just before it is run and taken apart right
-behind it. Only the first process reads files; the others get their parts from it.
-Tensor-parallel (transformers' plan for the family): a layer stays in parts, and all processes work
-out their parts of its products, so they read the same rows. Each reads its part of the files.
+- Fully sharded (torch's `fully_shard`): a layer is gathered just before it runs and freed right
+  after. Only rank 0 reads files; the other ranks get their shards from it.
+- Tensor-parallel (transformers' plan for the family): a layer stays sharded and all ranks compute
+  their part of its products, so they need the same batch. Each rank reads its part of the files.
+
 Embedding and LM head, which heads use directly, stay whole either way.
 """
 
@@ -29,7 +30,7 @@ LEFT_WHOLE = "replicated_with_grad_allreduce"  # transformers' name of a rule th
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some of its weights lie in parts on several processes."""
+    """Whether some of its weights are sharded over several processes."""
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
@@ -67,7 +68,7 @@ def tensor_plan(skeleton: PreTrainedModel, name: str) -> DistributedConfig:
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """Put together from all processes, which call this together, where it lies in parts on them."""
+    """The whole of a tensor that may be sharded. All ranks call this together."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 

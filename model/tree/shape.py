@@ -33,13 +33,13 @@ class TreeShape:
 
     @staticmethod
     def chain(depth: int) -> TreeShape:
-        """One guess per depth."""
+        """One draft token per depth."""
         nodes = depth + 1 if isinstance(depth, int) else 0  # which is refused with the depth
         return TreeShape(nodes=nodes, depth=depth, width=1)
 
     @staticmethod
     def dynamic(nodes: int, depth: int, width: int) -> TreeShape:
-        """The `nodes - 1` likeliest guesses, wherever they are."""
+        """The `nodes - 1` draft tokens of the highest path probability, wherever they are."""
         return TreeShape(nodes=nodes, depth=depth, width=width)
 
     @staticmethod
