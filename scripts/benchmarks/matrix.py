@@ -141,7 +141,9 @@ class BenchmarkMatrix:
         report_quantization(target)
         cases = {
             context: {
-                suite.name: make_cases(suite, target, context=context, room=plan.max_new_tokens)
+                suite.name: make_cases(
+                    suite, target, context=context, max_new_tokens=plan.max_new_tokens
+                )
                 for suite in self.suites
             }
             for context in plan.contexts

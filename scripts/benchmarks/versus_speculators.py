@@ -1,6 +1,6 @@
 """Training speed of an EAGLE-3 head in Headstart and in speculators, on the same hidden states.
 
-    python -m headstart.scripts.benchmarks.versus_speculators RECIPE data.path=answers.jsonl \
+    python -m headstart.scripts.benchmarks.versus_speculators RECIPE data.path=responses.jsonl \
         data.features=features --speculators-python OTHER/bin/python
 
 Runs on a CPU. Both start from the same weights and train one epoch on the conversations of the

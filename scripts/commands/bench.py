@@ -9,15 +9,13 @@ import typer
 
 from headstart.scripts.benchmarks.matrix import BASELINES, DTYPES, BenchmarkMatrix, Plan
 from headstart.scripts.benchmarks.report import check_extra
+from headstart.scripts.options.common import Checkpoint, MaxNewTokens, Seed
 from headstart.scripts.options.parse import parse_choices, parse_sizes
 from headstart.scripts.options.tree_budget import HELP, check_budgets
 
 
 def bench(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(help="Fused checkpoint, a folder or Hub id (default: the shipped one)."),
-    ] = None,
+    folder: Checkpoint = None,
     suite: Annotated[
         list[str] | None,
         typer.Option(
@@ -28,9 +26,7 @@ def bench(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Number of prompts per suite (default: all).")
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Maximum new tokens per response.")
-    ] = 128,
+    max_new_tokens: MaxNewTokens = 128,
     batch_size: Annotated[str, typer.Option(help="Prompts per batch, e.g. 1,4,16.")] = "1",
     context: Annotated[
         str | None,
@@ -55,7 +51,7 @@ def bench(
     price: Annotated[
         float | None, typer.Option(min=0, help="Dollars per hour of the machine (default: none).")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
+    seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the report (default: none is written).")
     ] = None,

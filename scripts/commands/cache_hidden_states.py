@@ -8,14 +8,13 @@ from typing import Annotated, cast
 import typer
 
 from headstart.scripts.console import progress, say
+from headstart.scripts.options.common import Overrides, RecipeName
 
 
 def features(
-    recipe: Annotated[str, typer.Argument(help="Recipe: YAML file or name of a shipped one.")],
+    recipe: RecipeName,
     out: Annotated[Path, typer.Option(help="Folder to write to; an unfinished one is resumed.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to override: section.key=value.")
-    ] = None,
+    overrides: Overrides = None,
     dtype: Annotated[
         str | None,
         typer.Option(

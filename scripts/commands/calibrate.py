@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from headstart.scripts.console import console, progress, report_kept_card, show
+from headstart.scripts.options.common import Dtype
 
 if TYPE_CHECKING:
     from headstart.model.checkpoint.metadata import HeadMeta
@@ -28,7 +29,7 @@ def calibrate(
     ] = None,
     depth: Annotated[int, typer.Option(min=1, help="Draft depth to calibrate.")] = 6,
     width: Annotated[int, typer.Option(min=1, help="Candidates per node to measure.")] = 3,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Fit a temperature per depth and measure the acceptance rate of each rank; weights stay."""
     from headstart.model.checkpoint.download import require_folder

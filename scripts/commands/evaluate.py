@@ -9,28 +9,26 @@ from typing import Annotated
 import typer
 
 from headstart.scripts.console import report_kept_card
-from headstart.scripts.options.quantize_report import QUANTIZE_HELP, report_quantization
-from headstart.scripts.options.tree_budget import HELP, check_budget
+from headstart.scripts.options.common import (
+    Budget,
+    Checkpoint,
+    Dtype,
+    Limit,
+    MaxNewTokens,
+    PromptSet,
+    Quantize,
+)
+from headstart.scripts.options.quantize_report import report_quantization
 
 
 def evaluate(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(help="Fused checkpoint, a folder or Hub id (default: the shipped one)."),
-    ] = None,
-    prompts: Annotated[
-        str,
-        typer.Option(help="Prompts: a JSONL file, or the shipped train, dev or heldout."),
-    ] = "heldout",
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Number of prompts to decode (default: all).")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Maximum new tokens per response.")
-    ] = 128,
-    budget: Annotated[str | None, typer.Option(callback=check_budget, help=HELP)] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    quantize: Annotated[str | None, typer.Option(help=QUANTIZE_HELP)] = None,
+    folder: Checkpoint = None,
+    prompts: PromptSet = "heldout",
+    limit: Limit = None,
+    max_new_tokens: MaxNewTokens = 128,
+    budget: Budget = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the metrics.")] = None,
     record: Annotated[
         bool, typer.Option(help="Store the metrics in the checkpoint and on its model card.")

@@ -7,9 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headstart.scripts.console import check_top_p, coloured, console, legend, say
-from headstart.scripts.options.quantize_report import QUANTIZE_HELP, report_quantization
-from headstart.scripts.options.tree_budget import HELP, check_budget, speculative_config
+from headstart.scripts.console import coloured, console, legend, say
+from headstart.scripts.options.common import (
+    Budget,
+    Dtype,
+    MaxNewTokens,
+    Quantize,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+)
+from headstart.scripts.options.quantize_report import report_quantization
+from headstart.scripts.options.tree_budget import speculative_config
 
 if TYPE_CHECKING:
     from headstart.inference.config import SamplingParams, SpeculativeConfig
@@ -19,24 +29,24 @@ if TYPE_CHECKING:
 def generate(
     folder_or_prompt: Annotated[
         str | None,
-        typer.Argument(help="Fused checkpoint (folder or Hub id), else the shipped one."),
+        typer.Argument(help="Fused checkpoint, a folder or Hub id (default: the shipped one)."),
     ] = None,
-    prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Prompt to respond to.")] = None,
     chat: Annotated[
         bool, typer.Option(help="Keep a conversation going; an empty line ends it.")
     ] = False,
     raw: Annotated[
         bool, typer.Option(help="Continue the text as it is, without a chat template.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1)] = None,
-    top_p: Annotated[float | None, typer.Option(callback=check_top_p)] = None,
-    seed: int = 0,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
     plain: Annotated[bool, typer.Option(help="Decode autoregressively, to compare.")] = False,
-    budget: Annotated[str | None, typer.Option(callback=check_budget, help=HELP)] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    quantize: Annotated[str | None, typer.Option(help=QUANTIZE_HELP)] = None,
+    budget: Budget = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Generate a response; the colour shows how many tokens one decode step emitted."""
     from headstart.inference.config import SamplingParams, SpeculativeConfig
@@ -92,7 +102,7 @@ def stream(
     stats = model.last_stats
     console.print()
     say(
-        f"[dim]{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
+        f"[dim]{stats.num_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
         f"acceptance length {stats.acceptance_length:.2f}[/]"
     )
     return response

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headstart.model.target.load import load_target
-from headstart.scripts.console import check_top_p, progress, show
+from headstart.scripts.console import progress, show
+from headstart.scripts.options.common import (
+    Dtype,
+    Limit,
+    MaxNewTokens,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+)
 
 if TYPE_CHECKING:
     from headstart.inference.config import SamplingParams
@@ -24,20 +33,20 @@ SAMPLING_SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 
 def data(
     prompts: Annotated[
-        list[str], typer.Argument(help="JSONL files, local data sets or Hub data set names.")
+        list[str], typer.Argument(help="Prompts: JSONL files, local data sets or Hub data sets.")
     ],
-    target: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")],
+    target: Annotated[str, typer.Option(help="Target: Hub id, folder or .gguf file.")],
     out: Annotated[Path, typer.Option(help="JSONL file to write; finished responses are kept.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1)] = None,
-    top_p: Annotated[float | None, typer.Option(callback=check_top_p)] = None,
-    seed: int = 0,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
+    limit: Limit = None,
     split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
-    skip_broken: Annotated[bool, typer.Option(help="Leave broken lines out.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    skip_broken: Annotated[bool, typer.Option(help="Skip invalid lines.")] = False,
+    dtype: Dtype = "auto",
 ) -> None:
     """Generate the target's responses to prompts, with the sampling it will be served with."""
     from headstart.inference.config import SamplingParams
@@ -136,7 +145,7 @@ def _finished(out: Path) -> set[str]:
             ids.add(json.loads(line)["id"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{out}:{number} is no answer ({type(error).__name__}: {error}), so what is "
-                "answered already is not known. Mend or remove the line, or choose another --out."
+                f"{out}:{number} is no response ({type(error).__name__}: {error}), so it is "
+                "unknown which prompts are done. Fix or remove the line, or choose another --out."
             ) from error
     return ids

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from headstart.model.target.load import load_target
 from headstart.scripts.console import console, show
+from headstart.scripts.options.common import Limit, MaxNewTokens, PromptSet
 
 if TYPE_CHECKING:
     from headstart.inference.benchmark.metrics import Case
@@ -28,16 +29,9 @@ def graft(
     head: Annotated[Path, typer.Argument(help="Fused checkpoint or head: folder or Hub id.")],
     target: Annotated[str, typer.Argument(help="Changed target: Hub id, folder or .gguf file.")],
     out: Annotated[Path, typer.Argument(help="Folder to write: the changed target and the head.")],
-    prompts: Annotated[
-        str,
-        typer.Option(help="Prompts: a JSONL file, or the shipped train, dev or heldout."),
-    ] = "heldout",
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Number of prompts to decode (default: all).")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Maximum new tokens per response.")
-    ] = 128,
+    prompts: PromptSet = "heldout",
+    limit: Limit = None,
+    max_new_tokens: MaxNewTokens = 128,
 ) -> None:
     """Carry a head over to a fine-tuned, merged or quantised target; measure what is lost."""
     from headstart.model.checkpoint.fuse import check_output, fuse

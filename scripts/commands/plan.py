@@ -12,6 +12,7 @@ from rich.table import Table
 
 from headstart.model.target.load import target_from_config
 from headstart.scripts.console import console, say, show
+from headstart.scripts.options.common import Overrides, RecipeName
 
 if TYPE_CHECKING:
     from headstart.model.heads.common.base import DraftHead
@@ -31,10 +32,8 @@ REMEDIES: tuple[dict[str, Any], ...] = (
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change: key.sub=value.")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
     gpu: Annotated[str, typer.Option(help="Kind of GPU: a100, h100, h200, b200, l40s.")] = "h100",
     tokens: Annotated[

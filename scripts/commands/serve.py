@@ -9,17 +9,15 @@ from typing import Annotated, Literal
 import typer
 
 from headstart.scripts.console import show
-from headstart.scripts.options.quantize_report import QUANTIZE_HELP, report_quantization
-from headstart.scripts.options.tree_budget import HELP, check_budget, speculative_config
+from headstart.scripts.options.common import Budget, Checkpoint, Dtype, Quantize
+from headstart.scripts.options.quantize_report import report_quantization
+from headstart.scripts.options.tree_budget import speculative_config
 
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def serve(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(help="Fused checkpoint, a folder or Hub id (default: the shipped one)."),
-    ] = None,
+    folder: Checkpoint = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")
     ] = "127.0.0.1",
@@ -48,9 +46,9 @@ def serve(
             min=2, help="Maximum tokens of prompt and response (default: the target's context)."
         ),
     ] = None,
-    budget: Annotated[str | None, typer.Option(callback=check_budget, help=HELP)] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    quantize: Annotated[str | None, typer.Option(help=QUANTIZE_HELP)] = None,
+    budget: Budget = None,
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
     print_: Annotated[
         Literal["vllm", "sglang"] | None,
         typer.Option("--print", help="Print the command of another engine, and exit."),

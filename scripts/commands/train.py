@@ -7,14 +7,13 @@ from typing import Annotated
 import typer
 
 from headstart.scripts.console import show
+from headstart.scripts.options.common import Overrides, RecipeName
 from headstart.scripts.options.recipe import find_recipe, run_recipe
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change: key.sub=value.")
-    ] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     explain: Annotated[
         bool,
         typer.Option(help="Print the resolved recipe with the meaning of every setting, and stop."),

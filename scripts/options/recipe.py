@@ -155,15 +155,17 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
 
     def evaluate(head: DraftHead) -> dict[str, Any]:
         speculative = SpeculativeConfig(head, shape)
-        stats, answers = measure_acceptance(target, speculative, ids, sampling)
+        stats, responses = measure_acceptance(target, speculative, ids, sampling)
         found: dict[str, Any] = {"acceptance_length": stats.acceptance_length}
-        found |= {f"acceptance_rate_{d}": rate for d, rate in enumerate(stats.acceptance, start=1)}
+        found |= {
+            f"acceptance_rate_{d}": rate for d, rate in enumerate(stats.acceptance_rates, start=1)
+        }
         for context, filled in longer.items():
             stats, _ = measure_acceptance(target, speculative, filled, sampling)
             found[f"acceptance_length_{context}"] = stats.acceptance_length
         found["samples"] = [
             Sample(prompt.turns[0], tuple(pieces(target, steps)))
-            for prompt, steps in list(zip(prompts, answers, strict=True))[: config.samples]
+            for prompt, steps in list(zip(prompts, responses, strict=True))[: config.samples]
         ]
         return found
 
@@ -175,7 +177,7 @@ def _check_contexts(config: EvalConfig, target: Target) -> None:
     if limit is not None and longest and longest + config.max_new_tokens > limit:
         raise ValueError(
             f"eval.contexts asks for prompts of {longest} tokens and eval.max_new_tokens for "
-            f"{config.max_new_tokens} behind them, but the context of {target.name} is {limit} in "
+            f"{config.max_new_tokens} after them, but the context of {target.name} is {limit} in "
             "all. Lower one of them."
         )
 
@@ -187,7 +189,9 @@ def _filled(
     from headstart.scripts.options.suites import Suite, make_cases
 
     suite = Suite("eval.prompts", prompts)
-    cases, left_out = make_cases(suite, target, context=context, room=config.max_new_tokens)
+    cases, left_out = make_cases(
+        suite, target, context=context, max_new_tokens=config.max_new_tokens
+    )
     if left_out:
         show(f"eval.contexts: {left_out} prompts of about {context} tokens leave no room, left out")
     return [case.tokens for case in cases]

@@ -79,13 +79,13 @@ def read_suite(source: str, limit: int | None = None) -> Suite:
 
 
 def make_cases(
-    suite: Suite, target: Target, *, context: int | None, room: int
+    suite: Suite, target: Target, *, context: int | None, max_new_tokens: int
 ) -> tuple[list[Case], int]:
     """Tokenize the prompts of a suite, and leave out those that do not fit the target's context.
 
     context: fill prompts up to about this many tokens with text of other prompts; None: as they
         are.
-    room: maximum new tokens of a response.
+    max_new_tokens: of a response.
     Returns the prompts and the number that was left out. Raises ValueError if none is left.
     """
     prompts = suite.prompts
@@ -100,12 +100,12 @@ def make_cases(
     cases = [
         Case(prompt.id, tuple(tokens))
         for prompt, tokens in zip(prompts, ids, strict=True)
-        if limit is None or len(tokens) + room <= limit
+        if limit is None or len(tokens) + max_new_tokens <= limit
     ]
     if not cases:
         raise ValueError(
-            f"No prompt of {suite.name} leaves room for {room} new tokens in the context of "
-            f"{target.name} ({limit} tokens). Lower the number of new tokens or the context, or "
+            f"No prompt of {suite.name} leaves room for {max_new_tokens} new tokens in the context "
+            f"of {target.name} ({limit} tokens). Lower the number of new tokens or the context, or "
             "use shorter prompts."
         )
     return cases, len(prompts) - len(cases)

@@ -13,7 +13,7 @@ from chat_model import save
 from run_command import refused, run
 
 from headstart.model.checkpoint.head import read_head_file
-from headstart.scripts import console as ui
+from headstart.scripts import console
 
 pytestmark = pytest.mark.usefixtures("wide")
 
@@ -42,19 +42,19 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(target: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("answers") / "answers.jsonl"
+def responses(target: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("responses") / "responses.jsonl"
     run("data", prompts, "--target", target, "--out", out, "--max-new-tokens", 24)
     return out
 
 
 @pytest.fixture
-def recipe(target: Path, prompts: Path, answers: Path, tmp_path: Path) -> Callable[..., Path]:
+def recipe(target: Path, prompts: Path, responses: Path, tmp_path: Path) -> Callable[..., Path]:
     def write(kind: str = "mtp", settings: str = "") -> Path:
         path = tmp_path / "recipe.yaml"
         path.write_text(
             RECIPE.format(
-                target=target, kind=kind, settings=settings, data=answers,
+                target=target, kind=kind, settings=settings, data=responses,
                 out=tmp_path / "run", prompts=prompts,
             )
         )  # fmt: skip
@@ -89,8 +89,8 @@ def test_main_job(kind, target, prompts, recipe, tmp_path):
     assert kind in run("inspect", "head", tmp_path / "fused").output
 
 
-def test_data_is_what_the_target_says(target, prompts, answers):
-    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+def test_data_is_what_the_target_generates(target, prompts, responses):
+    lines = [json.loads(line) for line in responses.read_text().splitlines()]
     assert len(lines) == 8  # 6 prompts of one turn, one of two
     second = next(line for line in lines if line["id"] == "two/1")
     assert [message["role"] for message in second["messages"]] == [
@@ -99,7 +99,7 @@ def test_data_is_what_the_target_says(target, prompts, answers):
     for line in lines:
         ((begin, end),) = line["spans"]
         assert 0 < begin < end == len(line["tokens"])
-    # The same prompt through another door: plain generate of transformers.
+    # transformers' own generate on the same prompt.
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -110,15 +110,15 @@ def test_data_is_what_the_target_says(target, prompts, answers):
     assert lines[0]["tokens"] == expected
 
 
-def test_data_goes_on_where_it_stopped(target, prompts, answers, tmp_path):
-    out = tmp_path / "answers.jsonl"
+def test_data_resumes_where_it_stopped(target, prompts, responses, tmp_path):
+    out = tmp_path / "responses.jsonl"
     arguments = ("data", prompts, "--target", target, "--out", out, "--max-new-tokens", 24)
     run(*arguments, "--limit", 3)
     whole = out.read_text()
     out.write_text(whole[:-20])  # as if it was killed while it wrote
     run(*arguments)
     ours = {json.loads(line)["id"]: line for line in out.read_text().splitlines()}
-    theirs = {json.loads(line)["id"]: line for line in answers.read_text().splitlines()}
+    theirs = {json.loads(line)["id"]: line for line in responses.read_text().splitlines()}
     assert ours == theirs
     before = out.read_text()
     run(*arguments)
@@ -126,19 +126,19 @@ def test_data_goes_on_where_it_stopped(target, prompts, answers, tmp_path):
     assert "other settings" in refused(*arguments, "--temperature", 1)
 
 
-def test_inspect_data_marks_the_answers(target, answers):
-    output = run("inspect", "data", answers, "--target", target, "--count", 1).output
+def test_inspect_data_marks_the_responses(target, responses):
+    output = run("inspect", "data", responses, "--target", target, "--count", 1).output
     assert "<|im_start|>assistant" in output and "8 conversations" in output
 
 
 def test_chat_keeps_the_conversation(target, prompts, recipe, tmp_path, monkeypatch):
     run("train", recipe(), "train.steps=1")
     run("fuse", target, tmp_path / "run" / "best", tmp_path / "fused")
-    said = iter(["hello", "and now?", ""])
+    inputs = iter(["hello", "and now?", ""])
     seen: list[int] = []
     from headstart.scripts.commands import generate
 
-    monkeypatch.setattr(generate.console, "input", lambda _: next(said))
+    monkeypatch.setattr(generate.console, "input", lambda _: next(inputs))
     stream = generate.stream
     monkeypatch.setattr(
         generate,
@@ -183,9 +183,9 @@ def test_empty_data_file(recipe, tmp_path):
     assert "empty" in refused("train", recipe(), f"data.path={tmp_path / 'empty.jsonl'}")
 
 
-def test_broken_line_is_named_and_can_be_skipped(recipe, answers, tmp_path):
+def test_broken_line_is_named_and_can_be_skipped(recipe, responses, tmp_path):
     broken = tmp_path / "broken.jsonl"
-    broken.write_text(answers.read_text() + "{oops\n")
+    broken.write_text(responses.read_text() + "{oops\n")
     message = refused("train", recipe(), f"data.path={broken}")
     assert "broken.jsonl:9" in message and "skip_broken" in message
     run("train", recipe(), f"data.path={broken}", "data.skip_broken=true")
@@ -245,7 +245,7 @@ def test_empty_prompt(target, recipe, tmp_path):
 
 
 def test_full_disk_keeps_what_is_there(target, prompts, tmp_path, monkeypatch):
-    out = tmp_path / "answers.jsonl"
+    out = tmp_path / "responses.jsonl"
     arguments = ("data", prompts, "--target", target, "--out", out, "--max-new-tokens", 4)
     run(*arguments, "--limit", 2)
     before = out.read_text()
@@ -271,4 +271,4 @@ def test_interruption_says_how_to_go_on(target, prompts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "write_responses", stop)
     result = run("data", prompts, "--target", target, "--out", tmp_path / "o.jsonl", ok=False)
-    assert result.exit_code == ui.INTERRUPTED and "Stopped" in result.output
+    assert result.exit_code == console.INTERRUPTED and "Stopped" in result.output

@@ -65,10 +65,10 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_answers_are_kept(target, tmp_path):
+def test_responses_are_kept(target, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"say {n}"}) + "\n" for n in range(24)))
-    out = tmp_path / "answers.jsonl"
+    out = tmp_path / "responses.jsonl"
     settings = ("--out", out, "--max-new-tokens", 100, "--batch-size", 1)
     command = ("data", prompts, "--target", target, *settings)
     message = interrupt(start(*command), lambda: bool(lines(out)))
@@ -93,7 +93,7 @@ def test_training_is_saved(target, tmp_path):
     assert max(steps) == 200 and set(range(1, 201)) <= set(steps)
 
 
-def test_an_answer_can_be_stopped(target, tmp_path):
+def test_a_response_can_be_stopped(target, tmp_path):
     opened = load_target(target)
     save_head(make_head(opened, "mtp", {}), tmp_path / "head", HeadMeta(target=opened.name))
     fuse(str(target), tmp_path / "head", tmp_path / "fused")

@@ -1,11 +1,12 @@
-"""Answers as a production engine's server does: the same tokens always, and counters of drafts.
+"""A stand-in for another engine's server: fixed responses, and counters of drafts.
 
-    python stub_engine.py vllm|llama.cpp ANSWERS.json [--wrong] [--drafts] [--slow] [--deaf]
+    python stub_engine.py vllm|llama.cpp RESPONSES.json [--wrong] [--drafts] [--slow] [--deaf]
         --host H --port P
 
-ANSWERS.json: pairs of a prompt and its answer. --drafts counts three passes for each answer, of
-which all, two and one brought the first, second and third guess. --wrong gives other tokens. --slow
-takes a minute for an answer. --deaf does not end when it is told to, for as long.
+RESPONSES.json: pairs of a prompt and its response.
+--drafts: count three drafts per response; all three accept their first draft token, two the second
+and one the third. --wrong: respond with other tokens. --slow: take a minute per response. --deaf:
+ignore SIGTERM for a minute.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from pathlib import Path
 
 
 class Handler(BaseHTTPRequestHandler):
-    answered = 0
+    responded = 0
 
     def do_GET(self) -> None:
         if self.path == "/metrics":
-            self._reply(metrics(sys.argv[1].replace(".", ""), Handler.answered))
+            self._reply(metrics(sys.argv[1].replace(".", ""), Handler.responded))
         elif self.path in ("/health", "/version", "/props"):
             self._reply(json.dumps({"version": "stub", "build_info": "stub"}))
         else:
@@ -33,15 +34,17 @@ class Handler(BaseHTTPRequestHandler):
         if "--slow" in sys.argv:
             time.sleep(60)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answers = {tuple(prompt): answer for prompt, answer in json.loads(ANSWERS.read_text())}
+        responses = {
+            tuple(prompt): response for prompt, response in json.loads(RESPONSES.read_text())
+        }
         assert body["temperature"] == 0
         if self.path == "/v1/completions":  # vLLM's
             assert body["model"] == "served" and body["return_token_ids"]
-            tokens = answers[tuple(body["prompt"])][: body["max_tokens"]]
+            tokens = responses[tuple(body["prompt"])][: body["max_tokens"]]
         else:
             assert self.path == "/completion" and body["return_tokens"]
-            tokens = answers[tuple(body["prompt"])][: body["n_predict"]]
-        Handler.answered += 1
+            tokens = responses[tuple(body["prompt"])][: body["n_predict"]]
+        Handler.responded += 1
         tokens = [token + ("--wrong" in sys.argv) for token in tokens]
         choice = {"token_ids": tokens}
         self._reply(json.dumps({"choices": [choice], "tokens": tokens}))
@@ -55,22 +58,22 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def metrics(name: str, answered: int) -> str:
+def metrics(name: str, responded: int) -> str:
     if "--drafts" not in sys.argv:
         return f"# nothing\n{name}:other_total 3\n"
-    lines = [f'{name}:spec_decode_num_drafts_total{{model_name="x"}} {3.0 * answered}']
+    lines = [f'{name}:spec_decode_num_drafts_total{{model_name="x"}} {3.0 * responded}']
     for position in range(3):
         labels = f'model_name="x",position="{position}"'
-        came = float((3 - position) * answered)
+        accepted = float((3 - position) * responded)
         lines.append(
-            f"{name}:spec_decode_num_accepted_tokens_per_pos_total{{{labels}}} {came}\n"
+            f"{name}:spec_decode_num_accepted_tokens_per_pos_total{{{labels}}} {accepted}\n"
             f"{name}:spec_decode_num_accepted_tokens_per_pos_created{{{labels}}} 1.7e+09"
         )
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    ANSWERS = Path(sys.argv[2])
+    RESPONSES = Path(sys.argv[2])
     if "--deaf" in sys.argv:
         signal.signal(signal.SIGTERM, lambda *_: time.sleep(60))
     port = int(sys.argv[sys.argv.index("--port") + 1])

@@ -107,24 +107,24 @@ def test_a_slurm_job_saves_goes_back_into_the_queue_and_goes_on(tmp_path):
         assert job.poll() is None and time.monotonic() < deadline, job.communicate()
         time.sleep(0.02)
     os.kill(int((tmp_path / "srun").read_text()), signal.SIGTERM)
-    _, told = job.communicate(timeout=60)
-    assert job.returncode == 0, told
+    _, output = job.communicate(timeout=60)
+    assert job.returncode == 0, output
     assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
-    assert "Traceback" not in told
+    assert "Traceback" not in output
     stopped = state(tmp_path)["step"]
     assert 3 <= stopped < steps
 
     environment["MASTER_PORT"] = str(free_port())
     job = start()
-    _, told = job.communicate(timeout=120)
-    assert job.returncode == 0, told
+    _, output = job.communicate(timeout=120)
+    assert job.returncode == 0, output
     assert state(tmp_path)["step"] == steps == steps_done(tmp_path)
     assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
     assert not list(tmp_path.glob(".headstart*"))
 
     job = start("train.lr=nothing")  # a mistake is no reason to try again
-    _, told = job.communicate(timeout=120)
-    assert job.returncode != 0 and "train.lr" in told
+    _, output = job.communicate(timeout=120)
+    assert job.returncode != 0 and "train.lr" in output
     assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
 
 
@@ -145,7 +145,7 @@ def test_machines_without_a_cluster_manager(tmp_path):
         for node in range(2)
     ]
     for node in nodes:
-        _, told = node.communicate(timeout=120)
-        assert node.returncode == 0, told[-3000:]
+        _, output = node.communicate(timeout=120)
+        assert node.returncode == 0, output[-3000:]
     assert state(tmp_path)["step"] == 4
     assert state(tmp_path)["recipe"]["parallel"]["engine"] == "zero1"

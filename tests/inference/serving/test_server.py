@@ -71,17 +71,17 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[[Served], None]:
 def test_chat(served: Served) -> None:
     ids = served.ids("tell me")
     expected = served.tokens(ids)
-    said: Any = served.client.chat.completions.create(
+    response: Any = served.client.chat.completions.create(
         **request_body(messages=[{"role": "user", "content": "tell me"}]),
         temperature=0,
         max_completion_tokens=TOKENS,
     )
-    (choice,) = said.choices
+    (choice,) = response.choices
     assert choice.message.content == served.offline.target.text(expected)
     assert choice.message.role == "assistant"
     ended = expected[-1] in served.offline.target.eos_ids
     assert choice.finish_reason == ("stop" if ended else "length")
-    usage = said.usage
+    usage = response.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(ids), len(expected))
     assert usage.total_tokens == len(ids) + len(expected)
     # A tree has more draft tokens than a path can accept.
@@ -130,7 +130,7 @@ def test_completions_of_text_and_of_token_ids(served: Served) -> None:
 def test_a_seed_gives_the_tokens_of_generate(served: Served) -> None:
     create: Any = served.client.completions.create
 
-    def said(**more: Any) -> str:
+    def completed(**more: Any) -> str:
         given = {"model": "tiny", "prompt": "once", "temperature": 0.9, "top_p": 0.95}
         return create(**given, max_tokens=24, **more).choices[0].text
 
@@ -138,10 +138,12 @@ def test_a_seed_gives_the_tokens_of_generate(served: Served) -> None:
     sampling = {"do_sample": True, "temperature": 0.9, "top_p": 0.95, "top_k": 0}
     for seed in (5, -7):
         assert (
-            said(seed=seed) == said(seed=seed) == served.text(ids, count=24, seed=seed, **sampling)
+            completed(seed=seed)
+            == completed(seed=seed)
+            == served.text(ids, count=24, seed=seed, **sampling)
         )
-    assert said(seed=5) != said(seed=6)
-    assert said() != said()
+    assert completed(seed=5) != completed(seed=6)
+    assert completed() != completed()
 
 
 def test_stop_strings_are_never_sent(served: Served) -> None:
@@ -202,9 +204,9 @@ WRONG: list[tuple[dict[str, Any], int, str | None]] = [
 def test_unsupported_parameters_are_refused_by_name(
     served: Served, given: dict[str, Any], status: int, param: str | None
 ) -> None:
-    said = served.post(**given)
-    error = said.json()["error"]
-    assert (said.status_code, error["param"]) == (status, param), error
+    response = served.post(**given)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (status, param), error
     assert error["message"] and error["type"] == "invalid_request_error"
 
 
@@ -217,7 +219,7 @@ def test_neutral_values_are_accepted(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (b"{oops", "no valid JSON"),
         (b"[]", "no JSON object"),
@@ -226,10 +228,10 @@ def test_neutral_values_are_accepted(served: Served) -> None:
         (b"[" * 9999, ""),
     ],
 )
-def test_malformed_bodies(served: Served, body: bytes, said: str) -> None:
+def test_malformed_bodies(served: Served, body: bytes, message: str) -> None:
     headers = {"Content-Type": "application/json"}
-    answer = httpx.post(f"{served.address}/v1/completions", content=body, headers=headers)
-    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
+    response = httpx.post(f"{served.address}/v1/completions", content=body, headers=headers)
+    assert response.status_code == 400 and message in response.json()["error"]["message"]
 
 
 def test_invalid_prompts(served: Served) -> None:
@@ -237,8 +239,8 @@ def test_invalid_prompts(served: Served) -> None:
         body = {"model": "tiny", "prompt": prompt}
         content = json.dumps(body)
         headers = {"Content-Type": "application/json"}
-        answer = httpx.post(f"{served.address}/v1/completions", content=content, headers=headers)
-        assert answer.status_code == 400 and answer.json()["error"]["message"]
+        response = httpx.post(f"{served.address}/v1/completions", content=content, headers=headers)
+        assert response.status_code == 400 and response.json()["error"]["message"]
 
 
 def test_large_requests_are_refused(served: Served) -> None:
@@ -287,8 +289,8 @@ def test_a_disconnect_ends_the_request(served: Served, slow: Callable[[Served], 
     slow(served)
     before = served.metric("generation_tokens_total"), served.metric("client_disconnects_total")
     address = f"{served.address}/v1/chat/completions"
-    with httpx.stream("POST", address, json=request_body(max_tokens=200, stream=True)) as answer:
-        next(answer.iter_lines())
+    with httpx.stream("POST", address, json=request_body(max_tokens=200, stream=True)) as response:
+        next(response.iter_lines())
     with pytest.raises(httpx.ReadTimeout):  # and without a stream
         httpx.post(address, json=request_body(max_tokens=200), timeout=0.5)
     wait_until(
@@ -314,8 +316,8 @@ def test_nothing_of_a_request_is_kept(served: Served, monkeypatch: pytest.Monkey
         monkeypatch.setattr(kind, "__init__", init)
     served.post(max_tokens=8)
     address = f"{served.address}/v1/chat/completions"
-    with httpx.stream("POST", address, json=request_body(max_tokens=200, stream=True)) as answer:
-        next(answer.iter_lines())
+    with httpx.stream("POST", address, json=request_body(max_tokens=200, stream=True)) as response:
+        next(response.iter_lines())
     wait_until(lambda: served.metric("num_requests_running") == 0)
     wait_until(lambda: gc.collect() >= 0 and not alive)
     assert set(made) == {"Request", "TextStream", "KVCache"}
@@ -347,7 +349,7 @@ def test_key_queue_and_shutdown(narrow: Served, slow: Callable[[Served], None]) 
     def ask(tokens: int) -> None:
         try:
             narrow.client.chat.completions.create(**request_body(max_tokens=tokens, temperature=0))
-            statuses.put("answered")
+            statuses.put("completed")
         except APIStatusError as error:
             statuses.put(error.status_code)
 
@@ -364,7 +366,7 @@ def test_key_queue_and_shutdown(narrow: Served, slow: Callable[[Served], None]) 
     with pytest.raises(APIStatusError) as ending:
         narrow.client.chat.completions.create(**request_body())
     assert ending.value.status_code == 503
-    assert statuses.get(timeout=10) == "answered"  # the running request
+    assert statuses.get(timeout=10) == "completed"  # the running request
     for thread in threads:
         thread.join(10)
 
@@ -381,7 +383,7 @@ def test_print_shows_the_command_of_other_engines(tmp_path: Path, window: int | 
     fuse(tmp_path / "plain", tmp_path / "head", tmp_path / "a b")
     folder = tmp_path / "a b"
     if window is not None:
-        assert "has a window" in refused("serve", folder, "--print", "vllm")
+        assert "attention window" in refused("serve", folder, "--print", "vllm")
         return
     drafting = (
         f'{{"method": "eagle3", "model": "{folder}/draft_heads", "num_speculative_tokens": 4}}'

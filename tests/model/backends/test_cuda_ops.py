@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headstart.inference.config import SamplingParams, SpeculativeConfig
 from headstart.inference.engine.loop import decode
-from headstart.inference.tree_policy.defaults import clamp_to_head
 from headstart.model.backends import cuda_ops, select
 from headstart.model.backends.cuda_ops import TritonOps
 from headstart.model.backends.linear import FusedLinear
@@ -195,17 +194,16 @@ def test_a_whole_decode(family: str, kind: str, shape: str) -> None:
     ids_BT, mask_BT = torch.stack(prompts([11, 11])), torch.ones(2, 11, dtype=torch.int64)
     mask_BT[1, :4] = 0
     sampling = SamplingParams(9)
-    told = answers(decode(target, ids_BT, mask_BT, sampling=sampling), 2)
+    expected = answers(decode(target, ids_BT, mask_BT, sampling=sampling), 2)
     head = make_head(target, kind, {})
     head.init_from_target()
     head = head.for_decoding(target)
     head.use_ops(OPS)
-    tree = clamp_to_head(SHAPES[shape], head)
-    config = SpeculativeConfig(head, tree)
+    config = SpeculativeConfig(head, SHAPES[shape])
     steps = decode(target, ids_BT, mask_BT, sampling=sampling, speculative=config)
-    assert answers(steps, 2) == told
+    assert answers(steps, 2) == expected
     target.backend = None  # and what its modules say
-    assert answers(decode(target, ids_BT, mask_BT, sampling=sampling), 2) == told
+    assert answers(decode(target, ids_BT, mask_BT, sampling=sampling), 2) == expected
 
 
 def test_kernels_are_told_apart_by_their_hash(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,14 +45,14 @@ RESPONSES = [[11, 12, 13, 2], [14, 15, 16, 17]]
 
 
 @pytest.fixture
-def answers(tmp_path: Path) -> Path:
-    file = tmp_path / "answers.json"
+def responses(tmp_path: Path) -> Path:
+    file = tmp_path / "responses.json"
     file.write_text(json.dumps(list(zip(PROMPTS, RESPONSES, strict=True))))
     return file
 
 
-def stub(dialect: str, answers: Path, *more: str) -> list[str]:
-    return [sys.executable, str(STUB), dialect, str(answers), *more]
+def stub(dialect: str, responses: Path, *more: str) -> list[str]:
+    return [sys.executable, str(STUB), dialect, str(responses), *more]
 
 
 def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
@@ -60,11 +60,11 @@ def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "llama.cpp"])
-def test_the_report(dialect, answers, tmp_path, capsys):
+def test_the_report(dialect, responses, tmp_path, capsys):
     ours = [[11, 12, 13], [14, 15, 16, 18]]  # without its end; different
     expected = Expected({"steps": 3}, PROMPTS, ours, [0.9, 0.7, 0.3], 2.8, frozenset({2}))
     commands = Commands(
-        dialect, stub(dialect, answers), stub(dialect, answers, "--drafts"), {"A": "b"}
+        dialect, stub(dialect, responses), stub(dialect, responses, "--drafts"), {"A": "b"}
     )
     compare(commands, expected, 4, tmp_path, {"form": "fused"})
     report = reported(capsys)
@@ -79,17 +79,17 @@ def test_the_report(dialect, answers, tmp_path, capsys):
     assert report["engine_version"] == "stub" and report["speedup"] > 0
 
 
-def test_different_responses_are_reported(answers, tmp_path, capsys):
+def test_different_responses_are_reported(responses, tmp_path, capsys):
     expected = Expected({}, PROMPTS, RESPONSES, [1, 0.6, 0.3], 2.9, frozenset({2}))
-    plain, wrong = stub("vllm", answers), stub("vllm", answers, "--drafts", "--wrong")
+    plain, wrong = stub("vllm", responses), stub("vllm", responses, "--drafts", "--wrong")
     compare(Commands("vllm", plain, wrong, {}), expected, 4, tmp_path, {})
     report = reported(capsys)
     assert report["identical_with_and_without_head"] == report["identical_to_headstart"] == 0
 
 
-def test_an_engine_that_does_not_draft(answers, tmp_path):
+def test_an_engine_that_does_not_draft(responses, tmp_path):
     expected = Expected({}, PROMPTS, RESPONSES, [1, 0.6, 0.3], 2.9, frozenset({2}))
-    plain = stub("vllm", answers)
+    plain = stub("vllm", responses)
     with pytest.raises(ValueError, match="counted no drafts"):
         compare(Commands("vllm", plain, plain, {}), expected, 4, tmp_path, {})
 
@@ -101,10 +101,10 @@ def test_an_engine_that_does_not_start(tmp_path):
             pass
 
 
-def test_an_engine_that_hangs_is_ended(answers, tmp_path, monkeypatch):
+def test_an_engine_that_hangs_is_ended(responses, tmp_path, monkeypatch):
     monkeypatch.setattr(engine_server, "RESPONSE_SECONDS", 0.5)
     monkeypatch.setattr(engine_server, "STOP_SECONDS", 0.5)
-    began, command = time.monotonic(), stub("vllm", answers, "--slow", "--deaf")
+    began, command = time.monotonic(), stub("vllm", responses, "--slow", "--deaf")
     with (
         pytest.raises(ValueError, match=r"does not respond any more.*--logs"),
         running("vllm", "served", command, {}, tmp_path / "log") as server,
@@ -113,20 +113,20 @@ def test_an_engine_that_hangs_is_ended(answers, tmp_path, monkeypatch):
     assert time.monotonic() - began < 30
 
 
-def test_an_engine_that_ends_between_responses(answers, tmp_path):
-    with running("vllm", "served", stub("vllm", answers), {}, tmp_path / "log") as server:
+def test_an_engine_that_ends_between_responses(responses, tmp_path):
+    with running("vllm", "served", stub("vllm", responses), {}, tmp_path / "log") as server:
         server.generate(PROMPTS[0], 4)
     with pytest.raises(ValueError, match="does not respond any more"):
         server.generate(PROMPTS[0], 4)
 
 
-def test_no_proxy_is_used_for_this_machine(answers, tmp_path, monkeypatch):
+def test_no_proxy_is_used_for_this_machine(responses, tmp_path, monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setattr("urllib.request._opener", None)  # one that knows the environment of before
     monkeypatch.setattr(engine_server, "START_SECONDS", 10)
-    with running("vllm", "served", stub("vllm", answers), {}, tmp_path / "log") as server:
+    with running("vllm", "served", stub("vllm", responses), {}, tmp_path / "log") as server:
         assert server.generate(PROMPTS[0], 4)[0] == RESPONSES[0]
 
 
@@ -266,7 +266,7 @@ def test_a_layer_of_the_targets_own_in_vllm(tmp_path, capsys):
     adopt(root, tmp_path / "adopted")
     target = load_target(root)
     texts, _ = read_prompts([str(shipped_prompts("train"))])
-    file = tmp_path / "answers.jsonl"
+    file = tmp_path / "responses.jsonl"
     write_responses(target, texts[:96], SamplingParams(max_new_tokens=64), file, batch_size=48)
     values = {
         "target": {"name": str(root)},

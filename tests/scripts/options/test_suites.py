@@ -40,7 +40,7 @@ def test_context_fills_prompts_up(opened: Opened, suites: Suites) -> None:
     target, _ = opened
     suite = read_suite(str(suites[0]))
     (as_they_are, _), (filled, left) = (
-        make_cases(suite, target, context=size, room=16) for size in (None, 200)
+        make_cases(suite, target, context=size, max_new_tokens=16) for size in (None, 200)
     )
     assert left == 0 and max(len(case.tokens) for case in as_they_are) < 100
     for before, after in zip(as_they_are, filled, strict=True):
@@ -48,15 +48,15 @@ def test_context_fills_prompts_up(opened: Opened, suites: Suites) -> None:
         asked = target.text(before.tokens).removeprefix("user\n")
         assert target.text(after.tokens).endswith(asked)
     assert len({case.tokens[:60] for case in filled}) == len(filled)  # other text each
-    assert make_cases(suite, target, context=10, room=16)[0] == as_they_are
+    assert make_cases(suite, target, context=10, max_new_tokens=16)[0] == as_they_are
 
 
 def test_prompts_without_room(opened: Opened, suites: Suites) -> None:
     target, _ = opened
     suite = read_suite(str(suites[0]))
-    everything, _ = make_cases(suite, target, context=None, room=1)
+    everything, _ = make_cases(suite, target, context=None, max_new_tokens=1)
     second = sorted(len(case.tokens) for case in everything)[1]
-    cases, left = make_cases(suite, target, context=None, room=512 - second)
+    cases, left = make_cases(suite, target, context=None, max_new_tokens=512 - second)
     assert (len(cases), left) == (2, 3)
     with pytest.raises(ValueError, match="room for 512 new tokens"):
-        make_cases(Suite("talk", suite.prompts), target, context=None, room=512)
+        make_cases(Suite("talk", suite.prompts), target, context=None, max_new_tokens=512)
