@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from headstart.model.heads.common.autoregressive import AutoregressiveHead, AutoregressiveConfig
+from headstart.model.heads.common.autoregressive import AutoregressiveConfig, AutoregressiveHead
 from headstart.model.heads.common.borrow import copy_final_norm, layer_sizes
 from headstart.model.heads.common.layers import MLP, Attend, Attention, LayerConfig, RMSNorm
 from headstart.model.target.output import TargetOutput

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from headstart.model.heads.common.autoregressive import AutoregressiveHead, AutoregressiveConfig
+from headstart.model.heads.common.autoregressive import AutoregressiveConfig, AutoregressiveHead
 from headstart.model.heads.common.borrow import copy_final_norm, copy_last_layer, layer_sizes
 from headstart.model.heads.common.layers import (
     MLP,
