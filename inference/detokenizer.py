@@ -1,8 +1,8 @@
-"""The text of an answer while its tokens come: no half characters, and no stop strings.
+"""Turn tokens into text as they come: no broken characters, and no stop strings.
 
-Why not `tokenizers.decoders.DecodeStream` (0.23), which does the first half: it gives nothing of a
-character that is unfinished when the text ends; it raises "Invalid prefix encountered" where a
-tokenizer with byte fallback (Llama 2, Gemma) meets a stray byte behind a character of bytes, as in
+Why not `tokenizers.decoders.DecodeStream` (0.23), which does the first half: it returns nothing of
+a character that is incomplete when the response ends; it raises "Invalid prefix encountered" where
+a tokenizer with byte fallback (Llama 2, Gemma) meets a stray byte after a character of bytes, as in
 <0xC3> <0xA9> <0xA9> b; and it takes no tokenizers written in Python.
 """
 
@@ -12,48 +12,50 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from headstart.model.target.target import Target
 
-BROKEN = "\ufffd"  # what a tokenizer writes for an unfinished character
-CONTEXT = 32  # tokens that are read again before new ones, which may depend on them
+BROKEN = "\ufffd"  # what a tokenizer writes for an incomplete character
+CONTEXT = 32  # tokens that are decoded again with new ones, whose text may depend on them
 
 
 class TextStream:
     """Turns tokens into pieces of text, which joined are the text of all tokens.
 
-    (But for stray bytes of a tokenizer with byte fallback, which would change characters before
-    them that were shown: those stay.)
+    (Except for stray bytes of a tokenizer with byte fallback, which would change characters before
+    them that were returned already: those stay.)
 
-    A character can be spread over several tokens, so text is held back while it ends in a broken
-    one. So is text that could be the beginning of a stop string. Of several stop strings the one
-    that is complete first ends the text, which does not depend on how many tokens come at a time.
-    count: tokens up to the end of the text. stopped: whether a stop string ended it.
+    A character can span several tokens, so text is held back while it ends in a broken one. So is
+    text that could be the beginning of a stop string. The stop string that is complete first ends
+    the text, however many tokens come at a time.
+
+    count: tokens up to the end of the text.
+    stopped: whether a stop string ended it.
     """
 
     def __init__(self, target: Target, stop: Sequence[str] = ()):
         self.count, self.stopped = 0, False
         self._target, self._stop = target, tuple(stop)
-        self._tokens: list[int] = []  # the last ones only, so that long answers stay cheap
-        self._known = 0  # characters of their text that were seen
-        self._held = ""  # seen, but perhaps the beginning of a stop string
+        self._tokens: list[int] = []  # the last ones only, so that long responses stay cheap
+        self._known = 0  # characters of their text that were handled
+        self._held = ""  # handled, but perhaps the beginning of a stop string
         self._broken = False
 
     @property
     def waiting(self) -> bool:
-        """Whether there is text that was not given yet."""
+        """Whether text is held back."""
         return self._broken or bool(self._held)
 
     def add(self, tokens: Sequence[int]) -> str:
-        """What can be shown now. Tokens behind a stop string are left out."""
+        """The text that can be shown now. Tokens after a stop string are ignored."""
         if not self._stop:
-            return self._grown(tokens)
+            return self._extended(tokens)
         piece = ""
         for token in tokens:
             if self.stopped:
                 break
-            piece += self._grown([token])
+            piece += self._extended([token])
         return piece
 
     def end(self) -> str:
-        """What is left when no more tokens come."""
+        """The text that is held back when no more tokens come."""
         piece = self._released(self._text()[self._known :])
         rest, self._held, self._broken = self._held, "", False
         self._tokens, self._known = [], 0
@@ -62,7 +64,7 @@ class TextStream:
     def _text(self) -> str:
         return self._target.text(self._tokens)
 
-    def _grown(self, tokens: Sequence[int]) -> str:
+    def _extended(self, tokens: Sequence[int]) -> str:
         self.count += len(tokens)
         self._tokens += tokens
         text = self._text()
@@ -89,7 +91,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of a text may be the beginning of a stop string."""
+    """How many characters at the end of a text can be the beginning of a stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 

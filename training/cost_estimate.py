@@ -1,8 +1,8 @@
-"""What a training run will take, worked out before anything is started.
+"""Estimate memory and arithmetic of a training run before it starts.
 
-Memory is counted from the shapes of target and head, which are built without weights; what the head
-keeps for its backward pass is what autograd saves on such a head. Time follows from the arithmetic
-and the part of a GPU's peak that is reached, which is an assumption and can be given.
+Memory is counted from the shapes of target and head, which are built without weights; activations
+are those that autograd saves on such a head. Time follows from the arithmetic and the share of a
+GPU's peak that is reached, which is an assumption and can be set.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from headstart.model.target.weight_only import Kind as WeightOnly
 from headstart.training.config.schema import Recipe
 from headstart.training.objective.losses import chunk_rows, wide_numbers
 
-SAMPLE = 16  # tokens that the head is built up for: so few that attention weighs nothing
-FULL = 4  # bytes of the head's weights, gradients and moments
-CONTEXT_GB = 0.8  # what CUDA and its libraries take on every GPU
-SLACK = 1.1  # of the allocator
-ATTENTION_COPIES = 2.5  # of the scores of a chunk, in the backward pass
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call them
-PARTS = {  # of the head, by engine: what lies in parts on all processes
+SAMPLE = 16  # tokens of the measured forward pass: too few for attention to matter
+FULL = 4  # bytes per number of the head's weights, gradients and moments
+CONTEXT_GB = 0.8  # CUDA and its libraries on every GPU
+SLACK = 1.1  # factor for the allocator
+ATTENTION_COPIES = 2.5  # copies of a chunk's attention scores in the backward pass
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # keys in configurations
+SHARDED = {  # tensors of the head that each engine shards
     "ddp": (),
     "fsdp2": ("weights", "gradients", "optimizer"),
     "zero1": ("optimizer",),
@@ -42,9 +42,9 @@ PARTS = {  # of the head, by engine: what lies in parts on all processes
 
 @dataclass(frozen=True)
 class GPU:
-    """memory_gb: what there is. tflops: dense bfloat16, by NVIDIA's data sheets.
+    """A kind of GPU. tflops: peak in dense bfloat16, by NVIDIA's data sheets.
 
-    names: what CUDA calls it. Variants with another peak (PCIe, NVL, parts of a GPU) have others.
+    names: in CUDA. Variants with another peak (PCIe, NVL, parts of a GPU) have other names.
     """
 
     memory_gb: float
@@ -63,21 +63,21 @@ GPUS = {
 
 
 def memory(recipe: Recipe, target: Target, head: DraftHead, processes: int) -> dict[str, float]:
-    """Bytes on each of the GPUs by what they are for, at the worst moment of a step.
+    """Return bytes per GPU by purpose, at the peak of a step.
 
-    target, head: without weights (on the meta device). `parallel.engine` has to be resolved.
+    target, head: without weights (on the meta device). `parallel.engine` must be resolved.
     """
     width = _bytes(recipe)
     tokens = max(recipe.data.global_batch_tokens / processes, recipe.data.max_length)
-    # Where all processes compute every layer together, each reads the whole batch.
+    # With tensor parallelism every process runs the global batch.
     together = recipe.parallel.target == "tensor_parallel"
-    read = max(recipe.data.global_batch_tokens, tokens) if together else tokens
-    spread = PARTS[recipe.parallel.engine]
+    forward_tokens = max(recipe.data.global_batch_tokens, tokens) if together else tokens
+    sharded = SHARDED[recipe.parallel.engine]
     numbers = sum(one.numel() for one in head.parameters())
     moments = _moments(recipe, head)
     head_parts = {"weights": numbers, "gradients": numbers, "optimizer": moments}
     found = {
-        f"head: {name}": FULL * count / (processes if name in spread else 1)
+        f"head: {name}": FULL * count / (processes if name in sharded else 1)
         for name, count in head_parts.items()
     }
     if width < FULL:  # autocast keeps a copy of the weights for the step
@@ -87,27 +87,27 @@ def memory(recipe: Recipe, target: Target, head: DraftHead, processes: int) -> d
         head, recipe, recompute=recipe.loss.recompute
     )
     found["target: weights"] = _target_bytes(recipe, target, processes, width)
-    # Of the whole batch, and our rows of it while both are there.
-    rows_seen = read + tokens if together else tokens
-    found["target: features"] = rows_seen * (len(head.taps) + 1) * target.hidden_size * width
+    # Of the global batch, and of this rank's part while both exist.
+    tokens_held = forward_tokens + tokens if together else tokens
+    found["target: features"] = tokens_held * (len(head.taps) + 1) * target.hidden_size * width
     scores = 2 * FULL * recipe.data.max_length * getattr(target.config, "index_n_heads", 0)
-    found["target: one layer at work"] = read * (width * _widest(target) + scores)
+    found["target: one layer at work"] = forward_tokens * (width * _widest(target) + scores)
     rows = min(recipe.loss.chunk_rows or chunk_rows(head, True), tokens)
-    # The logits come before the backward pass, the head's attention is worked out within it.
+    # Logits exist before the backward pass, the head's attention within it.
     found["logits, or a step going backward"] = max(rows * FULL * wide_numbers(head), at_work)
     found["gradient of the logits' input"] = tokens * recipe.loss.steps * target.hidden_size * width
     if recipe.joint is None:
         return found
     adapters, kept, again = _joint(recipe, target, width)
     found["adapters"], found["target: kept for the backward pass"] = adapters, tokens * kept
-    # The target goes backward behind the head.
+    # The target's backward pass follows the head's.
     backward = "logits, or a step going backward"
     return found | {backward: max(found[backward], tokens * again)}
 
 
 def _joint(recipe: Recipe, target: Target, width: int) -> tuple[float, float, float]:
-    """Bytes where the target learns along: of the adapters with their gradients and moments, of
-    what its layers keep of a token for the backward pass, and of what is worked out again there."""
+    """Return bytes of joint training: of the adapters with gradients and moments, of a token's
+    activations in the target's layers, and of those that the backward pass recomputes."""
     config, layers = recipe.joint, len(target.layers)
     assert config is not None
     target.model.to(_dtype(width))
@@ -117,9 +117,9 @@ def _joint(recipe: Recipe, target: Target, width: int) -> tuple[float, float, fl
     lengths_1 = torch.full((1,), SAMPLE, device="meta")
     weights = [one.untyped_storage()._cdata for one in target.model.parameters()]
     with _saved(weights) as kept:
-        seen = target.forward_train(ids_1T, lengths_1)
+        output = target.forward_train(ids_1T, lengths_1)
     per_token = sum(kept.values()) / SAMPLE
-    del seen  # the graph, and with it what is kept, lived until here
+    del output  # keeps the graph and its activations alive until here
     wrapped.unload()
     if not recipe.loss.recompute:
         return 4.0 * FULL * adapters, per_token, 0.0
@@ -132,12 +132,12 @@ def total_gb(parts: Mapping[str, float]) -> float:
 
 
 def flops_per_token(recipe: Recipe, target: Target, head: DraftHead) -> float:
-    """Of one token of the data, as if every one were to be predicted: an upper end."""
+    """Return FLOP per token of the data, as if every token were a label: an upper bound."""
     return sum(_flops(recipe, target, head, passes=4 if recipe.loss.recompute else 3))
 
 
 def _flops(recipe: Recipe, target: Target, head: DraftHead, *, passes: int) -> tuple[float, float]:
-    """Of a token, and what comes on top where it is to be predicted. passes: of the head."""
+    """Return FLOP of a token, and the additional FLOP of a label. passes: over the head."""
     steps = recipe.loss.steps
     layers = 0 if recipe.data.features is not None else _active(target)
     if recipe.joint is not None:  # the original, the changed one, and the gradient of its input
@@ -150,8 +150,8 @@ def _flops(recipe: Recipe, target: Target, head: DraftHead, *, passes: int) -> t
 
 
 def peak(recipe: Recipe, target: Target) -> float | None:
-    """FLOP per second that this GPU can do at most; None where that is not known: on a CPU, on a
-    GPU that is not in `GPUS`, and where target or head compute in float32. The precision has to be
+    """Return the peak FLOP per second of this GPU, or None where it is not known: on a CPU, on a
+    GPU that is not in `GPUS`, and where target or head compute in float32. The precision must be
     resolved."""
     halves = target.dtype in (torch.bfloat16, torch.float16)
     if target.device.type != "cuda" or not halves or recipe.train.precision != "bfloat16":
@@ -184,38 +184,39 @@ class Throughput:
 
 
 def _attention(recipe: Recipe, head: DraftHead, tokens: float) -> tuple[float, float]:
-    """Bytes of what grows with the square of the length in the later steps of the `append` layout:
-    kept until the backward pass, and at work in it; with what is worked out again there."""
+    """Return bytes that grow with the square of the length, in later steps of the `append` layout:
+    activations kept for the backward pass, and the peak within it with recomputation."""
     steps, recompute = recipe.loss.steps, recipe.loss.recompute
-    again = tokens * kept_per_token(head, recipe, recompute=False) / steps if recompute else 0.0
+    per_token = kept_per_token(head, recipe, recompute=False)
+    recomputed = tokens * per_token / steps if recompute else 0.0
     if getattr(head, "attention_layout", None) != "append" or steps == 1:
-        return 0.0, again
+        return 0.0, recomputed
     length, heads = recipe.data.max_length, head.config.layer.num_attention_heads  # type: ignore[attr-defined]
     chunk = tokens / length * heads * min(length, QUERY_CHUNK) * (length + steps) * FULL
-    kept = chunk if length <= QUERY_CHUNK else 0.0  # longer ones are worked out again anyhow
-    at_work = ATTENTION_COPIES * chunk + again + (kept if recompute else 0.0)
+    kept = chunk if length <= QUERY_CHUNK else 0.0  # longer ones are always recomputed
+    at_work = ATTENTION_COPIES * chunk + recomputed + (kept if recompute else 0.0)
     return (0.0 if recompute else (steps - 1) * kept), at_work
 
 
 def kept_per_token(head: DraftHead, recipe: Recipe, *, recompute: bool) -> float:
-    """Bytes that autograd keeps of one token in all steps of the head's training computation."""
+    """Return the bytes of activations that autograd keeps per token, over all draft steps."""
     target = head.target
     head.recompute = recompute
     tokens_1T = torch.zeros(1, SAMPLE, dtype=torch.long, device="meta")
     dtype = _dtype(2 if recipe.train.precision == "bfloat16" else 4)
     shape = (1, SAMPLE, target.hidden_size)
     features = [torch.zeros(shape, dtype=dtype, device="meta") for _ in range(len(head.taps) + 1)]
-    seen = TargetOutput(None, features[-1], dict(zip(head.taps, features, strict=False)))
+    output = TargetOutput(None, features[-1], dict(zip(head.taps, features, strict=False)))
     weights = [one.untyped_storage()._cdata for one in head.to(dtype).parameters()]
     with _saved(weights) as kept:
-        hidden = head.unroll(seen, tokens_1T, recipe.loss.steps)
-    assert hidden  # the graph, and with it what is kept, lives until here
+        hidden = head.unroll(output, tokens_1T, recipe.loss.steps)
+    assert hidden  # keeps the graph and its activations alive until here
     return sum(kept.values()) / SAMPLE
 
 
 @contextmanager
 def _saved(weights: Iterable[int]) -> Iterator[dict[int, int]]:
-    """Bytes by storage of what autograd keeps within, without what is there anyhow (`weights`)."""
+    """Record the bytes that autograd keeps, by storage. weights: storages to leave out."""
     kept: dict[int, int] = {}
     there = set(weights)
 
@@ -230,7 +231,7 @@ def _saved(weights: Iterable[int]) -> Iterator[dict[int, int]]:
 
 
 def _moments(recipe: Recipe, head: DraftHead) -> int:
-    """Numbers that the optimizer keeps: two per weight, and one for a matrix of Muon."""
+    """Return the numbers of optimizer state: two per weight, one for a matrix of Muon."""
     muon = recipe.train.optimizer == "muon"
     return sum(one.numel() * (1 if muon and one.dim() == 2 else 2) for one in head.parameters())
 
@@ -240,7 +241,7 @@ def _dtype(width: int) -> torch.dtype:
 
 
 def _bytes(recipe: Recipe) -> int:
-    """Of a number of the target."""
+    """Return the bytes of a number of the target."""
     known = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
     return known[recipe.target.dtype]
 
@@ -251,16 +252,16 @@ def _target_bytes(recipe: Recipe, target: Target, processes: int, width: int) ->
         return _held_bytes(target, recipe.target.quantize, width)
     if recipe.parallel.target == "replicated":
         return float(width * whole)
-    if recipe.parallel.target == "tensor_parallel":  # norms stay whole, which weigh nothing
+    if recipe.parallel.target == "tensor_parallel":  # norms are replicated; they are small
         return width * (whole - _matrices(target) * (1 - 1 / processes))
     layers = [sum(one.numel() for one in layer.parameters()) for layer in target.layers]
-    # Two are whole at a time: the one at work, and the next.
+    # Two layers are gathered at a time: the one that runs, and the next.
     return width * (whole - sum(layers) * (1 - 1 / processes) + 2 * max(layers))
 
 
 def _held_bytes(target: Target, kind: WeightOnly, width: int) -> float:
-    """Of a target with quantised layers, and of the largest weight in its own type: one at a time
-    is put back into it."""
+    """Return the bytes of a quantized target and of its largest weight in full precision: one at a
+    time is dequantized."""
     whole = sum(one.numel() for one in target.model.parameters())
     matrices = _matrices(target)
     largest = max(one.numel() for one in target.layers.parameters())
@@ -272,20 +273,20 @@ def _matrices(target: Target) -> int:
 
 
 def _widest(target: Target) -> int:
-    """Numbers per token of a layer at work: residual, norm, attention, and twice the MLP."""
+    """Return the numbers per token within a layer: residual, norm, attention, and twice the MLP."""
     config: Any = target.config
     inner = getattr(config, "intermediate_size", None) or 4 * target.hidden_size
     return 8 * target.hidden_size + 2 * inner
 
 
 def _active(target: Target) -> float:
-    """Weights of the layers that a token is multiplied by: of experts only the chosen ones."""
+    """Return the active weights per token of the layers: of experts only the routed ones."""
     settings = target.config.to_dict()
     return sum(_multiplied(layer, settings) for layer in target.layers)
 
 
 def _multiplied(module: nn.Module, settings: Mapping[str, Any]) -> float:
-    """Weights that a token is multiplied by. settings: of the family's configuration."""
+    """Return the active weights per token. settings: of the family's configuration."""
     every = next((settings[name] for name in EXPERTS if settings.get(name)), None)
     chosen = settings.get("num_experts_per_tok")
     total = 0.0

@@ -128,4 +128,4 @@ def best_holds(metadata: Mapping[str, Any], recipe: Recipe, best: Path) -> bool:
         return False
     if before.get("parallel", {}).get("target", "replicated") != now["parallel"]["target"]:
         return False
-    return not is_head(best) or read_head_file(best).meta.tokens <= metadata["answer_tokens"]
+    return not is_head(best) or read_head_file(best).meta.tokens <= metadata["labels"]

@@ -65,7 +65,7 @@ class RunFolder:
         meta = HeadMeta(
             target=self.target.name,
             steps=self.recipe.loss.steps,
-            tokens=self.state.answer_tokens,
+            tokens=self.state.labels,
             data=", ".join(self.recipe.data.paths) or None,
             data_hash=self.data_hash,
             start=self.recipe.train.start_from,

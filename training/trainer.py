@@ -25,7 +25,7 @@ from headstart.training.config.schema import LossConfig, Recipe
 from headstart.training.data.batching import Batch
 from headstart.training.evaluation.calibration import calibrate_best
 from headstart.training.evaluation.evaluate import Evaluate, score
-from headstart.training.objective.losses import answer_rows, loss_sum, loss_weight
+from headstart.training.objective.losses import label_rows, loss_sum, loss_weight
 from headstart.training.objective.step_metrics import StepSums
 from headstart.training.optim.optimizers import learning_rate
 from headstart.training.reporting.metrics_log import Log
@@ -52,13 +52,13 @@ class Result:
 class StepInputs:
     """This rank's batches of an optimizer step, and totals over all ranks.
 
-    loss_weight: what the loss is divided by. answer_tokens: labels of the first draft step.
+    loss_weight: what the loss is divided by. labels: labels of the first draft step.
     tokens: padding excluded. final: no step follows.
     """
 
     batches: Sequence[Batch]
     loss_weight: float
-    answer_tokens: int
+    labels: int
     tokens: int
     final: bool
 
@@ -116,10 +116,12 @@ class Trainer:
                     extra_loss = teacher.extra_loss(output, batch)
                     mark("target")
                     total = loss.total / inputs.loss_weight
-                    total = total + teacher.extra_loss_weight * extra_loss / inputs.answer_tokens
-                    strategy.backward(total * ranks, last=last)  # gradients are averaged over ranks
-                    mark("backward")
+                    total = total + teacher.extra_loss_weight * extra_loss / inputs.labels
                     sums = sums + loss.sums.with_extra_loss(extra_loss)
+                    del output, hidden, loss, extra_loss  # the backward pass needs the memory
+                    strategy.backward(total * ranks, last=last)  # gradients are averaged over ranks
+                    del total
+                    mark("backward")
                 metrics = self._reduce(sums)
                 lr = learning_rate(run.recipe.train, state.step, state.total)
                 finite = math.isfinite(metrics["loss"])
@@ -160,16 +162,16 @@ class Trainer:
         local = (
             float(run.stop.requested),
             sum(loss_weight(objective, batch) for batch in batches),
-            sum(len(answer_rows(batch)) for batch in batches),
+            sum(len(label_rows(batch)) for batch in batches),
             sum(batch.num_tokens for batch in batches),
         )
         totals = torch.tensor(local, dtype=torch.float64, device=run.workers.device)
-        stop, weight, answer_tokens, tokens = run.workers.all_reduce(totals).tolist()
+        stop, weight, labels, tokens = run.workers.all_reduce(totals).tolist()
         if stop:
             self._save()
             raise Interrupted(run.folder.describe_stop())
         run.timer.mark("data")
-        return StepInputs(batches, weight, int(answer_tokens), int(tokens), final)
+        return StepInputs(batches, weight, int(labels), int(tokens), final)
 
     def _reduce(self, sums: StepSums) -> dict[str, float]:
         """Return the metrics of all ranks together."""
@@ -200,11 +202,11 @@ class Trainer:
     def _finish_step(self, inputs: StepInputs, metrics: dict[str, float]) -> None:
         """Count the step and report its metrics."""
         run, state = self.run, self.state
-        state.advance(len(inputs.batches), inputs.tokens, inputs.answer_tokens)
+        state.advance(len(inputs.batches), inputs.tokens, inputs.labels)
         seconds = time.monotonic() - self.step_began
         self._limit_time(seconds)
         metrics["tokens"] = float(state.tokens)
-        metrics |= run.throughput.metrics(inputs.tokens / seconds, inputs.answer_tokens / seconds)
+        metrics |= run.throughput.metrics(inputs.tokens / seconds, inputs.labels / seconds)
         metrics |= run.timer.metrics()
         if run.report is not None:
             write = state.step % run.recipe.train.log_every == 0 or state.step == state.total

@@ -59,8 +59,8 @@ class TransformersRunner:
             hook.remove()
         responses = [self._without_padding(ids) for ids in ids_BT[:, tokens_BT.shape[1] :].tolist()]
         tokens = sum(map(len, responses))
-        metrics.stats.tokens += tokens
-        metrics.stats.rounds += len(passes) if len(responses) == 1 else tokens
+        metrics.stats.num_tokens += tokens
+        metrics.stats.num_steps += len(passes) if len(responses) == 1 else tokens
         metrics.decode_steps += len(passes) - 1
         return responses
 

@@ -65,7 +65,7 @@ class RunMetrics:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.stats.tokens / self.seconds if self.seconds else 0.0
+        return self.stats.num_tokens / self.seconds if self.seconds else 0.0
 
     @property
     def step_seconds(self) -> float:
@@ -99,12 +99,12 @@ class RunMetrics:
         stats = self.stats
         summary: dict[str, Any] = {
             "prompts": self.prompts,
-            "tokens": stats.tokens,
+            "tokens": stats.num_tokens,
             "acceptance_length": round(stats.acceptance_length, 4),
-            "acceptance_rate_per_position": [round(rate, 4) for rate in stats.acceptance],
+            "acceptance_rate_per_position": [round(rate, 4) for rate in stats.acceptance_rates],
             "tokens_per_second": round(self.tokens_per_second, 3),
             "seconds": {"total": round(self.seconds, 4)},
-            "cpu_ms_per_token": round(1e3 * self.cpu_seconds / stats.tokens, 4),
+            "cpu_ms_per_token": round(1e3 * self.cpu_seconds / stats.num_tokens, 4),
             "peak_memory_mb": _megabytes(self.peak_bytes),
             "working_memory_mb": _megabytes(self.working_bytes),
             "calibration_error": stats.calibration_error,
@@ -115,7 +115,7 @@ class RunMetrics:
             "identical": self.identical,
             "first_differences": [vars(one) for one in self.differences],
         }
-        if stats.wall:  # Headstart's loop, which times its phases
+        if stats.total_seconds:  # Headstart's loop, which times its phases
             self._add_phases(summary)
         return summary
 
@@ -125,10 +125,10 @@ class RunMetrics:
         seconds["host"] = max(self.seconds - sum(seconds.values()), 0.0)
         summary["seconds"] |= {phase: round(value, 4) for phase, value in seconds.items()}
         summary["host_share"] = round(seconds["host"] / self.seconds, 4)
-        decoded = (stats.tokens - self.prompts) / (self.seconds - seconds["prefill"])
+        decoded = (stats.num_tokens - self.prompts) / (self.seconds - seconds["prefill"])
         summary["decode_tokens_per_second"] = round(decoded, 3)
-        summary["num_draft_tokens"] = stats.drafted
-        summary["num_accepted_tokens"] = sum(stats.accepted)
+        summary["num_draft_tokens"] = stats.num_draft_tokens
+        summary["num_accepted_tokens"] = stats.num_accepted_tokens
 
 
 def summaries(metrics: Mapping[str, RunMetrics]) -> dict[str, dict[str, Any]]:

@@ -146,7 +146,7 @@ def run_benchmark(
 
 
 def _counts(metrics: RunMetrics) -> tuple[int, float, int]:
-    return metrics.stats.tokens, metrics.seconds, metrics.stats.rounds
+    return metrics.stats.num_tokens, metrics.seconds, metrics.stats.num_steps
 
 
 def _warm_up(

@@ -210,15 +210,15 @@ class EngineThread:
                 request.publish(TextDelta(delta))
             # A step emits the accepted draft tokens, then the target's own token. Tokens behind a
             # stop string are not part of the response and count as neither.
-            accepted = sum(stats.accepted) - usage.accepted
+            accepted = stats.num_accepted_tokens - usage.accepted
             usage.accepted += min(accepted, text.count - count_before)
             last_token = tokens[-1]
             if text.stopped or request.cancelled:
                 break
-        usage.completion, usage.rejected = text.count, stats.drafted - usage.accepted
+        usage.completion, usage.rejected = text.count, stats.num_draft_tokens - usage.accepted
         seconds = time.perf_counter() - started
         self._mean_seconds = LATENCY_DECAY * self._mean_seconds + (1 - LATENCY_DECAY) * seconds
-        self.metrics.observe_request(usage, stats.rounds, seconds)
+        self.metrics.observe_request(usage, stats.num_steps, seconds)
         if request.cancelled:
             return
         if delta := text.end():

@@ -8,6 +8,7 @@ Legend: B sequences, N new positions, S cache slots, D hidden size.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -99,12 +100,14 @@ class ModuleDecoder:
 
     @contextmanager
     def _tapped(self, taps: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """Collect the outputs of layers while the module runs."""
+        """Collect the outputs of layers while the module runs in this thread."""
         hidden_states: dict[int, Tensor] = {}
+        thread = threading.get_ident()  # others may run the same module
 
         def tap(layer: int) -> torch.utils.hooks.RemovableHandle:
             def keep(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
-                hidden_states[layer] = output if isinstance(output, Tensor) else output[0]
+                if threading.get_ident() == thread:
+                    hidden_states[layer] = output if isinstance(output, Tensor) else output[0]
 
             return self.layers[layer].register_forward_hook(keep)
 

@@ -241,7 +241,7 @@ def decode_with_headstart(
         SamplingParams(max_new_tokens),
     )
     rates, accepted = [], 1.0
-    for rate in stats.acceptance:  # where the end of the response did not cut the path
+    for rate in stats.acceptance_rates:  # where the end of the response did not cut the path
         accepted *= rate
         rates.append(accepted)
     flat = [[token for step in response for token in step] for response in responses]

@@ -3,12 +3,12 @@
 #
 #     NODES=4 NODE=0 FIRST=10.0.0.1:29500 scripts/cluster/train_nodes.sh RECIPE [key=value ...]
 #
-# NODES: how many machines. NODE: which one this is, from 0. FIRST: address and a free port of
-# machine 0. GPUS: processes per machine (all its GPUs if left out). A run that was stopped goes on
-# when all are started again.
+# NODES: number of machines. NODE: index of this one, from 0. FIRST: address and a free port of
+# machine 0. GPUS: processes per machine (default: one per GPU). A stopped run resumes when all are
+# started again.
 set -euo pipefail
 
-# How long a process that is asked to stop may take to save.
+# Seconds that a process may take to save when it is asked to stop.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "$NODES" --node-rank "$NODE" --nproc-per-node "${GPUS:-gpu}" \

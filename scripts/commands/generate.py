@@ -102,7 +102,7 @@ def stream(
     stats = model.last_stats
     console.print()
     say(
-        f"[dim]{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
+        f"[dim]{stats.num_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
         f"acceptance length {stats.acceptance_length:.2f}[/]"
     )
     return response

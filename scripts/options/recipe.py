@@ -157,7 +157,9 @@ def evaluator(config: EvalConfig, target: Target) -> Evaluate | None:
         speculative = SpeculativeConfig(head, shape)
         stats, responses = measure_acceptance(target, speculative, ids, sampling)
         found: dict[str, Any] = {"acceptance_length": stats.acceptance_length}
-        found |= {f"acceptance_rate_{d}": rate for d, rate in enumerate(stats.acceptance, start=1)}
+        found |= {
+            f"acceptance_rate_{d}": rate for d, rate in enumerate(stats.acceptance_rates, start=1)
+        }
         for context, filled in longer.items():
             stats, _ = measure_acceptance(target, speculative, filled, sampling)
             found[f"acceptance_length_{context}"] = stats.acceptance_length
@@ -175,7 +177,7 @@ def _check_contexts(config: EvalConfig, target: Target) -> None:
     if limit is not None and longest and longest + config.max_new_tokens > limit:
         raise ValueError(
             f"eval.contexts asks for prompts of {longest} tokens and eval.max_new_tokens for "
-            f"{config.max_new_tokens} behind them, but the context of {target.name} is {limit} in "
+            f"{config.max_new_tokens} after them, but the context of {target.name} is {limit} in "
             "all. Lower one of them."
         )
 

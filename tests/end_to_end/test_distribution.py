@@ -136,7 +136,7 @@ def test_follows_the_targets_distribution(target: Target, head: DraftHead, name:
     assert abs(sum(chances.values()) - 1) < 1e-9 and len(chances) == VOCAB**NEW_TOKENS
     assert all(chances[outcome] > 0 for outcome in counts), "a token that was cut off was drawn"
     # The test says something only if guesses were both accepted and rejected, and it can fail.
-    assert 0.1 < stats.acceptance[0] < 0.95
+    assert 0.1 < stats.acceptance_rates[0] < 0.95
     assert p_value(counts, chances) > 0.005
     other = exact(target, settings | {"temperature": settings["temperature"] * 1.3})
     assert p_value(counts, other) < 1e-4

@@ -39,8 +39,8 @@ def test_drafts_that_are_often_right(family: str) -> None:
             told, stats = speculative(family, oracle, rows, shape)
             assert told == expected
             assert stats.acceptance_length > 1.2
-            deep += stats.accepted[2]
-            rejected += stats.tried[0] - stats.accepted[0]
+            deep += stats.accepted_per_position[2]
+            rejected += stats.tried_per_position[0] - stats.accepted_per_position[0]
             side += oracle.side_branches
     assert deep >= 5 and rejected >= 5 and side >= 2
 
@@ -58,7 +58,7 @@ def test_every_head_kind(family: str) -> None:
                 told, stats = speculative(family, head, rows, shape, new_tokens=new_tokens)
                 expected = [answer[:new_tokens] for answer in reference(family, rows)]
                 assert told == expected, (kind, shape, rows)
-                assert stats.tried[0] > 0, "nothing was drafted"
+                assert stats.tried_per_position[0] > 0, "nothing was drafted"
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -72,7 +72,7 @@ def test_seeded_sampling_is_an_equality_too(family: str, sampling: str) -> None:
                 family, Oracle(target_of(family), expected), rows, shape, sampling=sampling
             )
             assert told == expected
-            assert sum(stats.accepted) > 5
+            assert sum(stats.accepted_per_position) > 5
 
 
 def test_a_tree_of_one_child_per_node_is_the_chain() -> None:
@@ -81,7 +81,7 @@ def test_a_tree_of_one_child_per_node_is_the_chain() -> None:
     for shape in (TreeShape.chain(3), TreeShape.static([[0], [0, 0], [0, 0, 0]])):
         told, stats = speculative("llama", Oracle(target_of("llama"), expected), 3, shape)
         assert told == expected
-        runs.append((stats.rounds, stats.accepted, stats.tried))
+        runs.append((stats.num_steps, stats.accepted_per_position, stats.tried_per_position))
     assert runs[0] == runs[1]
 
 

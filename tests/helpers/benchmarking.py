@@ -41,5 +41,5 @@ class ScriptedRunner:
     ) -> list[list[int]]:
         torch.ones(self.size, dtype=torch.uint8)
         responses = self.respond(tokens_BT)
-        metrics.stats.tokens += sum(map(len, responses))
+        metrics.stats.num_tokens += sum(map(len, responses))
         return responses

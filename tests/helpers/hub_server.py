@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on this machine, for the real `huggingface_hub` client.
 
 It speaks the endpoints that the client calls to publish and to download (the large files by
-git-lfs, not by Xet), keeps everything in memory, and can lose connections when it is told to.
+git-lfs, not by Xet), keeps everything in memory, and can drop connections on request.
 """
 
 from __future__ import annotations
@@ -58,9 +58,15 @@ class Repo:
 
 
 class Hub:
-    """What is stored. blobs: large files by hash. sent: how often each came whole. drops: how many
-    more times the connection is lost in the middle of a file of that hash or name. race: somebody
-    else commits while files are sent. down: answers nobody. calls: "METHOD path" per request."""
+    """State of the server.
+
+    blobs: large files by hash.
+    sent: number of complete uploads of each.
+    drops: number of further connections to drop in the middle of a file, by its hash or name.
+    race: somebody else commits while files are uploaded.
+    down: no request is answered.
+    calls: "METHOD path" of each request.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -72,7 +78,7 @@ class Hub:
         self.url = ""
 
     def put(self, name: str, files: dict[str, bytes], private: bool = False) -> Repo:
-        """A repository that somebody else made."""
+        """Create a repository, or a commit in it, as somebody else."""
         repo = self.repos.setdefault(name, Repo(private))
         repo.add("main", "by hand", files)
         return repo
@@ -121,13 +127,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.down:
             return self._hang_up()
         try:
-            for method, pattern, answer in ROUTES:
+            for method, pattern, handler in ROUTES:
                 found = re.fullmatch(pattern, path)
                 if found and self.command in method:
-                    return answer(self, *map(unquote, found.groups()))
+                    return handler(self, *map(unquote, found.groups()))
             raise _Refused(404, "", f"no such address: {path}")
         except _Refused as no:
-            # The request may not have been read. Said, or the client takes the connection again.
+            # The client must not reuse the connection, since the body may be unread.
             self._send(
                 json.dumps({"error": no.message, "url": self.hub.url}).encode(),
                 no.status,

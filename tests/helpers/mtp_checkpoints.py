@@ -1,9 +1,9 @@
-"""Tiny random checkpoints with a multi-token prediction layer in the names that families publish.
+"""Tiny random checkpoints with a native MTP layer, under the tensor names of each family.
 
-`write(name, folder)` writes one; `reference(...)` works its layer out from the published formula,
-with plain tensor operations.
+`write(name, folder)` writes one; `Reference` computes its layer from the published formula, with
+plain tensor operations.
 
-Legend: T positions, D hidden size, H query heads, G key/value heads, C head channels.
+Legend: T positions, D hidden size, H query heads, G key/value heads, C head_dim.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LATENT = {
     "self_attn.kv_b_proj.weight": (80, 16),
     "self_attn.o_proj.weight": (HIDDEN, 48),
 }
-# 8 heads of 16 channels; drafts leave it out
+# 8 heads with head_dim 16; not used in drafting
 INDEXER = {
     "self_attn.indexer.wq_b.weight": (128, 16),
     "self_attn.indexer.wk.weight": (16, HIDDEN),
@@ -95,9 +95,13 @@ FUSED_MIXTURE = {n: shape for n, shape in SHARED_MIXTURE.items() if "experts." n
 
 @dataclass(frozen=True)
 class Family:
-    """tensors: published names without the prefix, and shapes. copies: whether the embedding and
-    the LM head are published again with the layer. more: keys of its config.json. zero_centred:
-    norms' weights are added to 1."""
+    """A family of targets and its MTP layer.
+
+    tensors: shapes by name without the prefix.
+    copies: the layer comes with copies of the embedding and the LM head.
+    more: further keys of config.json.
+    zero_centred: norms scale by 1 + weight.
+    """
 
     model_type: str
     settings: dict[str, Any]
@@ -122,7 +126,7 @@ FAMILIES = {
         # Code of its own, which is not there: it must not be asked for.
         more={"auto_map": {"AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM"}},
     ),
-    # GLM's names on a plain Llama: what `fuse --index` writes
+    # GLM's names on a Llama, as `fuse --index` writes them
     "llama": Family("llama", {}, GLM, GLM_PARTS | DENSE | GQA),
     "glm4_moe": Family(
         "glm4_moe",
@@ -165,8 +169,10 @@ RECURRENT = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 
 def write(name: str, folder: Path, *, seed: int = 0, **settings: Any) -> dict[str, Tensor]:
-    """A checkpoint in two files with an index, bfloat16; returns the layer's tensors by name,
-    without the prefix. What chooses experts and columns is published in float32."""
+    """Write a bfloat16 checkpoint in two files with an index, routers and indexers in float32.
+
+    Returns the layer's tensors by name without the prefix.
+    """
     family = FAMILIES[name]
     model = build(family.model_type, family.settings | settings).bfloat16()
     model.save_pretrained(folder)
@@ -212,16 +218,16 @@ def random_layer(family: Family, seed: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Formula:
-    """What a family publishes of its layer, for `reference`."""
+    """The published formula of a family's layer, for `Reference`."""
 
     names: tuple[str, str, str, str]  # embedding's norm, hidden state's norm, projection, last norm
     hidden_first: bool
     theta: float
     eps: float
-    rotary: int  # channels that are turned
-    top: int = 0  # experts of a token
-    scale: float = 1.0  # of what the experts add
-    qwen: bool = False  # norms added to 1, an output gate, softmax over all experts, a shared one
+    rotary: int  # rotated dimensions of a head
+    top: int = 0  # experts per token
+    scale: float = 1.0  # of the experts' output
+    qwen: bool = False  # zero-centred norms, output gate, softmax over all experts, shared expert
 
 
 NAMES = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
@@ -246,7 +252,7 @@ def rms(states: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class Reference:
-    """One text, one step after the other, from the published formula. float64.
+    """The draft steps over one sequence by the published formula, in float64.
 
     Pair p joins the token x[p+1] with a hidden state at p; every step writes its own keys, and step
     k at pair p sees those of step 0 up to p and its own chain.
@@ -261,7 +267,7 @@ class Reference:
         }
 
     def steps(self, embedded_TD: list[Tensor], hidden_TD: Tensor) -> list[Tensor]:
-        """embedded_TD: of each step. hidden_TD: of the target. Normed outputs of each step."""
+        """Normed outputs of each step. embedded_TD: of each step. hidden_TD: of the target."""
         outputs: list[Tensor] = []
         keys: list[Tensor] = []
         values: list[Tensor] = []
@@ -301,12 +307,12 @@ class Reference:
         values.append(value)
         out = torch.zeros(length, self.heads, value.shape[-1], dtype=torch.float64)
         for place in range(length):
-            seen = [(keys[0][: place + 1], values[0][: place + 1])]
-            seen += [
+            pairs = [(keys[0][: place + 1], values[0][: place + 1])]
+            pairs += [
                 (own[place : place + 1], held[place : place + 1])
                 for own, held in zip(keys[1:], values[1:], strict=True)
             ]
-            every = torch.cat([one for one, _ in seen]), torch.cat([one for _, one in seen])
+            every = torch.cat([one for one, _ in pairs]), torch.cat([one for _, one in pairs])
             scores = torch.einsum("hc,shc->hs", query[place], every[0]) * query.shape[-1] ** -0.5
             out[place] = torch.einsum("hs,shc->hc", scores.softmax(-1), every[1])
         if self.formula.qwen:
@@ -325,13 +331,13 @@ class Reference:
             weight = self.layer.get(f"self_attn.{one}_norm.weight")
             if weight is not None:
                 parts[index] = rms(parts[index], weight, self.formula.eps)
-            parts[index] = self._turned(parts[index], positions)
+            parts[index] = self._rotated(parts[index], positions)
         query, key, value = parts
         shared = self.heads // key.shape[1]
         return query, key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
 
-    def _turned(self, states: Tensor, positions: Tensor, pairs: bool = False) -> Tensor:
-        """Rotary positions. pairs: neighbours are turned together, as DeepSeek-V3 publishes it."""
+    def _rotated(self, states: Tensor, positions: Tensor, pairs: bool = False) -> Tensor:
+        """Rotary positions. pairs: of adjacent dimensions, as in DeepSeek-V3."""
         turned, rest = states[..., : self.formula.rotary], states[..., self.formula.rotary :]
         half = self.formula.rotary // 2
         steps = torch.arange(half, dtype=torch.float64) / half
@@ -344,15 +350,15 @@ class Reference:
         return torch.cat([left * cos - right * sin, right * cos + left * sin, rest], -1)
 
     def _latent(self, normed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Multi-head latent attention: 8 channels without and 8 with positions, values of 12."""
+        """Multi-head latent attention: head_dim 8 without, 8 with rotary positions, values 12."""
         eps = 1e-6
         low = rms(
             self._linear(normed, "q_a_proj"), self.layer["self_attn.q_a_layernorm.weight"], eps
         )
         query = self._linear(low, "q_b_proj").unflatten(1, (self.heads, 16))
-        query = torch.cat([query[..., :8], self._turned(query[..., 8:], positions, True)], -1)
+        query = torch.cat([query[..., :8], self._rotated(query[..., 8:], positions, True)], -1)
         joint = self._linear(normed, "kv_a_proj_with_mqa")
-        turned = self._turned(joint[:, None, 16:], positions, True).expand(-1, self.heads, -1)
+        turned = self._rotated(joint[:, None, 16:], positions, True).expand(-1, self.heads, -1)
         low = rms(joint[:, :16], self.layer["self_attn.kv_a_layernorm.weight"], eps)
         both = self._linear(low, "kv_b_proj").unflatten(1, (self.heads, 20))
         return query, torch.cat([both[..., :8], turned], -1), both[..., 8:]
@@ -364,7 +370,7 @@ class Reference:
         return (torch.nn.functional.silu(normed @ gate.T) * (normed @ up.T)) @ down.T
 
     def _experts(self, normed: Tensor) -> Tensor:
-        """Two groups of two experts; the better group (by the sum of its best two) is taken."""
+        """Two groups of two experts, of which the group with the larger sum is used."""
         weight, bias = self.layer["mlp.gate.weight"], self.layer["mlp.gate.e_score_correction_bias"]
         scores = (normed @ weight.T).sigmoid()
         choice = scores + bias
@@ -379,7 +385,7 @@ class Reference:
         return out
 
     def _softmax_experts(self, normed: Tensor) -> Tensor:
-        """The best two of all, whose shares add up to 1; and one for every token, behind a gate."""
+        """The top-2 experts with normalised weights, and a gated shared expert."""
         shares = (normed @ self.layer["mlp.gate.weight"].T).softmax(-1)
         gate = (normed @ self.layer["mlp.shared_expert_gate.weight"].T).sigmoid()
         out = gate * self._mlp(normed, "mlp.shared_expert.")

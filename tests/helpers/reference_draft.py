@@ -2,7 +2,7 @@
 
 Nothing here comes from the project. A reader fills in the fields as its engine would.
 
-Legend: T positions, D hidden size, H query heads, G key/value heads, C head channels, V target
+Legend: T positions, D hidden size, H query heads, G key/value heads, C head_dim, V target
 vocabulary, Vd draft vocabulary.
 """
 
@@ -25,8 +25,8 @@ LINEARS = (
 NORMS = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
 
 
-class NgramDraft(NamedTuple):
-    """Logits Vd of a drafted token, and the target's ids of the tokens that they are for."""
+class DraftLogits(NamedTuple):
+    """Logits Vd of a draft token, and the token ids that they belong to."""
 
     logits: Tensor
     ids: Tensor
@@ -37,7 +37,7 @@ class NgramDraft(NamedTuple):
 
 
 def files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json, and the tensors in single precision."""
+    """config.json and the tensors in float32."""
     tensors = load_file(folder / "model.safetensors")
     wide = {name: one.float() if one.is_floating_point() else one for name, one in tensors.items()}
     return json.loads((folder / "config.json").read_text()), wide
@@ -47,27 +47,27 @@ def normed(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return hidden_TD / (hidden_TD.square().mean(-1, keepdim=True) + eps).sqrt() * weight_D
 
 
-def turned(states_THC: Tensor, positions_T: Tensor, theta: float) -> Tensor:
-    """Rotary positions as complex numbers: channel c and channel c + C/2 are one of them."""
+def rotated(states_THC: Tensor, positions_T: Tensor, theta: float) -> Tensor:
+    """Rotary positions as complex numbers: dimensions c and c + C/2 form one of them."""
     half = states_THC.shape[-1] // 2
     speeds = 1 / theta ** (2 * torch.arange(half, dtype=torch.float64) / (2 * half))
     angles = (positions_T[:, None].double() * speeds)[:, None]
     real, imaginary = states_THC[..., :half].double(), states_THC[..., half:].double()
-    turned_THC = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat([turned_THC.real, turned_THC.imag], -1).float()
+    rotated_THC = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([rotated_THC.real, rotated_THC.imag], -1).float()
 
 
 @torch.no_grad()
-def entering(model: PreTrainedModel, tokens: list[int], layers: list[int]) -> Tensor:
-    """T x (layers D): the hidden states that go into decoder layers of a target, side by side. The
-    one after the last layer goes into the final norm."""
+def layer_inputs(model: PreTrainedModel, tokens: list[int], layers: list[int]) -> Tensor:
+    """T x (layers D): the concatenated inputs of decoder layers of a target. The layer behind the
+    last one stands for the final norm."""
     inner = model.model
     places = [*inner.layers, inner.norm]
-    seen: dict[int, Tensor] = {}
+    inputs: dict[int, Tensor] = {}
     handles = [
         places[layer].register_forward_pre_hook(
-            lambda _, given, named, at=layer: seen.update(
-                {at: given[0] if given else named["hidden_states"]}
+            lambda _, args, kwargs, at=layer: inputs.update(
+                {at: args[0] if args else kwargs["hidden_states"]}
             ),
             with_kwargs=True,
         )
@@ -76,20 +76,24 @@ def entering(model: PreTrainedModel, tokens: list[int], layers: list[int]) -> Te
     model(torch.tensor([tokens]))
     for handle in handles:
         handle.remove()
-    return torch.cat([seen[layer][0] for layer in layers], -1)
+    return torch.cat([inputs[layer][0] for layer in layers], -1)
 
 
 @dataclass
-class PlainDraft:
-    """The draft model of one text. layers: of the target whose input is read. theta, eps: of rotary
-    positions and of all norms. weights: fc, the linears and norms of the layer, norm. feed_normed:
-    the next step gets the normed output."""
+class ReferenceDraft:
+    """The draft model of one sequence.
+
+    layers: of the target whose inputs are the features.
+    theta, eps: of rotary positions and of all norms.
+    weights: fc, the linears and norms of the layer, norm.
+    feed_normed: the next step gets the normed output.
+    """
 
     target: PreTrainedModel
     layers: list[int]
     heads: int
-    groups: int
-    channels: int
+    kv_heads: int
+    head_dim: int
     theta: float
     eps: float
     weights: dict[str, Tensor]
@@ -105,9 +109,9 @@ class PlainDraft:
     feature_D: Tensor | None = None
 
     @torch.no_grad()
-    def begin(self, tokens: list[int], following: int) -> NgramDraft:
-        """What comes after a text and the token that the target said after it."""
-        taps = entering(self.target, tokens, self.layers).float()
+    def begin(self, tokens: list[int], following: int) -> DraftLogits:
+        """The first draft step behind a sequence and the next token, `following`."""
+        taps = layer_inputs(self.target, tokens, self.layers).float()
         if self.fc_norms:
             parts = taps.chunk(len(self.fc_norms), -1)
             taps = torch.cat(
@@ -117,17 +121,17 @@ class PlainDraft:
         return self._step([*tokens[1:], following], feature_TD)
 
     @torch.no_grad()
-    def follow(self, token: int) -> NgramDraft:
-        """What comes after one more drafted token."""
+    def follow(self, token: int) -> DraftLogits:
+        """The next draft step, with the draft token of the one before."""
         assert self.feature_D is not None
         return self._step([token], self.feature_D[None])
 
-    def _step(self, tokens: list[int], feature_TD: Tensor) -> NgramDraft:
+    def _step(self, tokens: list[int], feature_TD: Tensor) -> DraftLogits:
         embedded_TD = self.embedding[torch.tensor(tokens)].float()
         output_TD = self._layer(embedded_TD, feature_TD)
         last_D = normed(output_TD, self.weights["norm"], self.eps)[-1]
         self.feature_D = last_D if self.feed_normed else output_TD[-1]
-        return NgramDraft(self.lm_head.float() @ last_D, self.ids)
+        return DraftLogits(self.lm_head.float() @ last_D, self.ids)
 
     def _layer(self, embedded_TD: Tensor, feature_TD: Tensor) -> Tensor:
         w, eps = self.weights, self.eps
@@ -141,19 +145,19 @@ class PlainDraft:
         return residual_TD + gated @ w["mlp.down_proj"].T
 
     def _attended(self, joined: Tensor) -> Tensor:
-        """Each pair sees all earlier ones and itself; positions are counted from the first."""
+        """Causal attention; positions are counted from the first pair."""
         w, new, start = self.weights, len(joined), len(self.keys)
         positions_T = torch.arange(start, start + new)
         queries, keys, values = (
-            (joined @ w[f"self_attn.{part}_proj"].T).view(new, -1, self.channels) for part in "qkv"
+            (joined @ w[f"self_attn.{part}_proj"].T).view(new, -1, self.head_dim) for part in "qkv"
         )
-        self.keys += turned(keys, positions_T, self.theta)
+        self.keys += rotated(keys, positions_T, self.theta)
         self.values += values
         all_keys, all_values = torch.stack(self.keys), torch.stack(self.values)
         heads = []
-        for head, queries_TC in enumerate(turned(queries, positions_T, self.theta).unbind(1)):
-            group = head * self.groups // self.heads
-            scores = queries_TC @ all_keys[:, group].T / self.channels**0.5
+        for head, queries_TC in enumerate(rotated(queries, positions_T, self.theta).unbind(1)):
+            group = head * self.kv_heads // self.heads
+            scores = queries_TC @ all_keys[:, group].T / self.head_dim**0.5
             later = torch.arange(len(all_keys)) > positions_T[:, None]
             scores = scores.masked_fill(later, float("-inf"))
             heads.append(scores.softmax(-1) @ all_values[:, group])

@@ -7,8 +7,8 @@ Written from vLLM's layout, not from what Headstart writes. What matters there:
 - The target's layers come from the top-level `eagle_aux_hidden_state_layer_ids`: j is the hidden
   state that goes into layer j. `eagle_config` only sizes fc, beside `num_aux_hidden_states`.
 - `midlayer.` is another name of `layers.0.`; `t2d` is left out; any other unknown name is an error.
-- `d2t` holds offsets: token i of the draft is i + d2t[i] of the target.
-- Embedding and LM head are the target's where the folder has none.
+- `d2t` holds offsets: draft id i is token i + d2t[i] of the target.
+- Embedding and LM head are the target's if the folder has none.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reference_draft import LINEARS, NORMS, PlainDraft, files
+from reference_draft import LINEARS, NORMS, ReferenceDraft, files
 from torch import Tensor
 from transformers import PreTrainedModel
 
 
-def read(folder: Path, target: PreTrainedModel, rope: str = "nested") -> PlainDraft:
+def read(folder: Path, target: PreTrainedModel, rope: str = "nested") -> ReferenceDraft:
     """rope: "nested" as with transformers 5 (`rope_parameters`), "flat" as before."""
     config, tensors = files(folder)
     if "speculators_config" in config:
@@ -42,7 +42,7 @@ def read(folder: Path, target: PreTrainedModel, rope: str = "nested") -> PlainDr
     if count is None:
         count = len(config.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids", "123"))
     layers = config["eagle_aux_hidden_state_layer_ids"]
-    assert len(layers) == count, "fc is sized by another key than the one that says what is read"
+    assert len(layers) == count, "the size of fc and the list of layers come from different keys"
     assert weights["fc"].shape == (config["hidden_size"], width * count)
     assert len(fc_norms) == (count if config.get("fc_norm") else 0)
     size = config["draft_vocab_size"] or config["vocab_size"]
@@ -50,12 +50,12 @@ def read(folder: Path, target: PreTrainedModel, rope: str = "nested") -> PlainDr
     assert len(lm_head) == size and len(embedding) == config["vocab_size"]
     theta = config["rope_parameters"] if rope == "nested" else config
     assert theta.get("rope_type", "default") == "default" and not config.get("rope_scaling")
-    return PlainDraft(
+    return ReferenceDraft(
         target=target,
         layers=layers,
         heads=config["num_attention_heads"],
-        groups=config["num_key_value_heads"],
-        channels=config["head_dim"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
         theta=theta["rope_theta"],
         eps=config["rms_norm_eps"],
         weights=weights,
@@ -69,7 +69,7 @@ def read(folder: Path, target: PreTrainedModel, rope: str = "nested") -> PlainDr
 
 
 def translated(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys that vLLM makes of a configuration of speculators; what it asks for is checked."""
+    """The keys that vLLM derives from a configuration of speculators, after checking it."""
     assert config["speculators_model_type"] == "eagle3"
     section = config["speculators_config"]
     assert section["proposal_methods"][0]["speculative_tokens"] >= 1
@@ -95,5 +95,5 @@ def _layer(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]
     fc_norms = []
     while f"fc_norm.{len(fc_norms)}.weight" in left:
         fc_norms.append(left.pop(f"fc_norm.{len(fc_norms)}.weight"))
-    assert not left, f"vLLM knows no {sorted(left)}"
+    assert not left, f"unknown to vLLM: {sorted(left)}"
     return weights, fc_norms

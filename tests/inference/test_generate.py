@@ -167,11 +167,11 @@ def test_a_generation_config_is_read(target: Target, model: SpeculativeModel, on
 def test_figures_of_the_latest_call(informed: Callable[..., SpeculativeModel], one: Tensor) -> None:
     model = informed(one)
     model.generate(one, max_new_tokens=NEW_TOKENS, timing=True)
-    assert model.last_stats.tokens == NEW_TOKENS and model.last_stats.acceptance_length > 1.2
-    assert 0 < len(model.last_stats.tried) <= DEFAULT_TREE.depth
+    assert model.last_stats.num_tokens == NEW_TOKENS and model.last_stats.acceptance_length > 1.2
+    assert 0 < len(model.last_stats.tried_per_position) <= DEFAULT_TREE.depth
     assert model.last_stats.tokens_per_second > 0
     model.generate(one, max_new_tokens=NEW_TOKENS, speculative=AUTOREGRESSIVE)
-    assert model.last_stats.acceptance_length == 1 and model.last_stats.wall == 0
+    assert model.last_stats.acceptance_length == 1 and model.last_stats.total_seconds == 0
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_stream_yields_what_each_pass_gave(
 ) -> None:
     model = informed(one)
     steps = list(model.stream(one, max_new_tokens=NEW_TOKENS))
-    assert len(steps) == model.last_stats.rounds + 1
+    assert len(steps) == model.last_stats.num_steps + 1
     expected = model.generate(one, max_new_tokens=NEW_TOKENS)
     assert isinstance(expected, Tensor)
     assert [token for step in steps for token in step] == expected[0, one.shape[1] :].tolist()
@@ -376,7 +376,7 @@ def test_opens_a_fused_checkpoint(target: Target, one: Tensor, tmp_path: Path) -
     fuse(tmp_path / "target", tmp_path / "head", tmp_path / "fused")
     model = SpeculativeModel.from_pretrained(tmp_path / "fused", dtype=torch.float32, device="cpu")
     assert model.generate(one, max_new_tokens=NEW_TOKENS).equal(theirs(target, one))
-    assert model.last_stats.tried[0] > 0
+    assert model.last_stats.tried_per_position[0] > 0
 
 
 def test_trees_are_sized_by_what_pays_unless_they_have_one_size(

@@ -15,10 +15,10 @@ from decoding import SHAPES, batch, reference, speculative, target_of
 from oracle import Known, Oracle
 
 from headstart.inference.ngram import (
-    DOUBT,
-    FIRST,
-    LONGEST,
-    OTHER,
+    FIRST_DRAFT_RATES,
+    HEAD_DISAGREES,
+    LATER_DRAFT_RATES,
+    MAX_NGRAM,
     NgramDraft,
     NgramIndex,
     merge_ngrams,
@@ -29,12 +29,12 @@ from headstart.model.tree.tree import Tree
 
 
 def matches(text: list[int]) -> list[tuple[int, int]]:
-    """(match length up to LONGEST, place after it) of every earlier match, best first; the slow
+    """(match length up to MAX_NGRAM, place after it) of every earlier match, best first; the slow
     and simple way."""
     found = []
     for place in range(1, len(text)):
         length = 0
-        while length < min(LONGEST, place) and text[place - 1 - length] == text[-1 - length]:
+        while length < min(MAX_NGRAM, place) and text[place - 1 - length] == text[-1 - length]:
             length += 1
         if length:
             found.append((length, place))
@@ -115,13 +115,17 @@ def test_a_fresh_text_goes_by_the_tables() -> None:
     """Every right token makes the match one longer; a second guess gets what the first leaves."""
     first, second = NgramIndex([1, 8, 2, 1, 5, 6, 1]).drafts(3, 2)
     assert (first.tokens, second.tokens) == ([5, 6, 1], [8, 2, 1])
-    begun = [FIRST[0], (1 - FIRST[0]) * OTHER[0]]
+    begun = [FIRST_DRAFT_RATES[0], (1 - FIRST_DRAFT_RATES[0]) * LATER_DRAFT_RATES[0]]
     for draft, chance in zip((first, second), begun, strict=True):
-        expected = [chance, chance * FIRST[1], chance * FIRST[1] * FIRST[2]]
+        expected = [
+            chance,
+            chance * FIRST_DRAFT_RATES[1],
+            chance * FIRST_DRAFT_RATES[1] * FIRST_DRAFT_RATES[2],
+        ]
         assert [math.exp(logp) for logp in draft.logp] == pytest.approx(expected)
     long = list(range(40)) * 2  # far more tokens match than are indexed
     assert NgramIndex(long).drafts(2, 1)[0].logp == pytest.approx(
-        [math.log(FIRST[-1]), 2 * math.log(FIRST[-1])]
+        [math.log(FIRST_DRAFT_RATES[-1]), 2 * math.log(FIRST_DRAFT_RATES[-1])]
     )
 
 
@@ -203,7 +207,7 @@ def test_a_guess_that_is_asked_for_twice_is_judged_once() -> None:
             lookup.drafts(3, 2)
         lookup.extend([9, 1])
     assert once.drafts(3, 2) == twice.drafts(3, 2)
-    assert once.drafts(3, 2)[0].logp[0] < math.log(FIRST[0])
+    assert once.drafts(3, 2)[0].logp[0] < math.log(FIRST_DRAFT_RATES[0])
 
 
 def paths(tree: Tree, row: int) -> dict[tuple[int, ...], float]:
@@ -240,7 +244,7 @@ def test_known_nodes_are_shared_and_new_ones_come_behind() -> None:
     assert merged.parents_BN.tolist() == [[-1, 0, 0, 1, 3, 0]]
     # What follows a known token counts from the known score: -0.5 - 0.125, then 1 less.
     # The draft has children of the root, and 5 is none of them.
-    assert merged.scores_BN.tolist() == [[0, -0.5, -1.5, -0.625, -1.625, -3 - DOUBT]]
+    assert merged.scores_BN.tolist() == [[0, -0.5, -1.5, -0.625, -1.625, -3 - HEAD_DISAGREES]]
     assert merged.depths_BN.tolist() == [[0, 1, 1, 2, 3, 1]]
     assert merged.ancestors_BNN[0, 4].tolist() == [True, True, False, True, True, False]
     assert merged.tokens_BN.dtype == merged.parents_BN.dtype == torch.long
@@ -268,7 +272,7 @@ def test_padding_is_no_place_for_a_guess() -> None:
     merged = merge_ngrams(tree, [[NgramDraft([0], [-1.0])], []])
     assert merged.parents_BN.tolist() == [[-1, 0, -1, 0], [-1, 0, 0, -1]]
     assert merged.valid_BN.tolist() == [[True, True, False, True], [True, True, True, False]]
-    assert paths(merged, 0) == {(): 0, (1,): -0.5, (0,): -1.0 - DOUBT}
+    assert paths(merged, 0) == {(): 0, (1,): -0.5, (0,): -1.0 - HEAD_DISAGREES}
     assert paths(merged, 1) == {(): 0, (1,): -0.5, (2,): -1.0}
 
 
@@ -320,7 +324,8 @@ def test_merging_keeps_what_a_tree_is(rows: int) -> None:
             assert set(after) == set(before) | set(drafted)
             assert all(after[path] >= score for path, score in before.items())
             for path, logp in drafted.items():
-                doubts = 0 if path in before else DOUBT  # once, where the path leaves the tree
+                # Once, where the path leaves the tree.
+                doubts = 0 if path in before else HEAD_DISAGREES
                 assert after[path] >= logp - doubts - 1e-6
             assert all(after[path] == before[path] for path in set(before) - set(drafted))
             lengths = [len(path) for path in after]
@@ -370,4 +375,6 @@ def test_decoding_stays_exact(family: str, sampling: str, drafts: bool) -> None:
         head = Reader(family, rows, expected, drafts)
         told, stats = speculative(family, head, rows, SHAPES["dynamic"], sampling=sampling)
         assert told == expected
-        assert stats.acceptance_length > 1.5 and sum(stats.accepted) < sum(stats.tried)
+        assert stats.acceptance_length > 1.5 and sum(stats.accepted_per_position) < sum(
+            stats.tried_per_position
+        )

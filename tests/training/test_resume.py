@@ -229,6 +229,7 @@ def test_a_run_of_former_settings_resumes(target, tmp_path):
     path = tmp_path / "run" / "state" / "state.json"
     saved = json.loads(path.read_text())
     del saved["recipe"]["joint"], saved["recipe"]["train"]["keep"]
+    saved["answer_tokens"] = saved.pop("labels")  # its former name
     data = saved["recipe"]["data"]
     data["pack"] = saved["recipe"]["train"]["compile"] = False
     data["batch_tokens"] = data.pop("global_batch_tokens")  # its former name

@@ -1,4 +1,4 @@
-"""Every setting of a recipe, with its value and its meaning, as a recipe in YAML."""
+"""Print every setting of a recipe with its value and meaning, as a recipe in YAML."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .head_settings import FROM_TARGET, PartlyGiven
 from .schema import Recipe
 
 FROM_START = "from train.start_from"
-WIDTH = 92  # of the comments, before they are indented
-END = "..."  # what YAML writes behind a value that stands alone
+WIDTH = 92  # of comments, without indentation
+END = "..."  # YAML's end mark after a lone value
 
 
 def explain(recipe: Recipe) -> str:
-    """The resolved recipe in YAML, each setting below what it means.
+    """Return the resolved recipe in YAML, each setting below its meaning.
 
-    Defaults are marked. What only the target or the first head decides is commented out, and so
-    are the settings of sections that the recipe does not have.
+    Defaults are marked. Settings that the target or the first head decides are commented out, and
+    so are those of sections that the recipe does not have.
     """
     origin = FROM_TARGET if recipe.train.start_from is None else FROM_START
     fields = type(recipe).model_fields
@@ -37,8 +37,8 @@ def _section(model: type[BaseModel], values: BaseModel | None, origin: str) -> l
 
 
 def _setting(name: str, field: FieldInfo, values: BaseModel | None, origin: str) -> list[str]:
-    """The lines of one setting. values: the section it stands in, None for one that is not there;
-    origin: of the head's settings that are not given."""
+    """Return the lines of one setting. values: its section, None for one that the recipe does not
+    have. origin: of the head's settings that are not given."""
     meaning = [f"# {line}" for line in textwrap.wrap(field.description or "", WIDTH)]
     value = field.default if values is None else getattr(values, name)
     if isinstance(value, BaseModel):

@@ -1,7 +1,7 @@
 """The `head` section of a recipe: one model per kind, made from the kind's own `Config`.
 
-What a kind's settings mean is said in its file in `model/heads/`. Sizes come from the target, so a
-recipe has to give none of them.
+The settings of a kind are documented in its file in `model/heads/`. Sizes come from the target, so
+that a recipe needs none of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from headstart.model.heads.common.base import head_class, kinds
 
 from .errors import TAG, sections_of
 
-FROM_TARGET = "from the target"  # marks settings whose default is not known before the target is
+FROM_TARGET = "from the target"  # marks settings whose default the target decides
 
 
 class Section(BaseModel):
@@ -33,7 +33,7 @@ class Section(BaseModel):
 
 
 class PartlyGiven(Section):
-    """Settings of which only those that were given are dumped: the target decides the others."""
+    """Settings that dump only those given: the target decides the others."""
 
     @model_serializer
     def _given(self) -> dict[str, Any]:
@@ -41,13 +41,13 @@ class PartlyGiven(Section):
 
 
 class HeadSection(PartlyGiven):
-    """What the sections of all kinds have."""
+    """Base of the sections of all kinds."""
 
     kind: str = Field(description=f"Kind of head: {', '.join(kinds())}.")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that were given, without the kind."""
+        """Return the settings that were given, without the kind."""
         return {name: value for name, value in self.model_dump().items() if name != TAG}
 
 
@@ -65,9 +65,9 @@ def _of_kind(kind: str) -> type[BaseModel]:
 
 
 def _optional(field: FieldInfo, from_target: bool) -> Any:
-    """A field for `create_model` with the same rules, which need not be given.
+    """Return an optional field for `create_model` with the same rules.
 
-    from_target: its own default, and those of the settings below it, do not count.
+    from_target: ignore its default and those of the settings below it.
     """
     kind: Any = field.annotation
     for section in sections_of(kind):  # one at most

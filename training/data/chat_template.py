@@ -1,8 +1,8 @@
-"""Conversations as tokens, with the spans that the target itself would have written.
+"""Render conversations to tokens, with the spans of the assistant's responses.
 
-No chat template is known by name. What a template writes around an answer is found by rendering
-twice: up to the answer with the generation prompt, and with the answer. The first is what the
-target reads before it answers, so what the second has beyond it is the answer.
+No chat template is known by name. A response's span is found by rendering twice: up to the response
+with the generation prompt, and with the response. The first is the target's prompt, so what the
+second adds is the response.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rendered:
-    """tokens, and the [start, end) spans of them to be predicted."""
+    """A tokenized sequence and the [start, end) spans of its labels."""
 
     tokens: list[int]
     spans: list[tuple[int, int]]
 
 
 def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
-    """One sequence per conversation, or one per answer where the template rewrites earlier turns.
+    """Return one sequence per conversation, or one per response where the template rewrites turns.
 
-    Some templates drop the reasoning of earlier answers from the history. Each answer is then
-    trained behind the history it was really written behind. ValueError when the tokenizer has no
-    chat template or the template refuses the messages.
+    Some templates drop the reasoning of earlier responses from the history. Each response then
+    follows the history that it was generated from. ValueError when the tokenizer has no chat
+    template or the template refuses the messages.
     """
     sequences: list[Rendered] = []
     for index, message in enumerate(messages):
@@ -50,20 +50,20 @@ def _continues(earlier: Rendered, turn: Rendered) -> bool:
 
 
 def _turn(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """The conversation up to an answer; the span is that answer."""
+    """Render the conversation up to a response; the span is that response."""
     before = _text(messages[:-1], tokenizer, prompt=True)
     whole = _text(messages, tokenizer, prompt=False)
     prompt, tokens = _ids(before, tokenizer), _ids(whole, tokenizer)
     shared = _common_prefix(prompt, tokens)
     if shared < len(prompt) and whole.startswith(before):
-        # A token spans the boundary. The target reads the prompt first, so its tokens stay.
+        # A token spans the boundary. The prompt is tokenized first, so its tokens stay.
         tokens = prompt + _ids(whole[len(before) :], tokenizer)
         shared = len(prompt)
-    return Rendered(tokens, [(shared, _answer_end(tokens, shared, tokenizer))])
+    return Rendered(tokens, [(shared, _response_end(tokens, shared, tokenizer))])
 
 
-def _answer_end(tokens: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Behind the token that ends the turn: white space after it is the template's."""
+def _response_end(tokens: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the index after the token that ends the turn; white space follows in the template."""
     special = set(tokenizer.all_special_ids)
     for index in range(len(tokens) - 1, start - 1, -1):
         if tokens[index] in special:
@@ -79,14 +79,14 @@ def _without_tail(sequence: Rendered) -> Rendered:
 def _text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, prompt: bool) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(
-            "The target's tokenizer has no chat template, so messages cannot be rendered. Give "
+            "The target's tokenizer has no chat template, so messages cannot be rendered. Use "
             "lines with `tokens` and `spans`, or use an instruction-tuned target."
         )
     try:
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=prompt
         )
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates raise any exception
         raise ValueError(f"The chat template refuses the messages: {error}") from error
     assert isinstance(text, str)
     return text

@@ -1,18 +1,19 @@
-"""Making a draft's probabilities mean what they say, on conversations that it was not trained on.
+"""Calibrate a head's probabilities by temperature scaling, on conversations it was not trained on.
 
-What is verified is chosen by path probabilities, so a guess of 0.3 has to be right three times in
-ten. One temperature per depth divides the logits (arXiv 1706.04599). It is the one with the least
-binary cross entropy over the children that a tree would take, each against "this is what the target
-says". That is a proper score of just the probabilities that a tree uses. The usual one, the
-likelihood of the label among all tokens, also fits tokens that no tree takes, and has no value for
-a label outside the draft vocabulary; here such a label is plainly none of the children.
+Path probabilities choose the nodes to verify, so a draft token of probability 0.3 has to be
+accepted three times in ten. One temperature per depth divides the logits (arXiv 1706.04599): the
+one with the least binary cross entropy over the children that a tree would take, each against
+"this is the target's token". That is a proper score of just the probabilities that a tree uses.
+The usual one, the likelihood of the label among all tokens, also fits tokens that no tree takes,
+and is undefined for a label outside the draft vocabulary; here such a label is none of the
+children.
 
-Depth k is measured where the path up to there was guessed: the labels before are all among the
-likeliest `width`, since no other path can be in a tree. Every answer token starts a tree here. In
-decoding more of them start behind a rejected guess, where guessing is harder.
+Depth k is measured where the labels before it are all in the top `width`, since no other path can
+be in a tree. Every response token starts a tree here. In decoding more trees start after a rejected
+draft token, where drafting is harder.
 
-Legend: B batch rows, T positions, K depths, R measured positions, V draft vocabulary, W children
-per node, S ranks that are told apart, G temperatures, N tree nodes.
+Legend: B sequences, T positions, K depths, R measured positions, V draft vocabulary, W children
+per node, S ranks, G temperatures, N tree nodes.
 """
 
 from __future__ import annotations
@@ -37,31 +38,30 @@ from headstart.training.data.batching import Batch, Batches, Corpus
 from headstart.training.objective.losses import valid_steps
 from headstart.training.run.checkpoint import could_not_save
 
-RANKS = 8  # children of a node whose acceptance is told apart
-MIN_ROWS = 100  # positions that a depth needs to say anything
+RANKS = 8  # children of a node whose acceptance rates are measured separately
+MIN_ROWS = 100  # minimum positions to fit a depth
 MAX_ROWS = 20_000
-BINS = 15  # of the calibration error
-CHUNK_ROWS = 128  # whose logits are in memory at once
-PATH_TREES = 512  # drafted to measure the probabilities of whole paths
+BINS = 15  # for the calibration error
+CHUNK_ROWS = 128  # positions whose logits are in memory at once
+PATH_TREES = 512  # trees drafted to measure path probabilities
 TREES_PER_ROW = 16
 PATH_NODES = 32
 
-# The temperature is looked for between these. The sum over the vocabulary is worked out at
-# Chebyshev points of its logarithm and interpolated in between, to about 0.01 at worst: so logits
-# need not be kept.
+# Range of the temperature. The sum over the vocabulary is computed at Chebyshev points of its
+# logarithm and interpolated in between, to about 0.01 at worst, so that logits need not be kept.
 COLDEST, HOTTEST, POINTS = 0.5, 3.0, 11
-CANDIDATES = torch.linspace(math.log(COLDEST), math.log(HOTTEST), 180).exp().tolist()
+TEMPERATURES = torch.linspace(math.log(COLDEST), math.log(HOTTEST), 180).exp().tolist()
 
-Report = Callable[[int, int], None]  # positions done, and of how many at most
+Report = Callable[[int, int], None]  # positions done, and their maximum
 
 
 class TooFewRows(ValueError):
-    """The conversations hold too little to calibrate on."""
+    """The conversations have too few tokens to calibrate on."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found, under the names of `HeadMeta`, which says what they mean."""
+    """Results of a calibration, under the names of `HeadMeta`, which documents them."""
 
     temperatures: tuple[float, ...]
     rank_acceptance: tuple[tuple[float, ...], ...]
@@ -94,25 +94,26 @@ def calibrate(
     seed: int = 0,
     report: Report | None = None,
 ) -> Calibration:
-    """Fit a head that is ready for decoding; it is left as it was.
+    """Fit the temperatures of a head that is ready for decoding, without changing it.
 
-    corpus: answers of the head's target that it was not trained on. Of the first `conversations`
-    (all if left out) about max_rows answer tokens are used, in an order that the seed decides.
-    steps: depths to measure; those that the head cannot draft, or that fewer than MIN_ROWS paths
-    reach, are left out. width: guesses per node that a tree takes; RANKS of them count at most.
-    batch_tokens: of one reading of the target. TooFewRows when not even the first depth has enough.
+    corpus: responses of the head's target that it was not trained on. About max_rows tokens of the
+    first `conversations` (default: all) are used, in an order that the seed decides.
+    steps: depths to measure, without those that the head cannot draft or that fewer than MIN_ROWS
+    paths reach. width: children per node, RANKS at most.
+    batch_tokens: of a forward pass of the target.
+    TooFewRows when not even the first depth has enough positions.
     """
     steps = min(steps, head.max_depth or steps)
     batches = _plan(corpus, conversations, batch_tokens, seed)
     found = collect(head, map(corpus.batch, batches), steps, width, max_rows, report)
     depths = [
         candidates for candidates in found if len(candidates) >= MIN_ROWS
-    ]  # they fall with the depth
+    ]  # their number falls with the depth
     if not depths:
         rows = len(found[0])
         raise TooFewRows(
-            f"There are {rows} answer tokens to calibrate on, and {MIN_ROWS} are needed. Bring "
-            "more conversations."
+            f"There are {rows} response tokens to calibrate on, and {MIN_ROWS} are needed. Add "
+            "conversations."
         )
     temperatures = tuple(round(fit_temperature(candidates, width), 4) for candidates in depths)
     return Calibration(
@@ -128,7 +129,7 @@ def calibrate(
 
 
 def calibrate_best(folder: Path, target: Target, holdout: Corpus, recipe: Recipe) -> str:
-    """The last thing that a run does with its best head, once; what to tell of it."""
+    """Calibrate the best head of a run, once, and return a message about it."""
     if not len(holdout):
         return "The best head is not calibrated: data.holdout keeps no conversations for it."
     meta = read_head_file(folder).meta
@@ -152,16 +153,16 @@ def calibrate_best(folder: Path, target: Target, holdout: Corpus, recipe: Recipe
     return f"best head {found.summary()}"
 
 
-# --- what a head guesses, and what comes
+# --- candidates and labels
 
 
 @dataclass(frozen=True)
-class Guesses:
-    """A head's guesses at one depth for R positions, and what the target said there.
+class Candidates:
+    """A head's candidates at one depth for R positions, and the rank of the label among them.
 
-    top_RS: logits of the likeliest tokens, best first, less the best one. norms_RG: log of the sum
-    of exp(logit / T) over the draft vocabulary, at the Chebyshev points T. rank_R: place among the
-    likeliest of what came, or S when it is none of them.
+    top_RS: top-S logits in descending order, minus the first. norms_RG: log of the sum of
+    exp(logit / T) over the draft vocabulary, at the Chebyshev points T. rank_R: rank of the label,
+    or S when it is not in the top S.
     """
 
     top_RS: Tensor
@@ -169,8 +170,8 @@ class Guesses:
     rank_R: Tensor
 
     @staticmethod
-    def of(logits_RV: Tensor, labels_R: Tensor) -> Guesses:
-        """labels_R: indices into V, or any other number for a token that is not in it."""
+    def of(logits_RV: Tensor, labels_R: Tensor) -> Candidates:
+        """Take the candidates of logits. labels_R: indices into V; others for tokens outside it."""
         logits_RV = logits_RV.float()
         best_RS, tokens_RS = logits_RV.topk(min(RANKS, logits_RV.shape[1]), dim=1)
         logits_RV = logits_RV - best_RS[:, :1]
@@ -180,25 +181,25 @@ class Guesses:
         rank_R = torch.cat([is_label_RS, missed_R1], 1).int().argmax(1)
         top_RS = best_RS - best_RS[:, :1]
         # On the CPU first: not every device has float64.
-        return Guesses(top_RS.cpu().double(), torch.stack(norms, 1).cpu().double(), rank_R.cpu())
+        return Candidates(top_RS.cpu().double(), torch.stack(norms, 1).cpu().double(), rank_R.cpu())
 
     @staticmethod
-    def joined(parts: Iterable[Guesses]) -> Guesses:
+    def joined(parts: Iterable[Candidates]) -> Candidates:
         columns = zip(*((part.top_RS, part.norms_RG, part.rank_R) for part in parts), strict=True)
-        return Guesses(*map(torch.cat, columns))
+        return Candidates(*map(torch.cat, columns))
 
     def __len__(self) -> int:
         return len(self.rank_R)
 
     def children(self, temperature: float, width: int) -> tuple[Tensor, Tensor]:
-        """R x W: the probabilities of the likeliest tokens, and whether they came."""
+        """Return R x W: the probabilities of the top W tokens, and whether they are the label."""
         norm_R1 = (self.norms_RG @ _interpolation(temperature))[:, None]
         probability_RW = (self.top_RS[:, :width] / temperature - norm_R1).exp().clamp(max=1)
         places_W = torch.arange(probability_RW.shape[1])
         return probability_RW, self.rank_R[:, None] == places_W
 
     def rank_acceptance(self) -> tuple[float, ...]:
-        """The share of positions at which each rank came."""
+        """Return the share of positions at which each rank is the label."""
         counts_S = torch.bincount(self.rank_R, minlength=self.top_RS.shape[1] + 1)[:-1]
         return tuple(round(count / len(self), 4) for count in counts_S.tolist())
 
@@ -210,26 +211,29 @@ def collect(
     width: int,
     max_rows: int = MAX_ROWS,
     report: Report | None = None,
-) -> list[Guesses]:
-    """What a head guesses along answers of its target, per depth; rows: of the first depth."""
-    parts: list[list[Guesses]] = [[] for _ in range(steps)]
+) -> list[Candidates]:
+    """Return a head's candidates along responses of its target, per depth.
+
+    max_rows: positions of the first depth.
+    """
+    parts: list[list[Candidates]] = [[] for _ in range(steps)]
     rows = 0
     for batch in batches:
-        for part, candidates in zip(parts, _read(head, batch, steps, width), strict=True):
+        for part, candidates in zip(parts, _candidates(head, batch, steps, width), strict=True):
             part.append(candidates)
         rows += len(parts[0][-1])
         if report is not None:
             report(min(rows, max_rows), max_rows)
         if rows >= max_rows:
             break
-    return [Guesses.joined(part) for part in parts]
+    return [Candidates.joined(part) for part in parts]
 
 
-def _read(head: DraftHead, batch: Batch, steps: int, width: int) -> Iterator[Guesses]:
+def _candidates(head: DraftHead, batch: Batch, steps: int, width: int) -> Iterator[Candidates]:
     batch = batch.to(head.target.device)
     tokens_BT = batch.tokens_BT
-    seen = head.target.forward(tokens_BT, lengths_B=batch.lengths_B, taps=head.taps, logits=False)
-    hidden = head.unroll(seen, tokens_BT, steps)
+    output = head.target.forward(tokens_BT, lengths_B=batch.lengths_B, taps=head.taps, logits=False)
+    hidden = head.unroll(output, tokens_BT, steps)
     valid_KBT = valid_steps(batch, steps)
     exists_BT = torch.ones_like(valid_KBT[0])
     for step in range(steps):
@@ -238,17 +242,17 @@ def _read(head: DraftHead, batch: Batch, steps: int, width: int) -> Iterator[Gue
         chunks = zip(
             hidden[step][exists_BT].split(CHUNK_ROWS), labels_R.split(CHUNK_ROWS), strict=True
         )
-        candidates = Guesses.joined(
-            Guesses.of(head.logits(hidden_RD), chunk_R) for hidden_RD, chunk_R in chunks
+        candidates = Candidates.joined(
+            Candidates.of(head.logits(hidden_RD), chunk_R) for hidden_RD, chunk_R in chunks
         )
         yield candidates
-        # Fewer are left for the next depth: those whose label a tree would have taken.
+        # The next depth has the positions whose label a tree would have taken.
         taken = min(width, candidates.top_RS.shape[1])
         exists_BT[exists_BT.clone()] = (candidates.rank_R < taken).to(exists_BT.device)
 
 
 def _draft_index(head: DraftHead, tokens_R: Tensor) -> Tensor:
-    """Tokens as indices into the draft vocabulary; its size for those that are not in it."""
+    """Return tokens as indices into the draft vocabulary; its size for those outside it."""
     ids = head.draft_ids
     if ids is None:
         return tokens_R
@@ -260,7 +264,7 @@ def _draft_index(head: DraftHead, tokens_R: Tensor) -> Tensor:
 def _plan(
     corpus: Corpus, conversations: int | None, batch_tokens: int, seed: int
 ) -> list[list[int]]:
-    """Which conversations are read together: each once, in an order that the seed decides."""
+    """Group the conversations into batches, each once, in an order that the seed decides."""
     lengths = corpus.lengths[:conversations]
     batches = Batches(lengths, max(batch_tokens, corpus.longest), seed)
     return [batches.at(place) for place in range(batches.count(1))]
@@ -269,15 +273,15 @@ def _plan(
 # --- the temperature
 
 
-def fit_temperature(candidates: Guesses, width: int) -> float:
-    """The candidate with the least binary cross entropy: one number, so all can be tried."""
+def fit_temperature(candidates: Candidates, width: int) -> float:
+    """Return the temperature with the least binary cross entropy, of all in TEMPERATURES."""
     losses = []
-    for temperature in CANDIDATES:
+    for temperature in TEMPERATURES:
         probability_RW, hit_RW = candidates.children(temperature, width)
         losses.append(
             float(torch.nn.functional.binary_cross_entropy(probability_RW, hit_RW.double()))
         )
-    return CANDIDATES[losses.index(min(losses))]
+    return TEMPERATURES[losses.index(min(losses))]
 
 
 def _points() -> list[float]:
@@ -290,7 +294,7 @@ def _points() -> list[float]:
 
 
 def _interpolation(temperature: float) -> Tensor:
-    """G: how much the value at each point counts at a temperature (Lagrange)."""
+    """Return G: the weight of each point's value at a temperature (Lagrange)."""
     at = math.log(temperature)
     points = [math.log(point) for point in _points()]
     return torch.tensor(
@@ -306,15 +310,15 @@ def _interpolation(temperature: float) -> Tensor:
 
 
 def calibration_error(probability_N: Tensor, hit_N: Tensor) -> float:
-    """Mean distance between said and found, over bins of equally many guesses, likeliest last."""
+    """Return the mean distance of predicted and observed rates, over bins of equal size."""
     order_N = probability_N.argsort(stable=True)
-    said = probability_N.double()[order_N].tensor_split(BINS)
-    found = hit_N.double()[order_N].tensor_split(BINS)
-    apart = sum(abs(float(p.sum() - h.sum())) for p, h in zip(said, found, strict=True))
+    predicted = probability_N.double()[order_N].tensor_split(BINS)
+    observed = hit_N.double()[order_N].tensor_split(BINS)
+    apart = sum(abs(float(p.sum() - h.sum())) for p, h in zip(predicted, observed, strict=True))
     return round(apart / len(order_N), 4)
 
 
-def _error(candidates: Guesses, temperature: float, width: int) -> float:
+def _error(candidates: Candidates, temperature: float, width: int) -> float:
     probability_RW, hit_RW = candidates.children(temperature, width)
     return calibration_error(probability_RW.flatten(), hit_RW.flatten())
 
@@ -326,9 +330,9 @@ def _path_errors(
     width: int,
     seed: int,
 ) -> tuple[float, float]:
-    """The error over all nodes of drafted trees, without temperatures and with them.
+    """Return the error over all nodes of drafted trees, without temperatures and with them.
 
-    Only real trees have the paths that leave what the target says.
+    Only drafted trees hold paths that differ from the target's text.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = TreeShape.dynamic(PATH_NODES, len(temperatures), width)
@@ -344,8 +348,8 @@ def _path_errors(
                     tree = head.draft(state, shape)
                     hit_BN = path_hits(tree, batch.tokens_BT, anchors_B + 1)
                     drafted_BN = tree.valid_BN[rows, 1:]
-                    said_N = tree.scores_BN[rows, 1:][drafted_BN].exp()
-                    nodes[place].append((said_N.cpu(), hit_BN[rows, 1:][drafted_BN].cpu()))
+                    predicted_N = tree.scores_BN[rows, 1:][drafted_BN].exp()
+                    nodes[place].append((predicted_N.cpu(), hit_BN[rows, 1:][drafted_BN].cpu()))
                 trees += len(rows)
             if trees >= PATH_TREES:
                 break
@@ -360,24 +364,24 @@ def _path_errors(
 def _anchored(
     head: DraftHead, batch: Batch, depth: int, generator: torch.Generator
 ) -> Iterator[tuple[object, Tensor, Tensor]]:
-    """Decoding states in the middle of answers: state, anchors, and the rows that hold one.
+    """Yield decoding states within responses: state, anchors, and the rows that hold one.
 
-    The tree of an anchor t starts at token t + 1, and all tokens that it guesses are known.
+    The tree of an anchor t starts at token t + 1, and all labels of its draft tokens are known.
     """
-    seen = head.target.forward(
+    output = head.target.forward(
         batch.tokens_BT, lengths_B=batch.lengths_B, taps=head.taps, logits=False
     )
     complete_BT = valid_steps(batch, depth).all(0).cpu()
     rows = complete_BT.any(1).nonzero()[:, 0]
     weights_BT = complete_BT.float()
-    weights_BT[~complete_BT.any(1), 0] = 1  # drafted too, and left out
+    weights_BT[~complete_BT.any(1), 0] = 1  # drafted too, and ignored
     drawn_BM = torch.multinomial(weights_BT, TREES_PER_ROW, True, generator=generator)
     for anchors_B in drawn_BM.to(batch.tokens_BT.device).T:
         places_BP = torch.arange(int(anchors_B.max()) + 1, device=anchors_B.device)
         places_BP = places_BP.expand(len(anchors_B), -1)
         state = head.advance(
             head.start(len(anchors_B)),
-            seen.gather(places_BP),
+            output.gather(places_BP),
             batch.tokens_BT.gather(1, places_BP + 1),
             anchors_B + 1,
         )
@@ -385,7 +389,8 @@ def _anchored(
 
 
 def path_hits(tree: Tree, tokens_BT: Tensor, roots_B: Tensor) -> Tensor:
-    """B x N: whether a text says the whole path to a node. roots_B: place of the root in it."""
+    """Return B x N: whether a sequence continues along the path to a node. roots_B: position of the
+    root."""
     places_BN = (roots_B[:, None] + tree.depths_BN).clamp(max=tokens_BT.shape[1] - 1)
     wrong_BN = tree.tokens_BN != tokens_BT.gather(1, places_BN)
     return ~(tree.ancestors_BNN & wrong_BN[:, None]).any(-1)

@@ -26,7 +26,7 @@ from headstart.model.target.weights_hash import target_hash
 from headstart.training.config.schema import JointConfig, Recipe
 from headstart.training.data.batching import Batch
 
-from .losses import answer_rows, chunk_rows
+from .losses import chunk_rows, label_rows
 from .teacher import Teacher
 
 
@@ -60,7 +60,7 @@ class JointLoraTeacher(Teacher):
         """Return the divergence from the original target, summed over the batch's labels."""
         with self.model.disable_adapter():
             original = self._forward(batch) if self.trains else output
-        rows_R = answer_rows(batch)
+        rows_R = label_rows(batch)
         original_RD = original.lm_head_input_BTD.flatten(0, 1)[rows_R]
         trained_RD = output.lm_head_input_BTD.flatten(0, 1)[rows_R]
         # Also without rows: every rank needs gradients to all-reduce.

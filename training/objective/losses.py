@@ -61,7 +61,7 @@ def valid_steps(batch: Batch, steps: int) -> Tensor:
     return torch.stack([padded_BT[:, 2 + step :][:, :length] for step in range(steps)])
 
 
-def answer_rows(batch: Batch) -> Tensor:
+def label_rows(batch: Batch) -> Tensor:
     """Return flat indices of the rows whose next token is a label of the first draft step."""
     return valid_steps(batch, 1)[0].flatten().nonzero()[:, 0] + 1
 

@@ -21,7 +21,7 @@ class StepSums:
 
     count_K: labels. loss_K: loss. acceptance_K: acceptance rate at temperature 1. top1_K: labels
     whose argmax is the target's.
-    chains_3: anchors that have all K labels, and the draft tokens accepted behind them at
+    chains_3: anchors that have all K labels, and the draft tokens accepted after them at
     temperature 0 and at temperature 1. objective_2: the weighted loss, and its weight.
     extra_loss: the teacher's extra loss over the labels of the first step.
     """

@@ -21,6 +21,7 @@ from headstart.model.checkpoint.atomic import atomic_folder, recover
 
 FOLDER = "state"  # within the folder of the run
 STATE, TENSORS = "state.json", "state.safetensors"
+FORMER_KEYS = {"answer_tokens": "labels"}  # of metadata that older versions wrote
 HEAD = "head."  # prefix of the weights; the optimizer's tensors have others
 
 
@@ -108,7 +109,7 @@ def load_metadata(folder: Path) -> dict[str, Any] | None:
             f"The checkpoint {folder} is damaged ({STATE}: {error}). Remove the folder to "
             "start over."
         ) from error
-    return metadata
+    return {FORMER_KEYS.get(key, key): value for key, value in metadata.items()}
 
 
 def load_state(folder: Path, head: nn.Module) -> dict[str, Tensor]:

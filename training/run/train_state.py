@@ -13,7 +13,8 @@ class TrainState:
     """All that a resumed run needs besides weights and optimizer state.
 
     step: optimizer steps done. total: optimizer steps of the whole run.
-    position: global batches consumed. tokens, answer_tokens: trained on, padding excluded.
+    position: global batches consumed. tokens: trained on, padding excluded. labels: of the first
+    draft step.
     best_step, score: of the best head so far. evaluated: step of the last finished evaluation.
     """
 
@@ -21,7 +22,7 @@ class TrainState:
     total: int = 0
     position: int = 0
     tokens: int = 0
-    answer_tokens: int = 0
+    labels: int = 0
     best_step: int = -1
     score: float | None = None
     evaluated: int = 0
@@ -31,12 +32,12 @@ class TrainState:
         names = self.__dataclass_fields__.keys() & metadata.keys()
         return replace(self, **{name: metadata[name] for name in names})
 
-    def advance(self, batches: int, tokens: int, answer_tokens: int) -> None:
+    def advance(self, batches: int, tokens: int, labels: int) -> None:
         """Count one optimizer step."""
         self.step += 1
         self.position += batches
         self.tokens += tokens
-        self.answer_tokens += answer_tokens
+        self.labels += labels
 
     def evaluation_is_due(self, every: float) -> bool:
         """Return whether to evaluate now: always at the end.

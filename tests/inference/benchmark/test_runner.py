@@ -119,8 +119,8 @@ def test_prompt_lookup_counts_its_passes(fused: Path, opened: Opened) -> None:
     model.model.register_forward_hook(lambda *_: passes.append(1))
     result = run_benchmark(target, {"x": runner}, [Case("a", (5, 6) * 20)], SamplingParams(12))
     metrics = result.metrics["x"]
-    assert metrics.stats.tokens == 12 and runner.max_batch_size == 1
-    assert 0 < metrics.stats.rounds <= min(12, len(passes))  # the warm-up is not counted
+    assert metrics.stats.num_tokens == 12 and runner.max_batch_size == 1
+    assert 0 < metrics.stats.num_steps <= min(12, len(passes))  # the warm-up is not counted
 
 
 def test_total_adds_up() -> None:
@@ -128,14 +128,19 @@ def test_total_adds_up() -> None:
         RunMetrics(prompts=n, seconds=2.0 * n, decode_steps=3 * n, peak_bytes=n) for n in (1, 2)
     ]
     for n, part in enumerate(parts, 1):
-        part.stats.tokens, part.stats.rounds, part.stats.rows = 10 * n, 4 * n, n
-        part.stats.accepted, part.stats.tried = [n] * n, [2 * n] * n
+        part.stats.num_tokens, part.stats.num_steps, part.stats.num_sequences = 10 * n, 4 * n, n
+        part.stats.accepted_per_position, part.stats.tried_per_position = [n] * n, [2 * n] * n
     parts[1].error = "it broke"
     total = RunMetrics.total(parts)
-    assert (total.stats.tokens, total.prompts, total.seconds, total.decode_steps) == (30, 3, 6.0, 9)
-    assert total.stats.acceptance_length == 27 / 12 and total.stats.acceptance == [0.5, 0.5]
+    assert (total.stats.num_tokens, total.prompts, total.seconds, total.decode_steps) == (
+        30,
+        3,
+        6.0,
+        9,
+    )
+    assert total.stats.acceptance_length == 27 / 12 and total.stats.acceptance_rates == [0.5, 0.5]
     assert (total.peak_bytes, total.working_bytes, total.error) == (2, None, "it broke")
-    assert parts[0].stats.tokens == 10
+    assert parts[0].stats.num_tokens == 10
 
 
 def test_acceptance_alone_equals_that_of_the_benchmark(opened: Opened) -> None:

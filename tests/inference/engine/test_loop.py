@@ -295,11 +295,11 @@ def test_figures_of_right_drafts(
     stats = Stats()
     both(target, ids, mask, truth, SamplingParams(11), stats)
     # 1 from the prompt, then 5 and 5 in two rounds, for each of three rows.
-    assert (stats.rows, stats.tokens, stats.rounds) == (3, 33, 6)
+    assert (stats.num_sequences, stats.num_tokens, stats.num_steps) == (3, 33, 6)
     assert stats.acceptance_length == 5
-    assert stats.accepted == stats.tried == [6, 6, 6, 6]
-    assert stats.drafted == 24
-    assert stats.wall == 0
+    assert stats.accepted_per_position == stats.tried_per_position == [6, 6, 6, 6]
+    assert stats.num_draft_tokens == 24
+    assert stats.total_seconds == 0
 
 
 def test_figures_count_to_the_end_token_only(target: Target, truth: list[list[int]]) -> None:
@@ -314,10 +314,12 @@ def test_figures_count_to_the_end_token_only(target: Target, truth: list[list[in
         SamplingParams(NEW_TOKENS, stop_token_ids=frozenset([truth[0][place]])),
         stats,
     )
-    assert stats.tokens == len(answer[0]) == place + 1
-    assert stats.rounds == 1 and stats.acceptance_length == place
-    assert stats.accepted == [1] * place + [0] * (4 - place)
-    assert stats.tried == stats.accepted, "what lies behind the stop was not tried"
+    assert stats.num_tokens == len(answer[0]) == place + 1
+    assert stats.num_steps == 1 and stats.acceptance_length == place
+    assert stats.accepted_per_position == [1] * place + [0] * (4 - place)
+    assert stats.tried_per_position == stats.accepted_per_position, (
+        "what lies behind the stop was not tried"
+    )
 
 
 def test_figures_of_wrong_drafts(target: Target, truth: list[list[int]]) -> None:
@@ -331,13 +333,13 @@ def test_figures_of_wrong_drafts(target: Target, truth: list[list[int]]) -> None
         stats=stats,
     )
     assert told(steps) == [truth[0][:9]]
-    assert stats.acceptance_length == 1 and stats.acceptance == [0, 0, 0, 0]
+    assert stats.acceptance_length == 1 and stats.acceptance_rates == [0, 0, 0, 0]
     # The last round has room for one token, so nothing is drafted for it.
-    assert stats.tried == [7, 0, 0, 0] and stats.rounds == 8
+    assert stats.tried_per_position == [7, 0, 0, 0] and stats.num_steps == 8
     # Never deeper than there is room.
-    assert stats.drafted == 4 + 4 + 4 + 4 + 3 + 2 + 1
+    assert stats.num_draft_tokens == 4 + 4 + 4 + 4 + 3 + 2 + 1
     assert set(stats.seconds) == set(PHASES) and min(stats.seconds.values()) > 0
-    assert stats.wall == pytest.approx(sum(stats.seconds.values()))
+    assert stats.total_seconds == pytest.approx(sum(stats.seconds.values()))
 
 
 def test_gradients_stay_on_for_the_caller(target: Target) -> None:

@@ -78,7 +78,7 @@ def test_guesses_that_are_often_right(family: str, rows: int, costs: Costs | Non
     for shape in (*SHAPES.values(), LARGE):
         told, stats = replayed(target, prophet(family, rows), prompts, shape, sampling, costs)
         assert told == truth
-        assert stats.tokens == sum(map(len, truth)) and stats.rows == rows
+        assert stats.num_tokens == sum(map(len, truth)) and stats.num_sequences == rows
         assert costs is DEAR or stats.acceptance_length > 1.2
     told, stats = replayed(target, None, prompts, LARGE, sampling)
     assert told == truth and stats.acceptance_length == 1
@@ -95,7 +95,7 @@ def test_every_head_kind(family: str, kind: str) -> None:
             shape, prompts = clamp_to_head(shape, head), batch(family, rows)
             told, stats = replayed(target, head, prompts, shape, SamplingParams(10))
             assert told == truth, (shape, rows)
-            assert stats.tried[0] > 0, "nothing was drafted"
+            assert stats.tried_per_position[0] > 0, "nothing was drafted"
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -130,7 +130,7 @@ def test_seeded_sampling(family: str, rows: int, sampling: str) -> None:
     for shape in (*SHAPES.values(), LARGE):
         for costs in (None, USUAL):
             told, stats = replayed(target, head, prompts, shape, params, costs)
-            assert told == truth and sum(stats.accepted) > 2
+            assert told == truth and sum(stats.accepted_per_position) > 2
     assert replayed(target, None, prompts, LARGE, params)[0] == truth
 
 

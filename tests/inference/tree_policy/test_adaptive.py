@@ -198,7 +198,7 @@ def test_no_budget_changes_an_answer(family: str, price: Costs, lookup: bool, ro
             stats=stats,
         )
         assert answers(steps, rows) == truth
-        assert stats.tokens == sum(map(len, truth))
+        assert stats.num_tokens == sum(map(len, truth))
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -248,7 +248,7 @@ def test_looked_up_guesses_alone_are_exact_and_help_with_repetitions() -> None:
     stats = Stats()
     config = SpeculativeConfig(shape=WIDEST_TREE, ngram=True)
     steps = decode(target, ids_BT, sampling=sampling, speculative=config, stats=stats)
-    assert answers(steps, 2) == truth and stats.rounds <= stats.tokens
+    assert answers(steps, 2) == truth and stats.num_steps <= stats.num_tokens
 
 
 def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
-"""The way of GPUs against PyTorch's operations. Without a GPU, Triton's interpreter runs its
-functions on a CPU, and its compiler shows that they would run on one.
+"""`TritonOps` and its kernels. Without a GPU, Triton's interpreter runs them on a CPU, and its
+compiler shows that they would run on one. test_ops.py compares each operation with the reference.
 
 Legend: B batch rows, N new rows, M pending columns, S columns, H query heads, G key/value heads,
 C head channels.
@@ -25,33 +25,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headstart.inference.config import SamplingParams, SpeculativeConfig
 from headstart.inference.engine.loop import decode
-from headstart.inference.engine.measure_costs import costs_key
-from headstart.model.backends import cuda_ops as accelerated
-from headstart.model.backends.cuda_ops import Accelerated
-from headstart.model.backends.fused_head import SWIFT_ON_A_GPU, cached_attention, speed_up_blocks
-from headstart.model.backends.linear import Product
+from headstart.model.backends import cuda_ops, select
+from headstart.model.backends.cuda_ops import TritonOps
+from headstart.model.backends.linear import FusedLinear
+from headstart.model.backends.torch_ops import TORCH_OPS
 from headstart.model.cache.kv_cache import KVCache
 from headstart.model.heads.common.base import kinds, make_head
-from headstart.model.heads.common.layers import MLP, Attention, LayerConfig
+from headstart.model.heads.common.cached_attention import DraftVisibility
+from headstart.model.heads.common.layers import MLP, Attention, LayerConfig, use_ops
 from headstart.model.target.load import wrap_target
 from headstart.model.target.target import Target
-from headstart.model.tree.grow import Frontier, grow
-from headstart.model.tree.ops import TORCH_TREE_OPS, TreeOps
-from headstart.model.tree.shape import TreeShape
-from headstart.model.tree.tree import Tree
 
 pytest.importorskip("triton", reason="Triton is not installed: it comes with PyTorch for GPUs")
-from headstart.model.backends.kernels import triton as built
+from headstart.model.backends.kernels import triton as kernels
 from headstart.model.backends.kernels.triton import attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+OPS = TritonOps(kernels)
+
+
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever asks for the functions gets them."""
-    monkeypatch.setattr(accelerated, "functions", lambda device: built)
-    monkeypatch.setattr(Target, "drafts_in_int8", False)
+    """Targets are given these operations wherever they are."""
+    monkeypatch.setattr(select, "select_ops", lambda device: OPS)
+
+
+def has_triton(target: Target) -> bool:
+    return target.backend is not None and target.backend.ops is OPS
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
@@ -90,7 +92,7 @@ def test_attention(sizes: tuple[int, ...]) -> None:
     lengths_B[0] = columns - pending  # up to the last column
     keys[-1, :, lengths_B[-1] + pending :] = torch.nan  # never read
     pending_BNM = torch.rand(batch, new, pending, device=DEVICE) < 0.5
-    ours = built.attend(queries_BNHC, (keys, values), lengths_B, pending_BNM, 0.2, columns)
+    ours = kernels.attend(queries_BNHC, (keys, values), lengths_B, pending_BNM, 0.2, columns)
     theirs = F.scaled_dot_product_attention(
         queries_BNHC.transpose(1, 2),
         keys.nan_to_num().repeat_interleave(heads // groups, 1),
@@ -121,8 +123,7 @@ def test_blocks_of_heads(normed: bool, bias: bool) -> None:
     with torch.no_grad():
         theirs = [attention(hidden_BND, positions_BN, attend), mlp(hidden_BND[..., :24]), *given]
         given.clear()
-        speed_up_blocks(both := nn.ModuleList([attention, mlp]))
-        assert [type(one) for one in both] == [SWIFT_ON_A_GPU[Attention], SWIFT_ON_A_GPU[MLP]]
+        use_ops(nn.ModuleList([attention, mlp]), OPS)
         ours = [attention(hidden_BND, positions_BN, attend), mlp(hidden_BND[..., :24]), *given]
     for one, other in zip(ours, theirs, strict=True):
         close(one, other)
@@ -140,10 +141,11 @@ def test_attention_of_a_head_asks_for_no_mask(monkeypatch: pytest.MonkeyPatch) -
             cache.commit(None, torch.tensor([40, 33], device=DEVICE))
     pending_BNM = torch.ones(2, 6, 6, dtype=torch.bool, device=DEVICE).tril()
     queries = torch.randn(2, 4, 6, 16, device=DEVICE)
-    theirs = cached_attention(queries, keys, values, cache, pending_BNM)  # with gradients: a mask
+    visibility = DraftVisibility(cache, pending_BNM)
+    theirs = TORCH_OPS.cached_attention(queries, keys, values, visibility)
     monkeypatch.setattr(KVCache, "visible", None)
     with torch.no_grad():
-        close(cached_attention(queries, keys, values, cache, pending_BNM), theirs)
+        close(OPS.cached_attention(queries, keys, values, visibility), theirs)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -151,7 +153,7 @@ def test_attention_of_a_head_asks_for_no_mask(monkeypatch: pytest.MonkeyPatch) -
 def test_targets_read_as_their_modules_do(family: str, batch: int) -> None:
     target = wrap_target(FAMILIES[family]().to(DEVICE))
     windows = family in ("mistral", "ministral")
-    assert windows or isinstance(target.backend, Accelerated)
+    assert windows or has_triton(target)
     ours = reads(target, batch)
     target.backend = None
     for one, other in zip(ours, reads(target, batch), strict=True):
@@ -166,46 +168,52 @@ def test_what_computes_otherwise_keeps_its_modules(family: str) -> None:
 def test_layers_are_joined_and_nothing_is_held_twice() -> None:
     layers = [nn.Linear(6, size, device=DEVICE) for size in (4, 2, 3)]
     before = [one.weight.detach().clone() for one in layers]
-    product, hidden = Product(*layers), torch.randn(5, 6, device=DEVICE)
+    fused, hidden = FusedLinear(*layers), torch.randn(5, 6, device=DEVICE)
     expected = torch.cat([one(hidden) for one in layers], -1)
-    close(F.linear(hidden, *product.joined), expected)
+    with torch.no_grad():
+        close(OPS.linear(hidden, fused), expected)
+        assert layers[0].weight.data_ptr() != fused.joined[0].data_ptr()  # not while it computes
+        OPS.prepare(fused)
+        close(OPS.linear(hidden, fused), expected)
     for one, weight in zip(layers, before, strict=True):
         assert torch.equal(one.weight, weight)
-        assert one.weight.untyped_storage().data_ptr() == product.joined[0].data_ptr()
+        assert one.weight.untyped_storage().data_ptr() == fused.joined[0].data_ptr()
     with torch.no_grad():
         layers[1].weight += 1  # written to: it is the same memory
-    close(F.linear(hidden, *product.joined), torch.cat([one(hidden) for one in layers], -1))
-    layers[2].weight.data = torch.ones(3, 6, device=DEVICE)  # replaced
-    close(F.linear(hidden, *product.joined), torch.cat([one(hidden) for one in layers], -1))
+        close(OPS.linear(hidden, fused), torch.cat([one(hidden) for one in layers], -1))
+        layers[2].weight.data = own = torch.ones(3, 6, device=DEVICE)  # replaced
+        close(OPS.linear(hidden, fused), torch.cat([one(hidden) for one in layers], -1))
+        assert layers[2].weight.data_ptr() == own.data_ptr()
 
 
 @pytest.mark.parametrize(("family", "shape"), [("llama", "chain"), ("qwen3", "dynamic")])
 @pytest.mark.parametrize("kind", kinds())
 def test_a_whole_decode(family: str, kind: str, shape: str) -> None:
     target = wrap_target(FAMILIES[family]().to(DEVICE))
-    assert isinstance(target.backend, Accelerated)
+    assert has_triton(target)
     ids_BT, mask_BT = torch.stack(prompts([11, 11])), torch.ones(2, 11, dtype=torch.int64)
     mask_BT[1, :4] = 0
     sampling = SamplingParams(9)
-    told = answers(decode(target, ids_BT, mask_BT, sampling=sampling), 2)
+    expected = answers(decode(target, ids_BT, mask_BT, sampling=sampling), 2)
     head = make_head(target, kind, {})
     head.init_from_target()
     head = head.for_decoding(target)
+    head.use_ops(OPS)
     config = SpeculativeConfig(head, SHAPES[shape])
     steps = decode(target, ids_BT, mask_BT, sampling=sampling, speculative=config)
-    assert answers(steps, 2) == told
+    assert answers(steps, 2) == expected
     target.backend = None  # and what its modules say
-    assert answers(decode(target, ids_BT, mask_BT, sampling=sampling), 2) == told
+    assert answers(decode(target, ids_BT, mask_BT, sampling=sampling), 2) == expected
 
 
-def test_costs_are_measured_again_when_the_functions_change(tmp_path: Path) -> None:
-    target = wrap_target(FAMILIES["llama"]().to(DEVICE))
-    head = make_head(target, "medusa", {}).for_decoding(target)
-    now = costs_key(target, head)["kernels"]
-    assert now == accelerated.digest(target.device) is not None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accelerated, "version", lambda name: "another")
-        assert costs_key(target, head)["kernels"] != now
+def test_kernels_are_told_apart_by_their_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_ops, "load_kernels", lambda device: kernels)
+    now = select.kernel_hash(torch.device("cuda"))
+    assert now is not None and now != select.kernel_hash(torch.device("cpu"))
+    monkeypatch.setattr(cuda_ops, "version", lambda name: "another")
+    assert select.kernel_hash(torch.device("cuda")) != now
+    monkeypatch.setattr(cuda_ops, "load_kernels", lambda device: None)
+    assert select.kernel_hash(torch.device("cuda")) is None
 
 
 def test_they_compile_for_a_gpu(tmp_path: Path) -> None:
@@ -223,7 +231,7 @@ def test_they_compile_for_a_gpu(tmp_path: Path) -> None:
 def test_the_best_words(words: int, width: int, dtype: torch.dtype) -> None:
     logits_RV = (4 * torch.randn(3, words, device=DEVICE)).to(dtype)  # equals among the halves
     logits_RV[:, 7] = logits_RV.amax(1)
-    ours = built.best_words(logits_RV, width, 1.7)
+    ours = kernels.topk_logprobs(logits_RV, width, 1.7)
     logp_RV = (logits_RV.float() / 1.7).log_softmax(-1)
     order = logp_RV.sort(dim=-1, descending=True, stable=True)
     close(ours[0], order.values[:, :width])
@@ -235,7 +243,7 @@ def test_words_where_numbers_are_none() -> None:
     logits_RV = torch.full((2, 9000), torch.nan, device=DEVICE)
     logits_RV[1, :5000] = -torch.inf  # a whole chunk
     logits_RV[1, 5000:] = torch.linspace(0, 1, 4000, device=DEVICE)
-    logp_RW, ids_RW = built.best_words(logits_RV, 3, 1.0)
+    logp_RW, ids_RW = kernels.topk_logprobs(logits_RV, 3, 1.0)
     assert 0 <= int(ids_RW.min()) and int(ids_RW.max()) < 9000
     assert ids_RW[1].tolist() == [8999, 8998, 8997]
     close(logp_RW[1], logits_RV[1].log_softmax(-1)[8997:].flip(0))
@@ -259,7 +267,7 @@ def test_rows_of_a_long_prompt_take_no_memory_per_part() -> None:
     seen = torch.ones(1, 2000, 1, dtype=torch.bool, device=DEVICE)
     lengths_B = torch.tensor([8000], device=DEVICE)
     with Watched():
-        built.attend(queries, (keys, keys), lengths_B, seen, 1.0, 9000)
+        kernels.attend(queries, (keys, keys), lengths_B, seen, 1.0, 9000)
     monkey.undo()
     assert max(made) <= 2 * queries.nbytes
 
@@ -267,53 +275,6 @@ def test_rows_of_a_long_prompt_take_no_memory_per_part() -> None:
 class _Nothing:
     def __getitem__(self, grid: object) -> Callable[..., None]:
         return lambda *_, **__: None
-
-
-def test_ancestors() -> None:
-    parents_BN = torch.full((4, 33), -1, device=DEVICE)
-    for node in range(1, 30):  # three of padding
-        parents_BN[:, node] = torch.randint(0, node, (4,), device=DEVICE)
-    parents_BN[0] = torch.arange(33, device=DEVICE) - 1  # a chain
-    assert torch.equal(built.ancestors(parents_BN), TORCH_TREE_OPS.ancestors(parents_BN))
-
-
-@pytest.mark.parametrize("above", [0, 1, 4])
-def test_what_drafted_nodes_inherit(above: int) -> None:
-    before = torch.rand(3, above, 7, device=DEVICE) < 0.5 if above else None
-    parents_BF = torch.randint(0, max(above, 1), (3, 4), device=DEVICE)
-    assert torch.equal(
-        built.inherit(before, parents_BF), TORCH_TREE_OPS.inherit(before, parents_BF)
-    )
-
-
-@pytest.mark.parametrize("shape", [(20, 5, 3), (9, 4, 1), (64, 3, 8)])
-def test_a_tree_grows_as_without_a_gpu(shape: tuple[int, int, int]) -> None:
-    wanted, seen = TreeShape.dynamic(*shape), []
-
-    def children(of_BF: Tensor) -> tuple[Tensor, Tensor]:
-        ranks_W = torch.arange(wanted.width + 1, device=DEVICE)
-        logp_BFW = -torch.sin(1.0 + of_BF[..., None] * 7.1 + ranks_W * 3.3).abs() - 0.01
-        return logp_BFW.sort(dim=-1, descending=True).values, of_BF[..., None] * 5 % 97 + ranks_W
-
-    def step(frontier: Frontier) -> tuple[Tensor, Tensor]:
-        seen.append(frontier)
-        return children(frontier.tokens_BF)
-
-    def grown(ops: TreeOps) -> Tree:
-        root_B = torch.tensor([3, 8, 50], device=DEVICE)
-        return grow(root_B, children(root_B[:, None]), step, wanted, ops=ops)
-
-    ours, mine = grown(built), list(seen)
-    seen.clear()
-    theirs = grown(TORCH_TREE_OPS)
-    assert len(mine) == len(seen) == wanted.depth - 1
-    for one, other in zip(mine, seen, strict=True):
-        assert one.depth == other.depth
-        assert torch.equal(one.tokens_BF, other.tokens_BF)
-        assert torch.equal(one.parents_BF, other.parents_BF)
-    assert torch.equal(ours.tokens_BN, theirs.tokens_BN)
-    assert torch.equal(ours.parents_BN, theirs.parents_BN)
-    assert torch.equal(ours.scores_BN, theirs.scores_BN)
 
 
 @pytest.mark.parametrize("inputs", [40, 5000])
@@ -330,8 +291,8 @@ def test_a_product_of_one_row(first: str, bias: bool, inputs: int) -> None:
         values = F.rms_norm(row_1K, (inputs,), *norm)
     elif first == "gate":
         values = F.silu(row_1K[:, :inputs]) * row_1K[:, inputs:]
-    close(built.row_product(row_1K, (layer.weight, layer.bias), **options), layer(values))
+    close(kernels.row_product(row_1K, (layer.weight, layer.bias), **options), layer(values))
     expected = into + layer(values)
-    told = built.row_product(row_1K, (layer.weight, layer.bias), into=into, **options)
+    told = kernels.row_product(row_1K, (layer.weight, layer.bias), into=into, **options)
     close(told, expected)
     assert told is into

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headstart.model.backends.cpu_ops import cpu_ops
+from headstart.model.backends.cpu_ops import MAX_NEW, cpu_ops
 from headstart.model.backends.fused_decoder import Norm
 from headstart.model.backends.linear import FusedLinear
 from headstart.model.backends.ops import AttentionSpec
@@ -90,13 +90,14 @@ def spec_of(normed: bool, device: torch.device) -> AttentionSpec:
     return AttentionSpec(4, 2, 16, 0.3, *norms)
 
 
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("nodes", [1, 9, 70])
+@pytest.mark.parametrize(("nodes", "normed"), [(1, False), (9, True), (70, False)])
 def test_attention_of_a_tree_behind_a_ragged_batch(
     ops: TorchOps, device: torch.device, nodes: int, normed: bool
 ) -> None:
+    if nodes > MAX_NEW and ops is not cpu_ops():
+        pytest.skip("only a CPU computes many new positions in another way")
     spec, rotary = spec_of(normed, device), Rotary(16, 500.0)
-    prompt_BNE = torch.randn(3, 40, 8 * 16, device=device)
+    prompt_BNE = torch.randn(3, 9, 8 * 16, device=device)
     tree_BNE = torch.randn(3, nodes, 8 * 16, device=device)
     parents_N = torch.tensor([-1, *(node // 3 for node in range(nodes - 1))], device=device)
     parents_BN = parents_N.expand(3, -1)
@@ -114,7 +115,7 @@ def test_attention_of_a_tree_behind_a_ragged_batch(
             cos_sin = rotary.cos_sin(depths_BN + cache.lengths_B[:, None], qkv.dtype)
             context = one.begin(visibility, cos_sin, qkv.dtype)
             outputs.append(one.attend(qkv, spec, context, cache.kv_layers[0]))
-            cache.commit(None, torch.tensor([40, 33, 7], device=device).clamp(max=new))
+            cache.commit(None, torch.tensor([9, 6, 2], device=device).clamp(max=new))
         results.append(outputs)
     for ours, theirs in zip(*results, strict=True):
         close(ours, theirs)

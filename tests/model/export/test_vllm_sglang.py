@@ -24,7 +24,7 @@ import torch
 import vllm_reader
 from export_cases import CASES, VD, V, fused, random_head, write_plain
 from processes import HELPERS
-from reference_draft import NgramDraft
+from reference_draft import DraftLogits
 from safetensors.torch import load_file, save_file
 
 from headstart.model.checkpoint.head import load_head
@@ -66,22 +66,22 @@ def case(
     return head, fused(plain, head, tmp_path_factory.mktemp("case"))
 
 
-def ours(head: DraftHead) -> list[NgramDraft]:
+def ours(head: DraftHead) -> list[DraftLogits]:
     """The head's own logits of the first and second draft step behind ANCHOR."""
     target, ids_BT = head.target, torch.tensor([TOKENS])
     with torch.no_grad():
         output = target.forward(ids_BT, taps=head.taps)
         hidden = head.unroll(output, ids_BT, 2)
         ids = torch.arange(V) if head.draft_ids is None else head.draft_ids
-        return [NgramDraft(head.logits(step[0, ANCHOR]), ids) for step in hidden]
+        return [DraftLogits(head.logits(step[0, ANCHOR]), ids) for step in hidden]
 
 
-def theirs(folder: Path, read: Callable[..., Any], target: Target, **how: Any) -> list[NgramDraft]:
+def theirs(folder: Path, read: Callable[..., Any], target: Target, **how: Any) -> list[DraftLogits]:
     draft = read(folder, target.model, **how)
     return [draft.begin(TOKENS[: ANCHOR + 1], TOKENS[ANCHOR + 1]), draft.follow(TOKENS[ANCHOR + 2])]
 
 
-def agree(one: list[NgramDraft], other: list[NgramDraft]) -> list[bool]:
+def agree(one: list[DraftLogits], other: list[DraftLogits]) -> list[bool]:
     return [
         torch.equal(a.ids, b.ids) and torch.allclose(a.logits, b.logits, **NEAR)
         for a, b in zip(one, other, strict=True)

@@ -276,7 +276,7 @@ def test_errors_come_before_anything_is_sent(
     assert not hub.calls
     assert "may not write to them/x" in worker.refused("push", made / "fused", "them/x")
     cut = shutil.copytree(made / "fused", tmp_path / "cut")
-    (cut / "draft_heads" / "model.safetensors").write_bytes(b"cut short")
+    (cut / "draft_heads" / "model.safetensors").write_bytes(b"truncated")
     assert "cannot be read" in worker.refused("push", cut, "me/x")
     for file in cut.glob("*.safetensors"):
         file.unlink()

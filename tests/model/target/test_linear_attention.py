@@ -82,7 +82,7 @@ def test_a_head_that_is_often_right(family: str, depth: int) -> None:
         steps = list(decode(target, ids_1T, sampling=GREEDY, speculative=config, stats=stats))
         hook.remove()
         assert answers(iter(steps))[0] == expected
-        assert len(passes) == stats.rounds + 1 < NEW_TOKENS
+        assert len(passes) == stats.num_steps + 1 < NEW_TOKENS
         # A chain, and what was accepted of the last one's guesses, but not all of them.
         assert max(passes[1:]) <= depth + 1 + depth - 1
         seen |= {len(step[0]) - 1 for step in steps[1:-1]}
@@ -102,7 +102,7 @@ def test_every_head_kind(family: str) -> None:
             config, twelve = SpeculativeConfig(head, TreeShape.chain(depth)), SamplingParams(12)
             steps = decode(target, ids_1T, sampling=twelve, speculative=config, stats=stats)
             assert answers(steps)[0] == stock(family, ids_1T, 12), (kind, depth)
-            assert stats.tried[0] > 0
+            assert stats.tried_per_position[0] > 0
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -113,7 +113,7 @@ def test_seeded_sampling_is_an_equality_too(sampling: str) -> None:
     target = target_of("qwen3_next")
     config = SpeculativeConfig(Oracle(target, [expected]), TreeShape.chain(4))
     steps = decode(target, ids_1T, sampling=SAMPLINGS[sampling], speculative=config, stats=stats)
-    assert answers(steps)[0] == expected and sum(stats.accepted) > 5
+    assert answers(steps)[0] == expected and sum(stats.accepted_per_position) > 5
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -137,7 +137,7 @@ def test_rows_of_a_batch_are_answered_in_turn(left: bool) -> None:
         stats=stats,
     )
     assert answers(steps, 3) == expected
-    assert stats.rows == 3 and stats.tokens == 3 * NEW_TOKENS
+    assert stats.num_sequences == 3 and stats.num_tokens == 3 * NEW_TOKENS
     drawn = [
         answers(decode(target, ids_BT, mask_BT, sampling=SamplingParams(8, 1.0, seed=3)), 3)
         for _ in range(2)
@@ -247,7 +247,7 @@ def test_guesses_from_the_text_come_true() -> None:
         speculative=SpeculativeConfig(ngram=True),
         stats=stats,
     )
-    assert answers(steps)[0] == expected and stats.drafted > 0
+    assert answers(steps)[0] == expected and stats.num_draft_tokens > 0
 
 
 def test_a_model_that_forgets_its_state_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from headstart.training.data.batching import Batch, Corpus
 from headstart.training.evaluation.calibration import (
     COLDEST,
     HOTTEST,
-    Guesses,
+    Candidates,
     TooFewRows,
     calibrate,
     calibration_error,
@@ -45,14 +45,14 @@ def drawn(spread: float = 2.5) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("factor", [0.7, 1.0, 2.0])
 def test_a_known_temperature_is_found(factor):
     logits_RV, labels_R = drawn()
-    assert fit_temperature(Guesses.of(factor * logits_RV, labels_R), 3) == pytest.approx(
+    assert fit_temperature(Candidates.of(factor * logits_RV, labels_R), 3) == pytest.approx(
         factor, rel=0.05
     )
 
 
 def test_the_error_falls_to_noise():
     logits_RV, labels_R = drawn()
-    candidates = Guesses.of(2 * logits_RV, labels_R)
+    candidates = Candidates.of(2 * logits_RV, labels_R)
 
     def error(temperature: float) -> float:
         probability_RW, hit_RW = candidates.children(temperature, 3)
@@ -66,7 +66,7 @@ def test_the_error_falls_to_noise():
 @pytest.mark.parametrize("spread", [0.5, 2.5, 6.0])
 def test_interpolated_probabilities_are_right(spread, temperature):
     logits_RV, labels_R = drawn(spread)
-    probability_RW, hit_RW = Guesses.of(logits_RV, labels_R).children(temperature, 5)
+    probability_RW, hit_RW = Candidates.of(logits_RV, labels_R).children(temperature, 5)
     best_RW, tokens_RW = (logits_RV / temperature).softmax(1).topk(5)
     torch.testing.assert_close(probability_RW.float(), best_RW, rtol=0.01, atol=1e-6)
     assert torch.equal(hit_RW, tokens_RW == labels_R[:, None])
@@ -88,7 +88,7 @@ def test_calibration_error_of_worked_examples():
 class Knowing(DraftHead):
     """Knows the token that comes at some depths; at the others it names the one after it.
 
-    With `rule_target` a hidden state that is the embedding of x guesses what follows x.
+    With `rule_target` a hidden state that is the embedding of x drafts what follows x.
     """
 
     kind = "knowing"
@@ -145,7 +145,7 @@ def test_only_paths_that_a_tree_can_hold_are_measured():
 
 
 def test_a_label_outside_the_draft_vocabulary_is_no_child():
-    """Tokens of the first two rows cannot be guessed where they are not in the vocabulary."""
+    """Tokens of the first two rows cannot be drafted where they are not in the vocabulary."""
     batch = rule_batch()
     left_out = batch.tokens_BT[0, 7].item()
     vocabulary = [token for token in range(VOCAB) if token != left_out]
@@ -206,7 +206,7 @@ def test_every_kind_is_calibrated(target, corpus, kind):
     head = random_head(target, kind).for_decoding(target)
     found = calibrate(head, corpus, steps=6, width=8, batch_tokens=128)
     assert head.temperatures == ()
-    # Random guesses are right by chance: as many paths as chance lets reach the next depth.
+    # Random candidates are right by chance: as many paths as chance lets reach the next depth.
     rows = found.calibration_positions
     assert rows[0] > 500 and 1 <= len(rows) < 6 and list(rows) == sorted(rows, reverse=True)
     assert min(rows) >= 100 and len(found.temperatures) == len(rows) == len(found.rank_acceptance)
@@ -268,7 +268,7 @@ def test_a_head_that_knows_the_truth_but_says_it_too_loudly(target, monkeypatch,
 def test_too_little_is_refused(target):
     head = random_head(target, "mtp").for_decoding(target)
     little = Corpus((row, [(3, len(row))]) for row in mixed_rows(4))
-    with pytest.raises(TooFewRows, match=r"answer tokens .* 100 are needed"):
+    with pytest.raises(TooFewRows, match=r"response tokens .* 100 are needed"):
         calibrate(head, little, steps=2)
 
 
@@ -276,16 +276,16 @@ def test_too_little_is_refused(target):
 
 
 @pytest.mark.parametrize("kind", kinds())
-def test_each_depth_has_its_temperature_and_the_last_one_goes_on(target, kind):
+def test_each_depth_has_its_temperature_and_the_last_one_repeats(target, kind):
     head = random_head(target, kind).for_decoding(target)
     tokens_BT = torch.tensor([mixed_rows(1)[0]])
     places_BP = torch.arange(5)[None]
-    seen = target.forward(tokens_BT, taps=head.taps).at(places_BP)
+    seen = target.forward(tokens_BT, taps=head.taps).gather(places_BP)
     state = head.advance(head.start(1), seen, tokens_BT.gather(1, places_BP + 1), torch.tensor([5]))
     shape = TreeShape.chain(3)
 
     def steps() -> Tensor:
-        """Log-probability of each guess of the chain."""
+        """Return the log-probability of each draft token."""
         return head.draft(state, shape).scores_BN.diff(dim=1)[0]
 
     cold_N = steps()
@@ -293,7 +293,7 @@ def test_each_depth_has_its_temperature_and_the_last_one_goes_on(target, kind):
     warm_N = steps()
     head.temperatures = (1.0, 2.0)
     mixed_N = steps()
-    assert bool((warm_N < cold_N - 0.05).all())  # the likeliest guess gets less likely
+    assert bool((warm_N < cold_N - 0.05).all())  # the argmax gets less likely
     torch.testing.assert_close(mixed_N, torch.cat([cold_N[:1], warm_N[1:]]))
 
 

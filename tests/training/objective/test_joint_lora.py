@@ -28,7 +28,7 @@ from headstart.model.target.weights_hash import target_hash
 from headstart.training.config.schema import make_recipe
 from headstart.training.data.batching import Corpus
 from headstart.training.objective.joint_lora import JointLoraTeacher
-from headstart.training.objective.losses import answer_rows, loss_sum
+from headstart.training.objective.losses import label_rows, loss_sum
 from headstart.training.preflight import check_early
 from headstart.training.run.signals import Interrupted
 from headstart.training.trainer import train
@@ -89,7 +89,7 @@ def test_the_extra_loss_is_the_divergence_from_the_original():
     for row, length in enumerate(map(len, tokens)):
         rows_BT[row, 3 : length - 1] = 1  # their next token is of the answer
     divergence = ((p.exp() * (p - q)).sum(-1) * rows_BT).sum()
-    assert len(answer_rows(batch)) == int(rows_BT.sum())
+    assert len(label_rows(batch)) == int(rows_BT.sum())
     torch.testing.assert_close(extra_loss, divergence, rtol=1e-4, atol=1e-5)
     expected = gradients(part.total / 10 + 0.7 * divergence / 8)
     for ours, theirs in zip(found, expected, strict=True):
@@ -176,7 +176,7 @@ def test_fused_it_is_a_model_of_its_own_that_is_kept_exactly(dtype, tmp_path, ca
     recipe = recipe_for(tmp_path / "run", data, JOINT | {"keep": 0.1}, train={"steps": 20})
     train(recipe, target=original, head=tiny_head(original))
     best = tmp_path / "run" / "best"
-    with pytest.raises(ValueError, match=r"trained along with its target.*headstart fuse"):
+    with pytest.raises(ValueError, match=r"trained jointly with its target.*headstart fuse"):
         load_head(best, load_target(source))
 
     fuse(source, best, tmp_path / "fused")

@@ -148,7 +148,7 @@ def test_samples_are_the_answers_step_by_step(chatty, head, prompts):
             SamplingParams(24),
         )
         answer = [token for step in steps for token in step]
-        assert len(answer) == stats.tokens and max(len(step) for step in steps) <= 5
+        assert len(answer) == stats.num_tokens and max(len(step) for step in steps) <= 5
         assert "".join(text for text, _ in sample.response) == chatty.text(answer)
         assert 0 < sum(count for _, count in sample.response) <= len(answer)
     none = evaluator(config.model_copy(update={"samples": 0}), chatty)(head)
