@@ -84,7 +84,7 @@ def test_a_broken_line_among_the_answers_is_named(target, tmp_path):
     out = tmp_path / "answers.jsonl"
     write_responses(target, prompts[:1], SHORT, out, batch_size=1)
     out.write_text("{oops\n" + out.read_text())
-    with pytest.raises(ValueError, match=r"answers\.jsonl:1 is no record"):
+    with pytest.raises(ValueError, match=r"answers\.jsonl:1 is no response"):
         write_responses(target, prompts, SHORT, out, batch_size=1)
 
 
