@@ -45,7 +45,11 @@ def test_drafts_that_are_often_right(family: str) -> None:
     assert deep >= 5 and rejected >= 5 and side >= 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# The oracle covers every family, and a head does not know which one it drafts for: full, windowed,
+# latent and sparse attention, absolute positions and experts are enough here.
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "deepseek_v3", "glm_moe_dsa", "gpt2", "mixtral"]
+)
 def test_every_head_kind(family: str) -> None:
     """Untrained heads: almost everything is rejected."""
     target, new_tokens = target_of(family), 8
