@@ -20,7 +20,7 @@ from torch import Tensor
 from headstart.model.cache.kv_cache import KVLayer
 
 from .kernels.cpu import functions
-from .kernels.cpu.functions import ActivationFormat, Activations, CpuKernels
+from .kernels.cpu.functions import ActivationFormat, Activations, CpuKernels, KeysValues
 from .linear import FusedLinear
 from .ops import Activation, AttentionContext, AttentionSpec, CacheVisibility, NormWeights
 from .rotary import CosSin, Rotary
@@ -51,7 +51,7 @@ class CpuOps(TorchOps):
     def linear_add(self, input_R: Tensor, linear: FusedLinear, hidden_RD: Tensor) -> Tensor | None:
         if linear.format is ActivationFormat.FLOAT32:
             return linear.wide(input_R)
-        converted = Activations.empty(input_R.shape, linear.format)
+        converted = _room(input_R, input_R.shape[-1], linear.format)
         self._kernels.convert(input_R, converted)
         return _product(converted, linear)
 
@@ -67,7 +67,11 @@ class CpuOps(TorchOps):
         return hidden_RD, normed.values
 
     def begin(
-        self, visibility: CacheVisibility, cos_sin: CosSin, dtype: torch.dtype
+        self,
+        visibility: CacheVisibility,
+        cos_sin: CosSin,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
     ) -> AttentionContext:
         masks: AdditiveMask | None = None
         if not visibility.all_visible:
@@ -77,20 +81,21 @@ class CpuOps(TorchOps):
             else:
                 masks = masks[:, 0].contiguous()
         cos, sin = cos_sin
-        slots_BN = visibility.cache.new_slots(cos.shape[1])
+        slots_BN = visibility.cache.new_slots(shape[1])
         shared = cos.contiguous(), sin.contiguous()
-        return AttentionContext(visibility, shared, dtype, masks, slots_BN)
+        return AttentionContext(visibility, shared, shape, dtype, masks, slots_BN)
 
     def attend(
-        self, qkv_BNE: Tensor, spec: AttentionSpec, context: AttentionContext, kv_layer: KVLayer
+        self, qkv_RE: Tensor, spec: AttentionSpec, context: AttentionContext, kv_layer: KVLayer
     ) -> Tensor:
         assert context.slots_BN is not None, "begun by other ops"
-        batch, new = context.slots_BN.shape
+        batch, new = context.shape
         empty = torch.empty(batch, spec.kv_heads, 0, spec.head_dim, dtype=context.dtype)
         keys, values = kv_layer.allocate(empty, empty)
         assert keys.dtype == context.dtype, "the cache was filled by another backend"
+        cache = KeysValues(keys, values)
         queries_BNHC = self._kernels.rotate_store(
-            qkv_BNE, *_norms(spec), context.cos_sin, context.slots_BN, (keys, values)
+            qkv_RE, *_norms(spec), context.cos_sin, context.slots_BN, cache
         )
         visible, mask_BNS = context.visibility.cache.slots, context.mask(spec.kind)
         exact = spec.exact or keys.dtype == torch.bfloat16
@@ -99,11 +104,11 @@ class CpuOps(TorchOps):
             read = keys[:, :, :visible].float(), values[:, :, :visible].float()
             mask = None if mask_BNS is None else mask_BNS[:, None]
             attended = attention(queries_BNHC.transpose(1, 2), *read, mask, scale=spec.scale)
-            return attended.transpose(1, 2).flatten(2)
-        attended_BNHC = self._kernels.attend(
-            queries_BNHC, (keys, values), visible, mask_BNS, spec.scale, exact
+            return attended.transpose(1, 2).reshape(*qkv_RE.shape[:-1], -1)
+        out_RE = torch.empty((*qkv_RE.shape[:-1], spec.heads * spec.head_dim))
+        return self._kernels.attend(
+            queries_BNHC, cache, visible, mask_BNS, spec.scale, out_RE, exact
         )
-        return attended_BNHC.flatten(2)
 
     def cached_attention(
         self, queries_BHNC: Tensor, keys: Tensor, values: Tensor, visibility: CacheVisibility
@@ -118,7 +123,10 @@ class CpuOps(TorchOps):
         queries_BNHC = queries_BHNC.transpose(1, 2).contiguous()
         scale, visible = queries_BHNC.shape[-1] ** -0.5, keys.shape[2]
         mask_BNS = mask[:, 0].contiguous()
-        attended_BNHC = self._kernels.attend(queries_BNHC, (keys, values), visible, mask_BNS, scale)
+        attended_BNHC = self._kernels.attend(
+            queries_BNHC, KeysValues(keys, values), visible, mask_BNS, scale,
+            torch.empty_like(queries_BNHC),
+        )  # fmt: skip
         return attended_BNHC.transpose(1, 2)
 
     def rms_norm(self, hidden_RD: Tensor, norm: NormWeights) -> Tensor:
@@ -143,7 +151,7 @@ class CpuOps(TorchOps):
         keys, values = torch.empty(2, batch, spec.kv_heads, new, spec.head_dim)
         slots_BN = torch.arange(new).expand(batch, -1).contiguous()
         queries_BNHC = self._kernels.rotate_store(
-            qkv_BNE, *_norms(spec), cos_sin, slots_BN, (keys, values)
+            qkv_BNE, *_norms(spec), cos_sin, slots_BN, KeysValues(keys, values)
         )
         return queries_BNHC.transpose(1, 2), keys, values
 
@@ -157,7 +165,7 @@ class CpuOps(TorchOps):
     def _add_norm(
         self, hidden_RD: Tensor, added_RD: Tensor | None, norm: NormWeights, to: ActivationFormat
     ) -> Activations:
-        out = Activations.empty(hidden_RD.shape, to)
+        out = _room(hidden_RD, hidden_RD.shape[-1], to)
         self._kernels.residual_norm(hidden_RD, added_RD, norm.wide, norm.eps, out)
         return out
 
@@ -165,8 +173,7 @@ class CpuOps(TorchOps):
         self, gate_up_RF: Tensor, activation: Activation, to: ActivationFormat
     ) -> Activations:
         assert activation is F.silu, "the kernel knows SwiGLU alone"
-        *lead, both = gate_up_RF.shape
-        out = Activations.empty((*lead, both // 2), to)
+        out = _room(gate_up_RF, gate_up_RF.shape[-1] // 2, to)
         self._kernels.gate(gate_up_RF, out)
         return out
 
@@ -180,6 +187,10 @@ def cpu_ops() -> TorchOps:
 @cache
 def _ops_of(kernels: CpuKernels) -> CpuOps:
     return CpuOps(kernels)
+
+
+def _room(like: Tensor, width: int, to: ActivationFormat) -> Activations:
+    return Activations(like.shape[:-1], width, to)
 
 
 def _product(input: Activations, linear: FusedLinear) -> Tensor:

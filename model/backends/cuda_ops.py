@@ -81,15 +81,20 @@ class TritonOps(TorchOps):
         return hidden_RD, normed_RD
 
     def begin(
-        self, visibility: CacheVisibility, cos_sin: CosSin, dtype: torch.dtype
+        self,
+        visibility: CacheVisibility,
+        cos_sin: CosSin,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
     ) -> AttentionContext:
         masks = visibility.additive(dtype) if visibility.windowed else None
-        return AttentionContext(visibility, cos_sin, dtype, masks)
+        return AttentionContext(visibility, cos_sin, shape, dtype, masks)
 
     def attend(
-        self, qkv_BNE: Tensor, spec: AttentionSpec, context: AttentionContext, kv_layer: KVLayer
+        self, qkv_RE: Tensor, spec: AttentionSpec, context: AttentionContext, kv_layer: KVLayer
     ) -> Tensor:
-        _refuse(qkv_BNE)
+        _refuse(qkv_RE)
+        qkv_BNE = qkv_RE.view(*context.shape, -1)
         visibility, cache = context.visibility, context.visibility.cache
         empty = qkv_BNE.new_empty(len(qkv_BNE), spec.kv_heads, 0, spec.head_dim)
         keys, values = kv_layer.allocate(empty, empty)
@@ -106,12 +111,12 @@ class TritonOps(TorchOps):
             mask = context.mask(spec.kind)
             queries = queries_BNHC.transpose(1, 2)
             attended = grouped_attention(queries, *visible, mask, scale=spec.scale)
-            return attended.transpose(1, 2).flatten(2)
+            return attended.transpose(1, 2).reshape(*qkv_RE.shape[:-1], -1)
         attended_BNHC: Tensor = self._kernels.attend(
             queries_BNHC, (keys, values), cache.lengths_B, visibility.pending_BNM, spec.scale,
             cache.slots,
         )  # fmt: skip
-        return attended_BNHC.flatten(2)
+        return attended_BNHC.view(*qkv_RE.shape[:-1], -1)
 
     def cached_attention(
         self, queries_BHNC: Tensor, keys: Tensor, values: Tensor, visibility: CacheVisibility

@@ -8,7 +8,7 @@ own weights, rotary angles and activation.
 No family is known by name: select.py says which models qualify. All others, long prompts on a GPU
 and long ones without a prefix use the modules as they are, which is what tests compare with.
 
-Legend: B sequences, N new positions, D hidden size.
+Legend: B sequences, N new positions, R = B x N, D hidden size.
 """
 
 from __future__ import annotations
@@ -95,24 +95,27 @@ class FusedDecoder:
         Returns the LM head's input B x N x D, and the outputs of the layers `taps` by layer.
         """
         ops, tapped = self.ops, dict[int, Tensor]()
-        hidden_BND = ops.residual_stream(self.embed(ids_BN))
-        cos_sin = self.rotary(hidden_BND, position_ids=positions_BN)
-        context = ops.begin(visibility, cos_sin, self.dtype)
-        added_BND: Tensor | None = None  # by the block before, to the residual stream
+        batch, new = ids_BN.shape
+        hidden_RD = ops.residual_stream(self.embed(ids_BN).flatten(0, 1))
+        cos_sin = self.rotary(hidden_RD[None], position_ids=positions_BN)
+        context = ops.begin(visibility, cos_sin, (batch, new), self.dtype)
+
+        def tap(hidden_RD: Tensor) -> Tensor:
+            return hidden_RD.to(self.dtype, copy=True).view(batch, new, -1)
+
+        added_RD: Tensor | None = None  # by the block before, to the residual stream
         for index, layer in enumerate(self.layers):
-            hidden_BND, qkv = ops.norm_linear(hidden_BND, added_BND, layer.input_norm, layer.qkv)
+            hidden_RD, qkv = ops.norm_linear(hidden_RD, added_RD, layer.input_norm, layer.qkv)
             if index - 1 in taps:
-                tapped[index - 1] = hidden_BND.to(self.dtype, copy=True)
+                tapped[index - 1] = tap(hidden_RD)
             attended = ops.attend(qkv, layer.spec, context, cache.kv_layers[index])
-            added_BND = ops.linear_add(attended, layer.out, hidden_BND)
-            hidden_BND, gate_up = ops.norm_linear(
-                hidden_BND, added_BND, layer.mlp_norm, layer.gate_up
-            )
-            added_BND = ops.gated_linear_add(gate_up, layer.activation, layer.down, hidden_BND)
-        hidden_BND, normed_BND = ops.add_norm(hidden_BND, added_BND, self.norm)
+            added_RD = ops.linear_add(attended, layer.out, hidden_RD)
+            hidden_RD, gate_up = ops.norm_linear(hidden_RD, added_RD, layer.mlp_norm, layer.gate_up)
+            added_RD = ops.gated_linear_add(gate_up, layer.activation, layer.down, hidden_RD)
+        hidden_RD, normed_RD = ops.add_norm(hidden_RD, added_RD, self.norm)
         if index in taps:
-            tapped[index] = hidden_BND.to(self.dtype, copy=True)
-        return normed_BND.to(self.dtype), tapped
+            tapped[index] = tap(hidden_RD)
+        return normed_RD.to(self.dtype).view(batch, new, -1), tapped
 
 
 class FusedLayer:

@@ -118,9 +118,9 @@ class Int8:
         wide_VK = weight_VK.detach().double()
         scale_V1 = wide_VK.abs().amax(1, keepdim=True).clamp_min(SMALLEST_SCALE) / LEVELS
         levels_VK = (wide_VK / scale_V1).round().to(torch.int8).contiguous()
-        self._scales_V = scale_V1[:, 0].float()
-        self._bias_V = None if bias_V is None else bias_V.detach().float().contiguous()
-        self._packed = kernels.pack_int8(levels_VK)
+        scales_V = scale_V1[:, 0].float().contiguous()
+        bias_V = None if bias_V is None else bias_V.detach().float().contiguous()
+        self._packed = kernels.pack_int8(levels_VK, scales_V, bias_V)
 
     def __call__(self, hidden_RK: Tensor) -> Tensor:
         """R x V; each row depends on the same row of the input alone, to the last bit."""
@@ -128,13 +128,14 @@ class Int8:
             raise ValueError(
                 "A quantised target has no gradients. Load it without quantisation to train with."
             )
-        activations = Activations.empty(hidden_RK.shape, ActivationFormat.INT8)
+        *lead, width = hidden_RK.shape
+        activations = Activations(torch.Size(lead), width, ActivationFormat.INT8)
         self._kernels.convert(hidden_RK.float().contiguous(), activations)
         return self.product(activations)
 
     def product(self, activations: Activations) -> Tensor:
         """R x V of activations in two levels."""
-        return self._kernels.multiply_int8(activations, self._packed, self._scales_V, self._bias_V)
+        return self._kernels.multiply_int8(activations, self._packed)
 
 
 @contextmanager

@@ -72,9 +72,9 @@ class BF16Linear:
     def __init__(self, weight_VK: Tensor, bias_V: Tensor | None):
         kernels = functions.load_kernels()
         assert kernels is not None and BF16Linear.supports(weight_VK)
-        self._kernels, self.outputs = kernels, len(weight_VK)
-        self._bias_V = None if bias_V is None else bias_V.detach().float().contiguous()
-        self._packed = kernels.pack_bf16(weight_VK.detach().contiguous())
+        self._kernels = kernels
+        bias_V = None if bias_V is None else bias_V.detach().float().contiguous()
+        self._packed = kernels.pack_bf16(weight_VK.detach().contiguous(), bias_V)
 
     @staticmethod
     def supports(weight: Tensor) -> bool:
@@ -84,9 +84,7 @@ class BF16Linear:
 
     def __call__(self, hidden_RK: Tensor) -> Tensor:
         """R x V in float32."""
-        return self._kernels.multiply_bf16(
-            hidden_RK.contiguous(), self._packed, self.outputs, self._bias_V
-        )
+        return self._kernels.multiply_bf16(hidden_RK.contiguous(), self._packed)
 
 
 class PackedLinear(SharedLinear):
@@ -140,6 +138,8 @@ class FusedLinear:
 
     def _forget(self) -> None:
         """Drop what was made of the weights."""
+        self._format: ActivationFormat | None = None
+        self._in_c = False  # whether the kernel for bfloat16 takes it
         self._made_from: list[tuple[int, int]] = []
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
@@ -157,17 +157,15 @@ class FusedLinear:
         self._forget()
 
     @property
-    def quantized(self) -> bool:
-        """Whether it computes in 8-bit integers."""
-        first = self.linears[0]
-        return isinstance(first, QuantizedLinear) and not first.full_precision
-
-    @property
     def format(self) -> ActivationFormat:
         """The format in which kernels write its input."""
-        if self.quantized:
-            return ActivationFormat.INT8
-        return ActivationFormat.of(self.linears[0].weight.dtype)
+        first = self.linears[0]
+        if isinstance(first, QuantizedLinear):
+            return ActivationFormat.FLOAT32 if first.full_precision else ActivationFormat.INT8
+        if self._format is None:
+            self._format = ActivationFormat.of(first.weight.dtype)
+            self._in_c = BF16Linear.supports(first.weight)
+        return self._format
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """In the type of its input, on a CPU."""
@@ -175,12 +173,12 @@ class FusedLinear:
 
     def wide(self, hidden: Tensor) -> Tensor:
         """In float32 where the sums are, on a CPU."""
-        if self.quantized:
+        if self.format is ActivationFormat.INT8:
             return self.integers(hidden)
-        if BF16Linear.supports(self.linears[0].weight):
+        if self._in_c:
             return self._in_bf16()(hidden)
         if not self._joins:
-            parts = [one(hidden) for one in self.linears]
+            parts = [one.forward(hidden) for one in self.linears]
             return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         made_from = [weight_version(one.weight) for one in self.linears]
         if made_from != self._made_from:

@@ -86,13 +86,14 @@ class AttentionSpec:
 class AttentionContext:
     """What the attention of all layers of one forward pass shares. Made by `Ops.begin`.
 
-    dtype: of keys and values in the cache.
+    shape: B and N. dtype: of keys and values in the cache.
     masks: additive masks as the backend reads them; None where all is visible, or where the
     backend reads `visibility` itself. slots_BN: cache slots of the new positions, if needed.
     """
 
     visibility: CacheVisibility
     cos_sin: CosSin
+    shape: tuple[int, int]
     dtype: torch.dtype
     masks: AdditiveMask | None = None
     slots_BN: Tensor | None = None
@@ -126,11 +127,15 @@ class Ops(TreeOps, Protocol):
 
     # Attention over a cache
     def begin(
-        self, visibility: CacheVisibility, cos_sin: CosSin, dtype: torch.dtype
+        self,
+        visibility: CacheVisibility,
+        cos_sin: CosSin,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
     ) -> AttentionContext: ...
 
     def attend(
-        self, qkv_BNE: Tensor, spec: AttentionSpec, context: AttentionContext, kv_layer: KVLayer
+        self, qkv_RE: Tensor, spec: AttentionSpec, context: AttentionContext, kv_layer: KVLayer
     ) -> Tensor: ...
 
     def cached_attention(

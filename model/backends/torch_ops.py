@@ -66,24 +66,32 @@ class TorchOps(TorchTreeOps):
         return hidden_RD, self.rms_norm(hidden_RD, norm)
 
     def begin(
-        self, visibility: CacheVisibility, cos_sin: CosSin, dtype: torch.dtype
+        self,
+        visibility: CacheVisibility,
+        cos_sin: CosSin,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
     ) -> AttentionContext:
-        """Compute what the attention of all layers of a pass shares. dtype: of the cache."""
+        """Compute what the attention of all layers of a pass shares.
+
+        shape: sequences B and new positions N. dtype: of the cache.
+        """
         masks = None if visibility.all_visible else visibility.additive(dtype)
-        return AttentionContext(visibility, cos_sin, dtype, masks)
+        return AttentionContext(visibility, cos_sin, shape, dtype, masks)
 
     def attend(
-        self, qkv_BNE: Tensor, spec: AttentionSpec, context: AttentionContext, kv_layer: KVLayer
+        self, qkv_RE: Tensor, spec: AttentionSpec, context: AttentionContext, kv_layer: KVLayer
     ) -> Tensor:
         """Norm and rotate queries and keys, write keys and values to the cache, and attend.
 
-        Returns the attended values, B x N x (H C).
+        qkv_RE: R is B x N, or both in one dimension. Returns the attended values, R x (H C).
         """
+        qkv_BNE = qkv_RE.view(*context.shape, -1)
         queries, keys, values = self.rotate(qkv_BNE, spec, context.cos_sin)
         keys, values = kv_layer.update(keys, values)
         attention = exact_attention if spec.exact else grouped_attention
         attended_BHNC = attention(queries, keys, values, context.mask(spec.kind), scale=spec.scale)
-        return attended_BHNC.transpose(1, 2).flatten(2)
+        return attended_BHNC.transpose(1, 2).reshape(*qkv_RE.shape[:-1], -1)
 
     def cached_attention(
         self, queries_BHNC: Tensor, keys: Tensor, values: Tensor, visibility: CacheVisibility

@@ -59,6 +59,7 @@ class CachedAttention:
 
     def fused(self, qkv_BNE: Tensor, spec: AttentionSpec, cos_sin: CosSin) -> Tensor:
         """Attended values B x N x (H C) of a joined product, which is rotated first."""
-        context = self.ops.begin(self.visibility, cos_sin, qkv_BNE.dtype)
+        shape = qkv_BNE.shape[0], qkv_BNE.shape[1]
+        context = self.ops.begin(self.visibility, cos_sin, shape, qkv_BNE.dtype)
         kv_layer = self.visibility.cache.kv_layers[0]
         return self.ops.attend(qkv_BNE, spec, context, kv_layer)

@@ -18,6 +18,7 @@ from headstart.model.backends.kernels.cpu.functions import (
     ActivationFormat,
     Activations,
     CpuKernels,
+    KeysValues,
     load_kernels,
 )
 from headstart.model.backends.linear import BF16Linear
@@ -44,7 +45,7 @@ def test_int8_levels_are_those_of_pytorch_to_the_last_bit() -> None:
     for rows, width in ROWS:
         values = torch.randn(rows, width) * torch.logspace(-8, 8, rows)[:, None]
         values[-1, width // 2 :] = 0
-        made = Activations.empty((rows, width), ActivationFormat.INT8)
+        made = Activations(torch.Size([rows]), width, ActivationFormat.INT8)
         kernels().convert(values, made)
         expected, expected_scales = levels_of(values)
         ours = made.values.view(rows, 2, -1).transpose(0, 1).float() - FINE
@@ -58,14 +59,15 @@ def test_int8_levels_are_those_of_pytorch_to_the_last_bit() -> None:
 def test_int8_products_are_exact(bias: bool, outputs: int) -> None:
     for rows, width in ROWS:
         weight_VK = torch.randn(outputs, width)
-        product = Int8(weight_VK, torch.randn(outputs) if bias else None)
+        bias_V = torch.randn(outputs) if bias else None
+        product = Int8(weight_VK, bias_V)
         hidden = torch.randn(rows, width)
         (coarse, fine), scales = levels_of(hidden)
         scale_V = weight_VK.double().abs().amax(1) / 127
         levels = (weight_VK / scale_V[:, None]).round()
         sums = (coarse.double() @ levels.T).float() + (fine.double() @ levels.T).float() / FINE
         expected = sums * (scales * scale_V.float())
-        expected = expected + product._bias_V if bias else expected
+        expected = expected if bias_V is None else expected + bias_V
         assert torch.equal(product(hidden), expected)
         alone = [product(one[None]) for one in hidden]
         assert torch.equal(torch.cat(alone), expected)
@@ -88,7 +90,7 @@ def test_products_in_half_precision(bias: bool, outputs: int) -> None:
 def test_half_precision_is_rounded_as_pytorch_rounds() -> None:
     values = torch.cat([torch.randn(1000), torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])])
     values = torch.cat([values, torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 3e38, 1e-40])])
-    made = Activations.empty((1, len(values)), ActivationFormat.BFLOAT16)
+    made = Activations(torch.Size([1]), len(values), ActivationFormat.BFLOAT16)
     kernels().convert(values[None], made)
     half = made.values[0]
     assert torch.equal(half, values.bfloat16()) or torch.allclose(
@@ -101,7 +103,8 @@ def attend(
 ) -> Tensor:
     """B x N x H x C, of queries B x N x H x C."""
     scale = queries.shape[-1] ** -0.5
-    return kernels().attend(queries, (keys, values), seen, mask, scale, exact)
+    cache, out = KeysValues(keys, values), torch.empty_like(queries)
+    return kernels().attend(queries, cache, seen, mask, scale, out, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -253,7 +256,7 @@ def test_it_is_built_once(rebuilt: None, tmp_path, monkeypatch: pytest.MonkeyPat
 
 def test_what_a_kernel_cannot_read_is_refused() -> None:
     hidden, weight = torch.randn(3, 8), torch.ones(8)
-    out = Activations.empty((3, 8), ActivationFormat.FLOAT32)
+    out = Activations(torch.Size([3]), 8, ActivationFormat.FLOAT32)
     kernels().residual_norm(hidden, None, weight, 1e-5, out)
     wrong = [
         (hidden.double(), None, weight, out),
@@ -261,7 +264,7 @@ def test_what_a_kernel_cannot_read_is_refused() -> None:
         (hidden, torch.randn(3, 9), weight, out),
         (hidden, torch.randn(3, 8).half(), weight, out),
         (hidden, None, torch.ones(7), out),
-        (hidden, None, weight, Activations.empty((3, 9), ActivationFormat.FLOAT32)),
+        (hidden, None, weight, Activations(torch.Size([3]), 9, ActivationFormat.FLOAT32)),
     ]
     for given, added, scale, room in wrong:
         with pytest.raises(ValueError, match=r"kernel was given|does not fit"):
@@ -274,4 +277,4 @@ def test_what_a_kernel_cannot_read_is_refused() -> None:
         ((keys[..., :4], keys[..., :4]), 10),
     ):
         with pytest.raises(ValueError, match="do not take such"):
-            kernels().attend(queries, pair, visible, None, 1.0)
+            kernels().attend(queries, KeysValues(*pair), visible, None, 1.0, queries.clone())

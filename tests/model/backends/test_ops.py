@@ -113,7 +113,7 @@ def test_attention_of_a_tree_behind_a_ragged_batch(
             depths_BN = depths_BN if drafted is None else drafted.depths_BN
             visibility = Visibility(depths_BN, drafted, cache, FULL)
             cos_sin = rotary.cos_sin(depths_BN + cache.lengths_B[:, None], qkv.dtype)
-            context = one.begin(visibility, cos_sin, qkv.dtype)
+            context = one.begin(visibility, cos_sin, (3, new), qkv.dtype)
             outputs.append(one.attend(qkv, spec, context, cache.kv_layers[0]))
             cache.commit(None, torch.tensor([9, 6, 2], device=device).clamp(max=new))
         results.append(outputs)

@@ -13,9 +13,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum
 from functools import cache
 from typing import Any
 
@@ -42,54 +40,86 @@ SIGNATURES: dict[str, list[Any]] = {
 SIZES = ("int8_padded_outputs", "bf16_padded_outputs")  # what returns a number
 
 
-class ActivationFormat(Enum):
+class ActivationFormat(IntEnum):
     """How the input of a matrix product is written. INT8: in two levels, see int8.py."""
 
-    FLOAT32, BFLOAT16, INT8 = range(3)
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    INT8 = 2
 
     @staticmethod
     def of(dtype: torch.dtype) -> ActivationFormat:
         """ValueError for a dtype that the kernels do not know."""
-        if dtype not in _FORMATS:
+        known = _FORMATS.get(dtype)
+        if known is None:
             raise ValueError(f"The CPU kernels take float32 and bfloat16, not {dtype}.")
-        return _FORMATS[dtype]
+        return known
 
 
 _FORMATS = {
     torch.float32: ActivationFormat.FLOAT32,
     torch.bfloat16: ActivationFormat.BFLOAT16,
 }
-_CODES = {dtype: known.value for dtype, known in _FORMATS.items()}
-_FLOAT32 = ActivationFormat.FLOAT32.value
+_INT8 = ActivationFormat.INT8
+_CODES = {dtype: int(known) for dtype, known in _FORMATS.items()}
+_FLOAT32 = 0
 
 
-@dataclass(frozen=True, slots=True)
 class Activations:
-    """The input of a matrix product. In int8, `values` are 2R x K levels, else they are R x K.
+    """The input of a matrix product: `values` are R x K, and 2R x K levels in int8.
 
-    shape: R and K. scales_R: of int8 alone.
+    lead: R. width: K. scales_R: of int8 alone.
     """
 
-    values: Tensor
-    format: ActivationFormat
-    shape: Sequence[int]
-    scales_R: Tensor | None = None
+    __slots__ = ("format", "lead", "scales_R", "values", "width")
 
-    @staticmethod
-    def empty(shape: Sequence[int], to: ActivationFormat) -> Activations:
+    def __init__(self, lead: torch.Size, width: int, to: ActivationFormat):
         """Room for activations."""
-        if to is not ActivationFormat.INT8:
-            dtype = torch.bfloat16 if to is ActivationFormat.BFLOAT16 else torch.float32
-            return Activations(torch.empty(shape, dtype=dtype), to, shape)
-        rows, padded = _rows(shape), -(-shape[-1] // build.GROUP) * build.GROUP
-        levels = torch.empty(2 * rows, padded, dtype=torch.uint8)
-        return Activations(levels, to, shape, torch.empty(rows))
+        self.lead, self.width, self.format = lead, width, to
+        self.scales_R: Tensor | None = None
+        if to is _INT8:
+            rows, padded = lead.numel(), -(-width // build.GROUP) * build.GROUP
+            self.values = torch.empty(2 * rows, padded, dtype=torch.uint8)
+            self.scales_R = torch.empty(rows)
+        else:
+            dtype = torch.float32 if to == _FLOAT32 else torch.bfloat16
+            self.values = torch.empty((*lead, width), dtype=dtype)
 
     @property
     def room(self) -> tuple[int, int, int | None]:
         """The arguments of a kernel that writes them."""
-        scales = None if self.scales_R is None else self.scales_R.data_ptr()
-        return self.values.data_ptr(), self.format.value, scales
+        scales = self.scales_R
+        return self.values.data_ptr(), self.format, None if scales is None else scales.data_ptr()
+
+
+class KeysValues:
+    """Keys and values of one layer of a cache, B x G x S x C, as the kernels read and write them.
+
+    Made anew for each pass, as a cache may grow.
+    """
+
+    __slots__ = ("arguments", "keys", "shape", "values")
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        """ValueError if their last two dimensions are not contiguous, or if they differ."""
+        strides, code, shape = keys.stride(), _CODES.get(keys.dtype), keys.shape
+        known = strides[3] == 1 and strides[2] == shape[3] and keys.is_cpu and values.is_cpu
+        alike = values.stride() == strides and values.shape == shape and keys.dtype is values.dtype
+        if not known or not alike or code is None:
+            raise _mismatch("keys and values", keys, values)
+        self.keys, self.values, self.shape = keys, values, shape
+        self.arguments = keys.data_ptr(), values.data_ptr(), code, strides[0], strides[1]
+
+
+class PackedWeights:
+    """Weights V x K in the layout of a kernel, with what belongs to each output."""
+
+    __slots__ = ("inputs", "outputs", "pointers", "tensors")
+
+    def __init__(self, outputs: int, inputs: int, *tensors: Tensor | None):
+        """tensors: as the kernel takes them. They are checked by who packs them."""
+        self.outputs, self.inputs, self.tensors = outputs, inputs, tensors
+        self.pointers = tuple(None if one is None else one.data_ptr() for one in tensors)
 
 
 class CpuKernels:
@@ -112,137 +142,142 @@ class CpuKernels:
         out: Activations,
     ) -> None:
         """Add to the hidden states, in place; write their root mean square norm."""
-        shape, width = hidden_RD.shape, hidden_RD.shape[-1]
-        added = (None, _FLOAT32) if added_RD is None else _source(added_RD, shape)
+        width, size = out.width, hidden_RD.numel()
+        rows = size // width
+        if hidden_RD.shape[-1] != width or rows != out.lead.numel():
+            raise _no_room(hidden_RD, out)
+        added, code = (None, _FLOAT32) if added_RD is None else _source(added_RD, size)
         self._c.residual_norm(
-            _rows(shape), width, _float32(hidden_RD), *added, _float32(weight_D, (width,)), eps,
-            *_room(out, shape),
+            rows, width, _float32(hidden_RD, size), added, code, _float32(weight_D, width), eps,
+            *out.room,
         )  # fmt: skip
 
     def rotate_store(
         self,
-        qkv_BNE: Tensor,
+        qkv_RE: Tensor,
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
         cos_sin: tuple[Tensor, Tensor],
         slots_BN: Tensor,
-        keys_values: tuple[Tensor, Tensor],
+        cache: KeysValues,
     ) -> Tensor:
         """Split into queries, keys and values, norm and rotate queries and keys, store the latter.
 
+        qkv_RE: R is B x N, or both in one dimension.
         norms: weights of the norms of queries and keys. cos_sin: B x N x C, float32.
-        keys_values: of a cache, B x G x S x C, contiguous in their last two dimensions.
         slots_BN: where the new keys and values belong, int64. Returns the queries B x N x H x C.
         """
-        keys, values = keys_values
-        (batch, new, width), (_, kv_heads, _, head_dim) = qkv_BNE.shape, keys.shape
+        (batch, new), width = slots_BN.shape, qkv_RE.shape[-1]
+        cache_batch, kv_heads, _, head_dim = cache.shape
         heads = width // head_dim - 2 * kv_heads
-        if (heads + 2 * kv_heads) * head_dim != width or len(keys) != batch:
-            raise _mismatch("queries, keys and values", qkv_BNE, keys)
-        angles = [_float32(one, (batch, new, head_dim)) for one in cos_sin]
-        weights = (None, None) if norms is None else [_float32(one, (head_dim,)) for one in norms]
+        if (heads + 2 * kv_heads) * head_dim != width or cache_batch != batch:
+            raise _mismatch("queries, keys and values", qkv_RE, cache.keys)
+        rows, (cos, sin) = batch * new, cos_sin
+        query_norm, key_norm = (None, None) if norms is None else norms
         queries_BNHC = torch.empty(batch, new, heads, head_dim)
         self._c.rotate_store(
-            batch * new, new, heads, kv_heads, head_dim, *_source(qkv_BNE, qkv_BNE.shape),
-            *weights, eps, *angles, _checked(slots_BN, torch.int64, (batch, new)),
-            *_cache(keys, values), queries_BNHC.data_ptr(),
+            rows, new, heads, kv_heads, head_dim, *_source(qkv_RE, rows * width),
+            None if query_norm is None else _float32(query_norm, head_dim),
+            None if key_norm is None else _float32(key_norm, head_dim), eps,
+            _float32(cos, rows * head_dim), _float32(sin, rows * head_dim),
+            _checked(slots_BN, torch.int64, rows), *cache.arguments, queries_BNHC.data_ptr(),
         )  # fmt: skip
         return queries_BNHC
 
     def attend(
         self,
         queries_BNHC: Tensor,
-        keys_values: tuple[Tensor, Tensor],
+        cache: KeysValues,
         visible: int,
         mask_BNS: Tensor | None,
         scale: float,
+        out_RE: Tensor,
         exact: bool = False,
     ) -> Tensor:
-        """Softmax attention B x N x H x C over the first `visible` slots of a cache.
+        """Softmax attention over the first `visible` slots of a cache.
 
         mask_BNS: additive, float32; None where all of them are visible.
         exact: with sums in float64, so that a position does not depend on what is beside it.
+        out_RE: room for the result, B x N x H x C in any shape. Returned.
         """
-        keys, values = keys_values
         batch, new, heads, head_dim = queries_BNHC.shape
-        if keys.shape[0] != batch or keys.shape[3] != head_dim or visible > keys.shape[2]:
-            raise _mismatch("queries and keys", queries_BNHC, keys)
-        mask = None if mask_BNS is None else _float32(mask_BNS, (batch, new, visible))
-        out_BNHC = torch.empty(queries_BNHC.shape)
+        cache_batch, kv_heads, slots, cache_dim = cache.shape
+        if cache_batch != batch or cache_dim != head_dim or visible > slots:
+            raise _mismatch("queries and keys", queries_BNHC, cache.keys)
+        mask = None if mask_BNS is None else _float32(mask_BNS, batch * new * visible)
+        size = batch * new * heads * head_dim
         (self._c.attend_exactly if exact else self._c.attend)(
-            batch, new, heads, keys.shape[1], head_dim, visible, _float32(queries_BNHC),
-            *_cache(keys, values), mask, scale, out_BNHC.data_ptr(),
+            batch, new, heads, kv_heads, head_dim, visible,
+            _float32(queries_BNHC, size), *cache.arguments, mask, scale,
+            _float32(out_RE, size),
         )  # fmt: skip
-        return out_BNHC
+        return out_RE
 
     def gate(self, gate_up_RF: Tensor, out: Activations) -> None:
         """SiLU of the first half times the second half."""
-        *lead, both = shape = gate_up_RF.shape
-        where = _room(out, (*lead, both // 2))
-        self._c.gate(_rows(shape), both // 2, *_source(gate_up_RF, shape), *where)
+        width, rows = out.width, out.lead.numel()
+        if gate_up_RF.shape[-1] != 2 * width:
+            raise _no_room(gate_up_RF, out)
+        self._c.gate(rows, width, *_source(gate_up_RF, 2 * rows * width), *out.room)
 
     def convert(self, values_RK: Tensor, out: Activations) -> None:
         """Write float32 values in the format of a product's input."""
-        shape = values_RK.shape
-        self._c.convert(_rows(shape), shape[-1], _float32(values_RK), *_room(out, shape))
+        width, rows = out.width, out.lead.numel()
+        if values_RK.shape[-1] != width:
+            raise _no_room(values_RK, out)
+        self._c.convert(rows, width, _float32(values_RK, rows * width), *out.room)
 
-    def pack_int8(self, levels_VK: Tensor) -> tuple[Tensor, Tensor]:
-        """Lay out int8 weights for `multiply_int8`: the packed levels, and their sums."""
+    def pack_int8(
+        self, levels_VK: Tensor, scales_V: Tensor, bias_V: Tensor | None
+    ) -> PackedWeights:
+        """Lay out int8 weights for `multiply_int8`. scales_V, bias_V: of the outputs, float32."""
         outputs, inputs = levels_VK.shape
         columns = self._c.int8_padded_outputs(outputs)
         padded = -(-inputs // build.GROUP) * build.GROUP
         packed = torch.empty(columns * padded, dtype=torch.int8)
         zeros = torch.empty(columns, dtype=torch.int32)
-        levels = _checked(levels_VK, torch.int8, levels_VK.shape)
+        for one in (scales_V,) if bias_V is None else (scales_V, bias_V):
+            _float32(one, outputs)
+        levels = _checked(levels_VK, torch.int8, outputs * inputs)
         self._c.pack_int8(outputs, inputs, levels, packed.data_ptr(), zeros.data_ptr())
-        return packed, zeros
+        return PackedWeights(outputs, inputs, packed, zeros, scales_V, bias_V)
 
-    def multiply_int8(
-        self,
-        activations: Activations,
-        packed: tuple[Tensor, Tensor],
-        scales_V: Tensor,
-        bias_V: Tensor | None,
-    ) -> Tensor:
+    def multiply_int8(self, activations: Activations, weights: PackedWeights) -> Tensor:
         """R x V of activations in int8 and weights from `pack_int8`, float32."""
-        *lead, inputs = activations.shape
-        outputs, rows = len(scales_V), _rows(activations.shape)
-        padded = -(-inputs // build.GROUP) * build.GROUP
-        if len(packed[0]) != self._c.int8_padded_outputs(outputs) * padded:
-            raise ValueError(f"Weights for {outputs} outputs do not fit {inputs} inputs.")
-        result_RV, levels = torch.empty(*lead, outputs), activations.values
-        assert activations.scales_R is not None, "activations are not in int8"
+        inputs, outputs, scales_R = activations.width, weights.outputs, activations.scales_R
+        if inputs != weights.inputs or scales_R is None:
+            raise ValueError(f"{inputs} inputs do not fit int8 weights for {weights.inputs}.")
+        lead = activations.lead
+        result_RV = torch.empty((*lead, outputs))
         self._c.multiply_int8(
-            rows, outputs, inputs, _checked(levels, torch.uint8, (2 * rows, padded)),
-            _float32(activations.scales_R, (rows,)), packed[0].data_ptr(), packed[1].data_ptr(),
-            _float32(scales_V), None if bias_V is None else _float32(bias_V, (outputs,)),
-            result_RV.data_ptr(),
+            lead.numel(), outputs, inputs, activations.values.data_ptr(), scales_R.data_ptr(),
+            *weights.pointers, result_RV.data_ptr(),
         )  # fmt: skip
         return result_RV
 
-    def pack_bf16(self, weight_VK: Tensor) -> Tensor:
-        """Lay out bfloat16 weights for `multiply_bf16`."""
+    def pack_bf16(self, weight_VK: Tensor, bias_V: Tensor | None) -> PackedWeights:
+        """Lay out bfloat16 weights for `multiply_bf16`. bias_V: float32."""
         outputs, inputs = weight_VK.shape
         if inputs % 2:
             raise ValueError(f"The kernel for bfloat16 takes pairs of inputs, not {inputs}.")
         size = self._c.bf16_padded_outputs(outputs) * inputs
         packed = torch.empty(size, dtype=torch.bfloat16)
-        weight = _checked(weight_VK, torch.bfloat16, weight_VK.shape)
+        if bias_V is not None:
+            _float32(bias_V, outputs)
+        weight = _checked(weight_VK, torch.bfloat16, outputs * inputs)
         self._c.pack_bf16(outputs, inputs, weight, packed.data_ptr())
-        return packed
+        return PackedWeights(outputs, inputs, packed, bias_V)
 
-    def multiply_bf16(
-        self, hidden_RK: Tensor, packed: Tensor, outputs: int, bias_V: Tensor | None
-    ) -> Tensor:
+    def multiply_bf16(self, hidden_RK: Tensor, weights: PackedWeights) -> Tensor:
         """R x V of bfloat16 values and weights from `pack_bf16`, float32."""
         *lead, inputs = hidden_RK.shape
-        if len(packed) != self._c.bf16_padded_outputs(outputs) * inputs:
-            raise ValueError(f"Weights for {outputs} outputs do not fit {inputs} inputs.")
+        outputs, size = weights.outputs, hidden_RK.numel()
+        if inputs != weights.inputs:
+            raise ValueError(f"{inputs} inputs do not fit weights for {weights.inputs}.")
         result_RV = torch.empty(*lead, outputs)
         self._c.multiply_bf16(
-            _rows(hidden_RK.shape), outputs, inputs,
-            _checked(hidden_RK, torch.bfloat16, hidden_RK.shape), packed.data_ptr(),
-            None if bias_V is None else _float32(bias_V, (outputs,)), result_RV.data_ptr(),
+            size // inputs, outputs, inputs, _checked(hidden_RK, torch.bfloat16, size),
+            *weights.pointers, result_RV.data_ptr(),
         )  # fmt: skip
         return result_RV
 
@@ -250,7 +285,8 @@ class CpuKernels:
         """The index of each row's largest score, the first of equals; a NaN is never it."""
         *lead, width = scores_RV.shape
         index_R = torch.empty(lead, dtype=torch.int64)
-        self._c.argmax(index_R.numel(), width, _float32(scores_RV), index_R.data_ptr())
+        scores = _float32(scores_RV, scores_RV.numel())
+        self._c.argmax(index_R.numel(), width, scores, index_R.data_ptr())
         return index_R
 
 
@@ -269,51 +305,33 @@ def load_kernels() -> CpuKernels | None:
         return None
 
 
-def _rows(shape: Sequence[int]) -> int:
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows
-
-
-def _checked(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> int:
-    """The pointer of a tensor that a kernel can read."""
+def _checked(tensor: Tensor, dtype: torch.dtype, size: int) -> int:
+    """The pointer of a tensor that a kernel can read. On the hot path: some 20 calls per layer."""
     known = tensor.dtype is dtype and tensor.is_contiguous() and tensor.is_cpu
-    if not known or tensor.shape != shape:
+    if not known or tensor.numel() != size:
         raise ValueError(
             f"A CPU kernel was given {tensor.dtype} on {tensor.device} of shape "
             f"{tuple(tensor.shape)} and strides {tensor.stride()}, but takes contiguous {dtype} on "
-            f"the CPU of shape {tuple(shape)}. A head that was opened for decoding keeps to the "
-            "target it was opened for: load it again for another."
+            f"the CPU with {size} values. A head that was opened for decoding keeps to the target "
+            "it was opened for: load it again for another."
         )
     return tensor.data_ptr()
 
 
-def _float32(tensor: Tensor, shape: Sequence[int] | None = None) -> int:
-    return _checked(tensor, torch.float32, tensor.shape if shape is None else shape)
+def _float32(tensor: Tensor, size: int) -> int:
+    return _checked(tensor, torch.float32, size)
 
 
-def _source(values: Tensor, shape: Sequence[int]) -> tuple[int, int]:
+def _source(values: Tensor, size: int) -> tuple[int, int]:
     """The arguments of a kernel that reads float32 or bfloat16."""
-    dtype = values.dtype if values.dtype is torch.bfloat16 else torch.float32
-    return _checked(values, dtype, shape), _CODES[dtype]
+    if values.dtype is torch.bfloat16:
+        return _checked(values, torch.bfloat16, size), 1
+    return _checked(values, torch.float32, size), 0
 
 
-def _room(out: Activations, shape: Sequence[int]) -> tuple[int, int, int | None]:
-    if tuple(out.shape) != tuple(shape):
-        raise ValueError(f"Room for {tuple(out.shape)} does not fit {tuple(shape)}.")
-    return out.room
-
-
-def _cache(keys: Tensor, values: Tensor) -> tuple[int, int, int, int, int]:
-    """The arguments of a kernel that reads or writes keys and values of a cache."""
-    inner = keys.shape[3], 1
-    alike = keys.shape == values.shape and keys.stride() == values.stride()
-    known = alike and keys.stride()[2:] == inner and keys.dtype is values.dtype
-    if not known or keys.dtype not in _CODES or not keys.is_cpu:
-        raise _mismatch("keys and values", keys, values)
-    code = _CODES[keys.dtype]
-    return keys.data_ptr(), values.data_ptr(), code, keys.stride(0), keys.stride(1)
+def _no_room(given: Tensor, out: Activations) -> ValueError:
+    room = (*out.lead, out.width)
+    return ValueError(f"What is made of {tuple(given.shape)} does not fit {room}.")
 
 
 def _mismatch(what: str, one: Tensor, other: Tensor) -> ValueError:
