@@ -66,10 +66,10 @@ def test_a_layer_of_one_step_learns_the_later_ones(name: str, tmp_path: Path) ->
     lines = [json.loads(line) for line in (tmp_path / "three" / "metrics.jsonl").open()]
     figures = [line for line in lines if "acceptance_rate_3" in line]
     before, after = figures[0], figures[-1]
-    assert before["alpha_1"] > 0.9
+    assert before["acceptance_rate_1"] > 0.9
     for step in (2, 3):
-        assert before[f"alpha_{step}"] < 0.7
-        assert after[f"alpha_{step}"] > 0.95
+        assert before[f"acceptance_rate_{step}"] < 0.7
+        assert after[f"acceptance_rate_{step}"] > 0.95
     assert after["acceptance_length_t0"] > before["acceptance_length_t0"] + 0.7
     meta = read_head_file(three).meta
     assert meta.start == str(tmp_path / "three-adopted") and meta.steps == 3

@@ -85,4 +85,4 @@ cli.main()
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     results = json.loads((tmp_path / "outputs" / "demo" / "results.json").read_text())["results"]
-    assert results["fresh head"]["identical"] == results["fresh head"]["prompts"] == 2
+    assert results["new head"]["identical"] == results["new head"]["prompts"] == 2

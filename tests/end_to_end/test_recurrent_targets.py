@@ -83,7 +83,7 @@ def test_norms_that_are_held_otherwise_are_not_written(tmp_path: Path) -> None:
     write("qwen3_5_text", tmp_path / "model")
     target = load_target(tmp_path / "model")
     save_head(make_head(target, "mtp", {}), tmp_path / "head", HeadMeta(target="tiny"))
-    with pytest.raises(ValueError, match="held in another way"):
+    with pytest.raises(ValueError, match="are zero-centred, unlike"):
         fuse(tmp_path / "model", tmp_path / "head", tmp_path / "out", native=True)
     assert not (tmp_path / "out").exists()
 
@@ -132,7 +132,7 @@ def test_the_commands(tmp_path: Path, wide: None) -> None:
     run("eval", tmp_path / "fused", *few, *out)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["results"]["mtp"]["identical"] == figures["results"]["mtp"]["prompts"] == 2
-    assert figures["trees"]["mtp"]["width"] == 1
+    assert figures["configs"]["mtp"]["width"] == 1
     fast = run("generate", tmp_path / "fused", "tell me", "--max-new-tokens", 12).output
     plainly = ("--plain", "--max-new-tokens", 12)
     slow = run("generate", tmp_path / "fused", "tell me", *plainly).output

@@ -1,4 +1,4 @@
-"""Compiles the Triton functions for an H100, which needs no GPU: run by test_accelerated.py."""
+"""Compiles the Triton functions for an H100, which needs no GPU: run by test_cuda_ops.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headstart.model.backends.kernels.triton import tree_ops as trees
 POINTERS = {"lengths": "*i64", "pending": "*u8", "sums": "*fp32", "tops": "*fp32"}
 POINTERS |= {"held": "*u8", "scores": "*fp32", "made": "*u8", "logp": "*fp32"}
 POINTERS |= {"parents": "*i64", "seen": "*u8", "best": "*fp32", "places": "*i32", "ids": "*i64"}
-LONGS = "tokens frontier guesses picked next_tokens next_parents positions"
+LONGS = "tokens frontier candidates picked next_tokens next_parents positions"
 POINTERS |= dict.fromkeys(LONGS.split(), "*i64")
 NUMBERS = {"eps": "fp32", "scale": "fp32", "factor": "fp32"}
 FLAGS = {"ROWS": 16, "COLUMNS": 32, "SIZE": 128, "PARTS": 64, "EXACT": False}

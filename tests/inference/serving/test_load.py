@@ -21,6 +21,7 @@ import torch
 from openai import APIStatusError, AsyncOpenAI
 from running_server import metric, request_body, wait_until
 
+from headstart.inference.config import SpeculativeConfig
 from headstart.inference.generate import SpeculativeModel
 from headstart.inference.rollout import prompt_ids
 
@@ -66,7 +67,9 @@ def expected(fused: Path) -> dict[tuple[str, int | None], str]:
 
 
 def decoded(model: SpeculativeModel, ids: list[int], count: int, **options: Any) -> str:
-    ids_BT = model.generate(torch.tensor([ids]), max_new_tokens=count, speculate=False, **options)
+    ids_BT = model.generate(
+        torch.tensor([ids]), max_new_tokens=count, speculative=SpeculativeConfig(), **options
+    )
     assert isinstance(ids_BT, torch.Tensor)
     return model.target.text(ids_BT[0, len(ids) :].tolist())
 

@@ -285,7 +285,11 @@ def test_a_model_with_position_biases_is_refused() -> None:
 @pytest.mark.parametrize(
     ("model_type", "settings", "said"),
     [
-        ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 8}, "by place"),
+        (
+            "gpt_neo",
+            {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+            "by cache slot",
+        ),
         ("moshi", {"sliding_window": WINDOW, "head_dim": 8}, "does not apply it"),
     ],
 )

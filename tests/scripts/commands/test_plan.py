@@ -137,7 +137,7 @@ def test_sizes_are_those_of_the_model(tmp_path):
     assert parts["head: optimizer"] == 8 * numbers
 
 
-@pytest.mark.parametrize("engine", list(estimate.PARTS))
+@pytest.mark.parametrize("engine", list(estimate.SHARDED))
 def test_what_an_engine_spreads(tmp_path, engine):
     target = folder_of(llama(), tmp_path)
     alone = recipe_for(target)
@@ -145,7 +145,7 @@ def test_what_an_engine_spreads(tmp_path, engine):
     one = estimate.memory(alone, *shapes(alone), processes=1)
     eight = estimate.memory(spread, *shapes(spread), processes=8)
     for name in ("weights", "gradients", "optimizer"):
-        share = 8 if name in estimate.PARTS[engine] else 1
+        share = 8 if name in estimate.SHARDED[engine] else 1
         assert eight[f"head: {name}"] == one[f"head: {name}"] / share
     assert eight["target: weights"] < one["target: weights"]
     assert eight["head: kept for the backward pass"] < one["head: kept for the backward pass"]

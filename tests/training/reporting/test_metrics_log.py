@@ -22,7 +22,7 @@ from headstart.model.heads.common.base import DraftHead, make_head
 from headstart.model.target.load import load_target
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
-from headstart.scripts.commands import train as command
+from headstart.scripts.options import recipe as command
 from headstart.scripts.options.recipe import evaluator, run_recipe, show_sample
 from headstart.training import cost_estimate as estimate
 from headstart.training.config.schema import EvalConfig, Recipe, make_recipe

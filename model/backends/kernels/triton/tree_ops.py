@@ -135,8 +135,8 @@ def inherit(before_BGM: Tensor | None, parents_BF: Tensor) -> Tensor:
 
 @triton.jit
 def _expand(
-    tokens, parents, scores, room, used, frontier, logp, candidates, logp_row, logp_node, guess_row,
-    guess_node, picked, next_tokens, next_parents, above, width, chosen, SIZE: tl.constexpr,
+    tokens, parents, scores, room, used, frontier, logp, candidates, logp_row, logp_node,
+    candidate_row, candidate_node, picked, next_tokens, next_parents, above, width, chosen, SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE)
@@ -145,7 +145,7 @@ def _expand(
     score = tl.load(scores + row * room + parent, mask=inside, other=0.0)
     place = row * logp_row + at // width * logp_node + at % width
     score += tl.load(logp + place, mask=inside, other=0.0).to(tl.float32)
-    place = row * guess_row + at // width * guess_node + at % width
+    place = row * candidate_row + at // width * candidate_node + at % width
     word = tl.load(candidates + place, mask=inside, other=0)
     new = row * room + used + at
     tl.store(tokens + new, word, mask=inside)
