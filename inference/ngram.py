@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headstart.model.backends.select import select_ops
 from headstart.model.tree.tree import NO_PARENT, Tree
 
 MAX_NGRAM = 6  # longest n-gram that is indexed: longer ones choose no better (0.2 %)
@@ -187,7 +188,7 @@ def ngram_tree(root_B: Tensor, drafts_B: Sequence[Sequence[NgramDraft]]) -> Tree
     root_B: the last committed tokens.
     drafts_B: those of each sequence.
     """
-    return merge_ngrams(Tree.root(root_B), drafts_B)
+    return merge_ngrams(Tree.root(root_B, select_ops(root_B.device)), drafts_B)
 
 
 def merge_ngrams(tree: Tree, drafts_B: Sequence[Sequence[NgramDraft]]) -> Tree:
@@ -216,7 +217,7 @@ def merge_ngrams(tree: Tree, drafts_B: Sequence[Sequence[NgramDraft]]) -> Tree:
         scores += [-math.inf] * missing
     merged = torch.tensor(rows, dtype=torch.float32, device=tree.tokens_BN.device)
     tokens_BN, parents_BN, scores_BN = merged.unbind(1)
-    return Tree(tokens_BN.long(), parents_BN.long(), scores_BN)
+    return Tree(tokens_BN.long(), parents_BN.long(), scores_BN, tree.ops)
 
 
 def _add_nodes(

@@ -1,4 +1,4 @@
-"""The folder where downloads, kernels and measured costs are kept."""
+"""The folder of downloads, compiled kernels and measured costs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where downloads and measured costs are kept: `$HEADSTART_HOME`, else `~/.cache/headstart`."""
+    """`$HEADSTART_HOME`, else `~/.cache/headstart`."""
     home = os.environ.get("HEADSTART_HOME")
     return Path(home).expanduser() if home else Path.home() / ".cache" / "headstart"

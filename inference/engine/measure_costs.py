@@ -25,7 +25,7 @@ from torch import Tensor
 
 from headstart.inference.tree_policy.cost_model import Costs
 from headstart.inference.tree_policy.defaults import WIDEST_TREE, clamp_to_head
-from headstart.model.backends.select import kernel_hash
+from headstart.model.backends.select import kernel_hash, select_ops
 from headstart.model.checkpoint.atomic import replace_text
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.paths import cache_folder
@@ -232,7 +232,8 @@ def _comb(root_B: Tensor, nodes: int, is_chain: bool = False) -> Tree:
     leafy = [-1, *(max(0, (node - 1) // 2 * 2 - 1) for node in range(1, nodes))]
     parents = list(range(-1, nodes - 1)) if is_chain else leafy
     parents_BN = torch.tensor([parents], device=root_B.device)
-    return Tree(root_B[:, None].expand(-1, nodes), parents_BN, torch.zeros_like(parents_BN).float())
+    tokens_BN, scores_BN = root_B[:, None].expand(-1, nodes), torch.zeros_like(parents_BN).float()
+    return Tree(tokens_BN, parents_BN, scores_BN, select_ops(root_B.device))
 
 
 def _path(target: Target, head: DraftHead) -> Path:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from headstart.model.backends.select import select_ops
 from headstart.model.cache.kv_cache import KVCache
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.output import TargetOutput
@@ -227,7 +228,9 @@ class StepGraphs:
             last_B1 = self.num_accepted_B[:, None] - 1
             tree = Tree.root(self.next_tokens_BP.gather(1, last_B1)[:, 0])
         else:
-            tree = Tree(*self.tree_parts).cut(nodes)  # no chain in front: the whole path is moved
+            ops = select_ops(self.tree_parts[0].device)
+            # No chain in front: the whole path is moved.
+            tree = Tree(*self.tree_parts, ops=ops).cut(nodes)
         taps = () if self.head is None else self.head.taps
         output = self.target.forward(tree, self.cache, taps=taps)
         assert output.logits_BTV is not None

@@ -17,14 +17,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from headstart.model.heads.common.autoregressive import AutoregressiveHead, RecurrentConfig
+from headstart.model.heads.common.autoregressive import AutoregressiveConfig, AutoregressiveHead
 from headstart.model.heads.common.borrow import copy_final_norm, layer_sizes
 from headstart.model.heads.common.layers import MLP, Attend, Attention, LayerConfig, RMSNorm
 from headstart.model.target.output import TargetOutput
 from headstart.model.target.target import Target
 
 
-class Config(RecurrentConfig):
+class Config(AutoregressiveConfig):
     taps: tuple[int, ...] = Field(
         description="Decoder layers of the target (0-based) whose outputs are fused."
     )

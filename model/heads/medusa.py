@@ -3,7 +3,7 @@
     head k:  z = h + SiLU(W_k h + b_k)      p(x[t+2+k]) = softmax(lm_head(z))
 
 The LM head is the target's own, shared by all heads, which keeps the file small; W starts at zero,
-so every head starts as the LM head. The heads do not see each other's guesses, so all nodes of one
+so every head starts as the LM head. The heads do not see each other's drafts, so all nodes of one
 depth have the same children.
 
 Legend: B batch rows, T positions, D hidden size.

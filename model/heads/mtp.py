@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from headstart.model.heads.common.autoregressive import AutoregressiveHead, RecurrentConfig
+from headstart.model.heads.common.autoregressive import AutoregressiveConfig, AutoregressiveHead
 from headstart.model.heads.common.borrow import copy_final_norm, copy_last_layer, layer_sizes
 from headstart.model.heads.common.layers import (
     MLP,
@@ -34,7 +34,7 @@ from headstart.model.target.output import TargetOutput
 from headstart.model.target.target import Target
 
 
-class Config(RecurrentConfig):
+class Config(AutoregressiveConfig):
     family: FamilyConfig | None = Field(
         default=None,
         description="The target family's own decoder layer in place of `layer`, as in heads that "

@@ -81,25 +81,25 @@ def publish(
     check_repo(repo)
     if base_model is not None:
         check_repo(base_model)
-    mine = _Folder(Path(folder))
+    local = _Folder(Path(folder))
     api = HfApi()
     with hub_errors_as_value_errors(repo):
         api.whoami()
-        there = _Repository.look(api, repo, revision)
-        if there is not None:
-            there.check(mine, private, replace)
-        target, license = _base_model(api, mine, base_model)
-        meta = publishable(mine.meta, target)
+        remote = _Repository.fetch(api, repo, revision)
+        if remote is not None:
+            remote.check(local, private, replace)
+        target, license = _base_model(api, local, base_model)
+        meta = publishable(local.meta, target)
         notes: list[str] = []
-        card = _card(mine, meta, repo, license, None if replace else there, notes)
-        changes = mine.additions(meta, card)
-        if there is not None:
-            changes += there.deletions({one.path_in_repo for one in changes}, replace)
-        if there is None:
+        card = _card(local, meta, repo, license, None if replace else remote, notes)
+        changes = local.additions(meta, card)
+        if remote is not None:
+            changes += remote.deletions({one.path_in_repo for one in changes}, replace)
+        if remote is None:
             api.create_repo(repo, private=private or None)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        done = _commit(api, repo, changes, revision, message or mine.title, there)
+        done = _commit(api, repo, changes, revision, message or local.title, remote)
     return PushResult(f"{api.endpoint}/{repo}", done, notes)
 
 
@@ -109,7 +109,7 @@ def _commit(
     changes: list[CommitOperationAdd | CommitOperationDelete],
     revision: str | None,
     message: str,
-    there: _Repository | None,
+    remote: _Repository | None,
 ) -> str:
     """Upload the changes. Returns the hash of the commit."""
     try:
@@ -118,7 +118,7 @@ def _commit(
             changes,
             commit_message=message,
             revision=revision,
-            parent_commit=None if there is None else there.info.sha,
+            parent_commit=None if remote is None else remote.info.sha,
         )
     except (RuntimeError, ConnectionError) as error:  # raised by uploads of large files
         raise ValueError(
@@ -202,7 +202,7 @@ class _Repository:
     repo: str
 
     @classmethod
-    def look(cls, api: HfApi, repo: str, revision: str | None) -> _Repository | None:
+    def fetch(cls, api: HfApi, repo: str, revision: str | None) -> _Repository | None:
         """Fetch the state of a repository; None if there is none. A new branch starts from the main
         one."""
         try:
@@ -221,31 +221,31 @@ class _Repository:
     def read(self, name: str) -> bytes:
         return Path(hf_hub_download(self.repo, name, revision=self.info.sha)).read_bytes()
 
-    def check(self, mine: _Folder, private: bool, replace: bool) -> None:
+    def check(self, local: _Folder, private: bool, replace: bool) -> None:
         """Raise ValueError if the push would replace another model or publish a private one."""
         if private and not self.info.private:
             raise ValueError(
                 f"{self.repo} exists and is public, but --private was given. Make it "
                 "private in its settings on the Hub, or choose another name."
             )
-        loss = self._loss(mine)
+        loss = self._loss(local)
         if loss is not None and not replace:
             raise ValueError(
                 f"{self.repo} on the Hub holds {loss}, which would be replaced. Choose another "
                 "name, or add --replace (the old files stay in the repository's history)."
             )
 
-    def _loss(self, mine: _Folder) -> str | None:
+    def _loss(self, local: _Folder) -> str | None:
         """Another model on the Hub that the push would replace, in words."""
         fused = f"{HEADS}/{CONFIG}" in self.names
         place = f"{HEADS}/{CONFIG}" if fused else CONFIG
         section = head_section(self.read(place)) if place in self.names else None
         if section is None:
-            there = [name for name in self.names if name == CONFIG or _is_weights(name)]
-            return f"another model ({', '.join(there[:3])})" if there else None
-        if section.get("target_hash") != mine.file.target_hash:
+            found = [name for name in self.names if name == CONFIG or _is_weights(name)]
+            return f"another model ({', '.join(found[:3])})" if found else None
+        if section.get("target_hash") != local.file.target_hash:
             return "a head for another target"
-        if fused and not mine.fused:
+        if fused and not local.fused:
             return "a fused checkpoint, while this is a head alone"
         return None
 
@@ -273,9 +273,9 @@ def _at_root(name: str, endings: tuple[str, ...]) -> bool:
     return "/" not in name and name.endswith(endings)
 
 
-def _base_model(api: HfApi, mine: _Folder, given: str | None) -> tuple[str | None, dict[str, str]]:
+def _base_model(api: HfApi, local: _Folder, given: str | None) -> tuple[str | None, dict[str, str]]:
     """The target's Hub id, if it has one, and its license keys on the Hub."""
-    name = given or mine.meta.target
+    name = given or local.meta.target
     info = None
     if HUB_ID.fullmatch(name):
         try:
@@ -283,9 +283,9 @@ def _base_model(api: HfApi, mine: _Folder, given: str | None) -> tuple[str | Non
         except HfHubHTTPError:  # not on the Hub, or private
             info = None
     if info is None and given is None:
-        if not mine.fused:
+        if not local.fused:
             raise ValueError(
-                f"The head was trained on {mine.meta.target}, which is not a repository on the "
+                f"The head was trained on {local.meta.target}, which is not a repository on the "
                 "Hub, so nobody could use the head. Name the target with --base-model owner/name."
             )
         return None, {}
@@ -294,29 +294,29 @@ def _base_model(api: HfApi, mine: _Folder, given: str | None) -> tuple[str | Non
 
 
 def _card(
-    mine: _Folder,
+    local: _Folder,
     meta: HeadMeta,
     repo: str,
     license: dict[str, str],
-    there: _Repository | None,
+    remote: _Repository | None,
     notes: list[str],
 ) -> str | None:
     """The text of README.md, or None to keep the one on the Hub. Edited cards are kept."""
-    if has_edited_card(mine.folder):
-        notes.append(f"{mine.folder / CARD} was edited by hand and is published as it is.")
-        return (mine.folder / CARD).read_text(encoding="utf-8")
-    if there is not None and CARD in there.names and is_edited(there.read(CARD).decode()):
+    if has_edited_card(local.folder):
+        notes.append(f"{local.folder / CARD} was edited by hand and is published as it is.")
+        return (local.folder / CARD).read_text(encoding="utf-8")
+    if remote is not None and CARD in remote.names and is_edited(remote.read(CARD).decode()):
         notes.append(
             f"The card of {repo} was edited on the Hub and is kept as it is there. --replace "
             "writes a new one."
         )
         return None
     return model_card(
-        mine.head,
+        local.head,
         meta,
-        mine.folder,
+        local.folder,
         place=repo,
-        alone=not mine.fused,
+        alone=not local.fused,
         license=license,
     )
 

@@ -1,4 +1,4 @@
-"""Targets that come as one GGUF file (llama.cpp): opened as dense weights, saved as a folder."""
+"""Targets stored as one GGUF file (llama.cpp): opened as dense weights, saved as a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OUTPUT = "output.weight"
 
 
 def model_arguments() -> dict[str, Any]:
-    """What `from_pretrained` needs beside `gguf_file` so that the model is dense and can be saved.
+    """Arguments of `from_pretrained` beside `gguf_file` that make the model dense.
 
     Without it the loaded model counts as quantized, and `save_pretrained` refuses.
     """
@@ -26,11 +26,11 @@ def model_arguments() -> dict[str, Any]:
 
 
 def take_output_weight(model: PreTrainedModel, file: Path) -> None:
-    """Where the model ties embedding and LM head but the file has `output.weight`: use that.
+    """Use the file's `output.weight` where the model ties embedding and LM head.
 
-    For a few architectures transformers ties the two whatever the file says. The matrix is then the
-    same, but llama.cpp stores the embedding in fewer bits. (Where it does not tie them, it reads
-    both by itself.)
+    For a few architectures transformers ties the two whatever the file holds. The matrix is then
+    the same, but llama.cpp stores the embedding in fewer bits. (Where transformers does not tie
+    them, it loads both by itself.)
     """
     if not model.config.tie_word_embeddings:
         return

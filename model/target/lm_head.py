@@ -1,22 +1,16 @@
-"""The LM head of a target: logits of all tokens, or of some.
+"""The LM head of a target: logits of all tokens, or of a subset of the vocabulary.
 
 Legend: R any leading dimensions, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-
-if TYPE_CHECKING:
-    pass
-
-
-from collections.abc import Callable
 
 from headstart.model.backends.int8 import Int8
 from headstart.model.backends.linear import packed, weight_version
@@ -49,26 +43,26 @@ class LogitsRule:
         return logits
 
 
-SUBSETS = 4  # vocabularies whose rows are kept at hand
+SUBSETS = 4  # token subsets whose rows are cached
 
 
 class LMHead:
-    """linear: the model's own. finish: how the family scales or caps logits."""
+    """linear: the model's own LM head. finish: how the family scales or caps logits."""
 
     def __init__(self, linear: nn.Linear, finish: LogitsRule):
         self.linear, self.finish = linear, finish
         self._subsets: list[tuple[Tensor, tuple[int, int], nn.Linear]] = []
 
     def __call__(self, hidden_RD: Tensor, token_ids: Tensor | None = None) -> Tensor:
-        """Logits R x V, of the tokens alone where some are named."""
+        """Logits R x V of all tokens, or of `token_ids`."""
         return self.finish(self.rows(token_ids)(hidden_RD))
 
     def draft_logits(
         self, token_ids: Tensor | None, *, rounded: bool
     ) -> Callable[[Tensor], Tensor]:
-        """As a call with these tokens, for guesses. rounded: in 8-bit integers."""
+        """As a call with these tokens, for draft tokens. rounded: compute in 8-bit integers."""
         if not rounded:
-            rows = self.rows(token_ids)  # kept with it
+            rows = self.rows(token_ids)  # held by the closure
             return lambda hidden_RD: self.finish(rows(hidden_RD))
         weight_VD: Tensor = self.linear.weight
         bias_V: Tensor | None = self.linear.bias
@@ -80,7 +74,7 @@ class LMHead:
         return lambda hidden_RD: self.finish(product(hidden_RD))
 
     def rows(self, token_ids: Tensor | None) -> nn.Linear:
-        """The rows of some tokens, kept for the tensors asked for last."""
+        """The rows of some tokens, cached for the tensors that were passed last."""
         if token_ids is None:
             return self.linear
         content = weight_version(token_ids)

@@ -49,10 +49,11 @@ def load_target(
 
     dtype: "auto" is float32 on a CPU and bfloat16 on an accelerator.
     device: None is the accelerator if there is one.
-    quantize: "int8" for integer products (CPU, float32); that model is then the target.
-    weight_only: "int8", "float8" or "nf4", to hold its layers in less memory while heads are
-        trained on it; decoding is slower then.
-    Raises ValueError for what cannot be opened, with what to do instead.
+    quantize: "int8" computes in 8-bit integers (CPU, float32); the quantised model's own output is
+        then the reference.
+    weight_only: "int8", "float8" or "nf4" stores the layers in less memory while heads are trained
+        on it; decoding is slower then.
+    Raises ValueError for a model that cannot be opened, with what to do instead.
     """
     check_kind(quantize)
     check_weight_only(weight_only)
@@ -88,7 +89,7 @@ def load_sharded_target(
 
 
 def target_from_config(name: str | Path, *, revision: str | None = None) -> Target:
-    """The sizes of a target, on the meta device: only its configuration is read."""
+    """A target on the meta device, for its sizes: only the configuration is loaded."""
     skeleton = open_skeleton(str(name), revision)
     return _build(skeleton, "It was opened without weights.", str(name))
 

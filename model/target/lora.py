@@ -1,6 +1,6 @@
-"""A target that is trained along with its head, by low-rank adapters (LoRA, arXiv 2106.09685).
+"""A target that is trained jointly with its head, by low-rank adapters (LoRA, arXiv 2106.09685).
 
-Such training CHANGES the target. Until both are fused the head's folder holds the adapters,
+Joint training CHANGES the target. Until both are fused, the head's folder holds the adapters,
 
     adapter/adapter_config.json, adapter/adapter_model.safetensors      as peft writes them
 
@@ -21,14 +21,14 @@ from torch import nn
 from .sparse_attention import indexers
 
 ADAPTER = "adapter"  # folder of the adapters, inside that of the head
-INDEXERS = r".*\bindexer\b.*"  # of sparse attention: what they choose has no gradient
+INDEXERS = r".*\bindexer\b.*"  # of sparse attention: their selection has no gradient
 
 
 def adapted(model: nn.Module, rank: int, alpha: float, modules: str | Sequence[str]) -> Any:
-    """The model as a peft model, with adapters in float32 that change nothing yet, in place.
+    """Add float32 adapters to a model, in place; at first they change nothing.
 
-    modules: names of linear layers, or "all-linear" for all but the LM head. ValueError where there
-    are none of them, or peft is not installed.
+    modules: names of linear layers, or "all-linear" for all but the LM head.
+    Returns the peft model. ValueError where no layer has such a name, or peft is not installed.
     """
     peft = _peft()
     names = modules if isinstance(modules, str) else list(modules)
@@ -64,14 +64,14 @@ def merge(model: nn.Module, folder: Path) -> None:
         wrapped = peft.PeftModel.from_pretrained(model, str(folder / ADAPTER))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"The adapters in {folder / ADAPTER} cannot be put onto their target: {error} A file "
-            "is missing or damaged: copy the folder again."
+            f"The adapters in {folder / ADAPTER} do not fit their target: {error} A file is "
+            "missing or damaged: copy the folder again."
         ) from error
-    wrapped.merge_and_unload(safe_merge=True)  # refuses what is no number
+    wrapped.merge_and_unload(safe_merge=True)  # raises where a value is not finite
 
 
 def check_peft() -> None:
-    """ValueError where joint training is not possible for want of a library."""
+    """ValueError where peft, which joint training needs, is not installed."""
     _peft()
 
 
@@ -80,7 +80,7 @@ def _peft() -> Any:
         import peft
     except ImportError as error:
         raise ValueError(
-            "Training the target along with its head needs peft, which is not installed. Run "
+            "Training the target jointly with its head needs peft, which is not installed. Run "
             "`pip install 'headstart[cluster]'`, or leave the recipe's joint section out."
         ) from error
     return peft

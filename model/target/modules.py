@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-if TYPE_CHECKING:
-    pass
-
 
 def context_limit(config: PretrainedConfig) -> int | None:
-    """How many tokens a model can read; None where its configuration names no limit.
+    """Maximum number of tokens of a sequence; None where the configuration names no limit.
 
-    With longrope (Phi) that is the length it was first trained for. Past it, transformers turns all
-    positions of a read by other angles, while the keys in the cache keep the old ones. What a token
-    then sees depends on which read it came in: a tree would switch sooner than single tokens do.
+    With longrope (Phi) that is the length it was first trained for. Past it, transformers rotates
+    all positions of a forward pass by other angles, while the keys in the cache keep the old ones.
+    The result would depend on which tokens were computed together.
     """
     limit: int | None = getattr(config, "max_position_embeddings", None)  # ALiBi has none
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
@@ -34,6 +31,7 @@ def context_limit(config: PretrainedConfig) -> int | None:
 
 
 def output_head(model: PreTrainedModel, name: str) -> nn.Linear:
+    """The LM head. ValueError where it is not one linear layer."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ValueError(
@@ -53,17 +51,18 @@ def inner_model(model: PreTrainedModel) -> nn.Module:
 
 
 def cache_kwarg(decoder: nn.Module) -> str:
-    """What the model calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    """Argument name of the model's cache: `cache` from transformers 5.24 on, before that
+    `past_key_values`."""
     known = inspect.signature(decoder.forward).parameters
     return "cache" if "cache" in known else "past_key_values"
 
 
 def decoder_layers(decoder: nn.Module, config: PretrainedConfig, name: str) -> nn.ModuleList:
-    """The list of decoder layers: the outermost list as long as the configuration says."""
+    """The decoder layers: the outermost list of the length in the configuration."""
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
             return module
     raise ValueError(
         f"{name} has no list of {config.num_hidden_layers} decoder layers, so their outputs cannot "
-        "be read. Use another target."
+        "be tapped. Use another target."
     )

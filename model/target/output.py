@@ -1,6 +1,6 @@
-"""What reading tokens showed: the currency between target, heads, training and decoding.
+"""The output of a target's forward pass.
 
-Legend: B batch rows, T positions, P picked positions, D hidden size, V vocabulary.
+Legend: B sequences, T positions, P selected positions, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 class TargetOutput:
     """One forward pass of the target.
 
-    logits_BTV: next-token logits, or None when they were not asked for. last_BTD: the input of
-    the LM head (after the final norm). hidden: output of decoder layer j (0-based) under key j,
-    for the layers that were asked for.
+    logits_BTV: next-token logits, or None where they were not wanted.
+    lm_head_input_BTD: input of the LM head, behind the final norm.
+    hidden_states: outputs of the tapped decoder layers by their index (0-based).
     """
 
     logits_BTV: Tensor | None
@@ -25,18 +25,18 @@ class TargetOutput:
     hidden_states: Mapping[int, Tensor]
 
     def gather(self, index_BP: Tensor) -> TargetOutput:
-        """The same at picked positions; logits are dropped."""
+        """Select positions; logits are dropped."""
         picked = {
             layer: _pick(hidden_BTD, index_BP) for layer, hidden_BTD in self.hidden_states.items()
         }
         return TargetOutput(None, _pick(self.lm_head_input_BTD, index_BP), picked)
 
-    def slice(self, rows: slice, columns: slice) -> TargetOutput:
-        """Some rows and positions, copied so that the others can go; logits are dropped."""
+    def slice(self, rows: slice, positions: slice) -> TargetOutput:
+        """Copy some rows and positions, so that the others can be freed; logits are dropped."""
         kept = {
-            layer: hidden[rows, columns].clone() for layer, hidden in self.hidden_states.items()
+            layer: hidden[rows, positions].clone() for layer, hidden in self.hidden_states.items()
         }
-        return TargetOutput(None, self.lm_head_input_BTD[rows, columns].clone(), kept)
+        return TargetOutput(None, self.lm_head_input_BTD[rows, positions].clone(), kept)
 
 
 def _pick(values_BTD: Tensor, index_BP: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Opening a target: Hub id, folder, or GGUF file."""
+"""Open the model and the tokenizer of a target: Hub id, folder or GGUF file."""
 
 from __future__ import annotations
 
@@ -34,8 +34,11 @@ class MiMoConfig(Qwen2Config):
 
 
 class MiMoForCausalLM(Qwen2ForCausalLM):
-    """MiMo-7B: Qwen2 with a multi-token prediction layer beside it. transformers has no class for
-    it, and the folder's own code (`trust_remote_code`) is for older versions."""
+    """MiMo-7B: Qwen2 with a multi-token prediction layer beside it.
+
+    transformers has no class for it, and the folder's own code (`trust_remote_code`) is for older
+    versions.
+    """
 
     config_class = MiMoConfig
     _keys_to_ignore_on_load_unexpected = [r"^model\.mtp_layers\."]  # noqa: RUF012
@@ -53,9 +56,9 @@ def open_pretrained(
     place = _place(device)
     source, file = _source(name)
     where = {"gguf_file": file, "revision": revision}
-    config = _read_config(name, source, where)  # of a GGUF file it takes seconds: once
+    config = _read_config(name, source, where)  # once: of a GGUF file that takes seconds
     extra = gguf.model_arguments() if file else {}
-    model = _load(name, source, config=config, dtype=_dtype(dtype, place), **where, **extra)
+    model = _load(name, source, config=config, dtype=dtype_of(dtype, place), **where, **extra)
     if file:
         gguf.take_output_weight(model, Path(source) / file)
     return nn.Module.to(model, place), _tokenizer(source, where)
@@ -98,10 +101,10 @@ def open_weight_only(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | str]:
     """As `open_pretrained`, with the layers quantised on their way from main memory to the device.
 
-    Its hash is that of the weights before, which a head is served with.
+    The model's hash is that of the original weights, with which a head is served.
     """
     place = _place(device)
-    model, tokenizer = open_pretrained(name, _dtype(dtype, place), "cpu", revision)
+    model, tokenizer = open_pretrained(name, dtype_of(dtype, place), "cpu", revision)
     weights_hash(model)
     config = model.config.get_text_config(decoder=True)
     quantize_layers(decoder_layers(inner_model(model), config, name), kind, place, name)
@@ -118,7 +121,7 @@ def open_skeleton(name: str, revision: str | None) -> PreTrainedModel:
 
 
 def stored_dtype(name: str) -> torch.dtype:
-    """In which the weights of a model are stored: float32 for a GGUF file, and where unknown."""
+    """The type in which a model's weights are stored: float32 for a GGUF file, or if unknown."""
     source, file = _source(name)
     config = _read_config(name, source, {"gguf_file": file, "revision": None})
     stored = None if file else config.dtype
@@ -126,7 +129,7 @@ def stored_dtype(name: str) -> torch.dtype:
 
 
 def _read_config(name: str, source: str, where: dict[str, str | None]) -> PretrainedConfig:
-    """ValueError for what is no language model, or is one that cannot be read."""
+    """Read a configuration. ValueError for unsupported models and what is no language model."""
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, **where)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
@@ -143,20 +146,20 @@ def _read_config(name: str, source: str, where: dict[str, str | None]) -> Pretra
 def open_tensor_parallel(
     name: str, dtype: torch.dtype | str, device: torch.device, revision: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | str]:
-    """As `open_pretrained`, with the layers in parts by transformers' tensor parallelism.
+    """As `open_pretrained`, with the layers sharded by transformers' tensor parallelism.
 
     Every process calls it, and reads its part of the files.
     """
     source, file = _source(name)
     if file is not None:
         raise ValueError(
-            f"{name} is a GGUF file, which is not read in parts. Set parallel.target=sharded, or "
-            "name the model's folder or Hub id."
+            f"{name} is a GGUF file, which cannot be sharded on load. Set parallel.target=sharded, "
+            "or name the model's folder or Hub id."
         )
     plan = tensor_plan(open_skeleton(name, revision), name)
     where = {"gguf_file": None, "revision": revision}
     model = _load(
-        name, source, dtype=_dtype(dtype, device), revision=revision, distributed_config=plan
+        name, source, dtype=dtype_of(dtype, device), revision=revision, distributed_config=plan
     )
     return model, _tokenizer(source, where)
 
@@ -164,12 +167,12 @@ def open_tensor_parallel(
 def open_sharded(
     name: str, dtype: torch.dtype | str, device: torch.device, revision: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | str, str]:
-    """As `open_pretrained`, spread over the processes; and the hash of the whole weights.
+    """As `open_pretrained`, sharded over the processes; also returns the hash of all weights.
 
-    Every process calls it; only the first one reads files, and needs room for the whole model.
+    Every process calls it; only rank 0 reads files, and needs memory for the full model.
     """
     whole: dict[str, Tensor] = {}
-    wanted = _dtype(dtype, device)
+    wanted = dtype_of(dtype, device)
 
     def read() -> tuple[PretrainedConfig, PreTrainedTokenizerBase | str, str]:
         model, tokenizer = open_pretrained(name, wanted, "cpu", revision)
@@ -192,13 +195,13 @@ def _refuse_quantized(config: PretrainedConfig, name: str) -> None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise ValueError(
             f"{name} holds quantised weights ({method or 'of an unknown method'}), and a head "
-            "reads and borrows plain ones. Use the folder or Hub id of the unquantised model, or "
-            "a GGUF file, which is opened as plain weights."
+            "needs dense ones. Use the folder or Hub id of the unquantised model, or a GGUF file, "
+            "which is opened as dense weights."
         )
 
 
 def _source(name: str) -> tuple[str, str | None]:
-    """Where to load from, and the name of the GGUF file if it is one. ValueError if not there."""
+    """Folder or Hub id to load from, and the GGUF file's name. ValueError if it is missing."""
     path = Path(name).expanduser()
     if path.suffix == gguf.SUFFIX:
         if not path.is_file():
@@ -224,7 +227,7 @@ def _place(device: torch.device | str | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+def dtype_of(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":

@@ -1,10 +1,10 @@
-"""A frozen target whose layers lie in parts on several processes, for one that fits no accelerator.
+"""A frozen target whose layers are sharded over several processes, because no accelerator holds it.
 
-Sharded (torch's `fully_shard`): a layer is put together just before it is run and taken apart right
-behind it. Only the first process reads files; the others get their parts from it.
-Tensor-parallel (transformers' plan for the family): a layer stays in parts, and all processes work
-out their parts of its products, so they read the same rows. Each reads its part of the files.
-Embedding and LM head, which heads use directly, stay whole either way.
+Sharded (torch's `fully_shard`): a layer is gathered just before it runs and freed right behind it.
+Only rank 0 reads files; the other ranks receive their shards from it.
+Tensor-parallel (transformers' plan for the family): a layer stays sharded, and each rank computes
+its part of the products, so all are given the same batch. Each rank reads its part of the files.
+Embedding and LM head, which heads use directly, are replicated either way.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 Made = TypeVar("Made")
-PATIENCE = timedelta(hours=6)  # reading a large model, decoding many prompts
-LEFT_WHOLE = "replicated_with_grad_allreduce"  # transformers' name of a rule that cuts nothing
+TIMEOUT = timedelta(hours=6)  # for loading a large model, decoding many prompts
+REPLICATED = "replicated_with_grad_allreduce"  # transformers' name of a rule without sharding
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some of its weights lie in parts on several processes."""
+    """Whether some of its weights are sharded over several processes."""
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
 def is_tensor_parallel(model: nn.Module) -> bool:
-    """Whether each process computes a part of every layer, so that all have to read the same."""
+    """Whether each process computes a part of every layer, so that all need the same batch."""
     return int(getattr(model, "_tp_size", None) or 1) > 1
 
 
 def tensor_plan(skeleton: PreTrainedModel, name: str) -> DistributedConfig:
-    """How transformers cuts the layers of this model up. ValueError where it cannot.
+    """How transformers shards the layers of this model. ValueError where it cannot.
 
     skeleton: on the meta device.
     """
     count = dist.get_world_size()
     ends = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
-    full_tensor = [place for place, module in skeleton.named_modules() if module in ends]
-    plan = {place: style for place, style in skeleton.tp_plan.items() if place not in full_tensor}
+    replicated = [path for path, module in skeleton.named_modules() if module in ends]
+    plan = {path: style for path, style in skeleton.tp_plan.items() if path not in replicated}
     kind = skeleton.config.model_type
     instead = "Set parallel.target=sharded, which works for every family."
     if not plan:
@@ -55,36 +55,38 @@ def tensor_plan(skeleton: PreTrainedModel, name: str) -> DistributedConfig:
         )
     config = skeleton.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    by_heads = any(style == "colwise" and "att" in place for place, style in plan.items())
-    if by_heads and (heads % count or groups % count):
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    by_heads = any(style == "colwise" and "att" in path for path, style in plan.items())
+    if by_heads and (heads % count or kv_heads % count):
         raise ValueError(
-            f"{name} has {heads} attention heads and {groups} of keys and values, which {count} "
+            f"{name} has {heads} attention heads and {kv_heads} of keys and values, which {count} "
             f"processes cannot share evenly. Start a number of them that divides both. {instead}"
         )
-    # Named with a rule that leaves them whole: rules that are not named may come from the family.
-    return DistributedConfig(tp_size=count, tp_plan=plan | dict.fromkeys(full_tensor, LEFT_WHOLE))
+    # Replicated by name: without a rule of ours, one of the family may apply.
+    return DistributedConfig(tp_size=count, tp_plan=plan | dict.fromkeys(replicated, REPLICATED))
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """Put together from all processes, which call this together, where it lies in parts on them."""
+    """Gather a sharded tensor, in all processes together. Return others as they are."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 @cache
 def long_timeout_group() -> dist.ProcessGroup:
-    """All processes, for exchanges in which the others wait for work that the first does alone. A
-    process that dies ends the wait: gloo notices that its connection is closed."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    """All processes, for exchanges in which the others wait while rank 0 works alone.
+
+    A process that dies ends the wait: gloo notices that its connection is closed.
+    """
+    return dist.new_group(backend="gloo", timeout=TIMEOUT)
 
 
 def local_tensor(value: Tensor) -> Tensor:
-    """What of it lies in this process."""
+    """This process's shard of a tensor."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def broadcast_from_rank0(make: Callable[[], Made]) -> Made:
-    """What the first process makes, in every process. Its ValueError is raised in all."""
+    """Call `make` in rank 0 and return its result in every process, or raise its ValueError."""
     sent: list[object] = [None, None]
     device = torch.device("cpu")
     if dist.get_rank() == 0:
@@ -106,10 +108,10 @@ def shard(
     weights: dict[str, Tensor] | None,
     device: torch.device,
 ) -> None:
-    """Cut a model on the meta device up and fill it, in place.
+    """Shard a model on the meta device and fill it, in place.
 
-    weights: its parameters and buffers by name, in the first process. One tensor at a time is whole
-    on the device.
+    weights: its parameters and buffers by name, in rank 0. The device holds one full tensor at a
+        time.
     """
     skeleton.requires_grad_(False)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))

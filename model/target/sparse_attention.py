@@ -1,14 +1,15 @@
-"""Sparse attention: a row attends to the `index_topk` columns that an indexer scores highest.
+"""Sparse attention: a position attends to the `index_topk` cache slots that an indexer scores
+highest, as in DeepSeek-V3.2 and GLM-5.
 
-So it is in DeepSeek-V3.2 and GLM-5. The indexer is a small attention beside the layer's own, with
-keys of its own that the cache holds; layers without one take over the choice of the layer before.
-It chooses behind the mask: a tree's node among the text and its own ancestors. Where fewer are
-visible than it may choose, it chooses hidden columns too, and the mask hides them again.
+The indexer is a small attention beside the layer's own, whose keys the cache holds too; layers
+without one reuse the selection of the layer before. It selects behind the mask: for a node of a
+tree among the prefix and the node's ancestors. Where fewer slots are visible than it may select, it
+selects hidden ones too, and the mask hides them again.
 
-Scores are clipped at 0, so many columns can have that. Which of them torch then takes depends on
-what else is there, and a tree has more columns than a chain. `tie_break_earliest` settles it.
+Scores are clipped at 0, so many slots can tie. Which of them torch selects depends on the others,
+and a tree has more slots than a chain. `tie_break_earliest` (backends/visibility.py) decides.
 
-Legend: B batch rows, N new rows, S columns, D hidden size.
+Legend: B sequences, N new positions, D hidden size.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FAMILIES = ("deepseek_v32", "glm_moe_dsa")  # others choose in ways that were not tried
-FEW = 3  # columns that are chosen in a probe
+FAMILIES = ("deepseek_v32", "glm_moe_dsa")  # others select in ways that were not tried
+PROBE_TOPK = 3  # slots that are selected in a probe
 PARTS = {"wq_b", "wk", "k_norm", "weights_proj"}  # of an indexer
 
 
 def indexers(module: nn.Module) -> list[nn.Module]:
-    """The indexers inside a module that are known: others choose blocks, or mix keys."""
+    """The indexers inside a module that are known: others select blocks, or mix keys."""
     return [one for one in module.modules() if _is_indexer(one)]
 
 
@@ -37,8 +38,10 @@ def _is_indexer(module: nn.Module) -> bool:
 
 
 class UnusedIndexer(nn.Module):
-    """What a head's layer has in the place of an indexer: nothing is chosen, so all that is visible
-    is attended to. The weights are kept as they are, in buffers, which no optimizer sees."""
+    """Replaces the indexer in a head's layer, which attends to all that is visible.
+
+    The weights are kept in buffers, which no optimizer sees.
+    """
 
     def __init__(self, indexer: nn.Module):
         super().__init__()
@@ -54,7 +57,7 @@ class UnusedIndexer(nn.Module):
 
 
 def disable_indexer(layer: nn.Module) -> bool:
-    """Let a decoder layer attend to all that is visible; whether it has an indexer."""
+    """Let a decoder layer attend to all that is visible. Returns whether it had an indexer."""
     found = [
         (owner, name)
         for owner in layer.modules()
@@ -68,7 +71,7 @@ def disable_indexer(layer: nn.Module) -> bool:
 
 @contextmanager
 def override_topk(count: int, module: nn.Module) -> Iterator[None]:
-    """Within it, the indexers inside a module choose so many columns."""
+    """Within it, the indexers inside a module select `count` slots."""
     found: list[Any] = indexers(module)
     before = [one.index_topk for one in found]
     try:
@@ -81,7 +84,9 @@ def override_topk(count: int, module: nn.Module) -> Iterator[None]:
 
 
 def small_topk_for_probe(layers: nn.Module, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Within it, even a probe's short text has columns that are left out. Not in 16 bits, where
-    rounding decides between close scores: such a probe would fail for nothing."""
+    """Within it, even the short sequence of a probe has slots that are not selected.
+
+    Not in 16 bits, where rounding decides between close scores and a probe could fail for nothing.
+    """
     wide = dtype in (torch.float32, torch.float64)
-    return override_topk(FEW, layers) if wide else nullcontext()
+    return override_topk(PROBE_TOPK, layers) if wide else nullcontext()

@@ -1,10 +1,8 @@
-"""What differs between families of language models, and which ones cannot be read.
+"""Which models can be targets.
 
-Windows, recurrent layers and the last step to the logits follow from the configuration, not from
-the family's name, and a probe at load compares the result with the model itself. Sparse attention
-alone goes by name: in 16 bits a probe cannot tell what is chosen.
-
-Legend: B batch rows, N new rows (tree nodes or text positions), S cache columns, D hidden size.
+Windows, recurrent layers and the computation of the logits follow from the configuration, not from
+the family's name, and a probe at load compares the result with the model itself. Only sparse
+attention goes by name: in 16 bits a probe cannot see what an indexer selects.
 """
 
 from __future__ import annotations
@@ -26,8 +24,8 @@ from headstart.model.backends.visibility import (
 from .gqa_attention import GROUPED, SDPA
 from .sparse_attention import FAMILIES, indexers
 
-MIXER = "linear_attn"  # what is recurrent in a recurrent layer
-# What the code of a model with windows builds its masks with.
+MIXER = "linear_attn"  # attribute of a recurrent layer that holds its recurrent part
+# transformers' functions with which models with windows build their masks.
 WINDOW_MASKS = (
     "create_sliding_window_causal_mask",
     "create_chunked_causal_mask",
@@ -38,18 +36,20 @@ WINDOW_MASKS = (
 def recurrent_mixers(
     layers: nn.ModuleList, config: PretrainedConfig, name: str
 ) -> dict[int, nn.Module]:
-    """What is recurrent in the decoder layers that are, by their place. ValueError for those whose
-    states are not known to be held as `states.py` holds them."""
+    """The recurrent part of each recurrent decoder layer, by the layer's index.
+
+    ValueError for layers whose states are not known to fit cache/recurrent_state.py.
+    """
     kinds = config.to_dict().get("layer_types") or ()
     known = enumerate(zip(kinds, layers, strict=False))  # some name the kinds of more layers
-    recurrent = {place: layer for place, (kind, layer) in known if kind == LINEAR}
+    recurrent = {index: layer for index, (kind, layer) in known if kind == LINEAR}
     if any(not hasattr(layer, MIXER) for layer in recurrent.values()):
         raise ValueError(_recurrent(name, config))
-    return {place: getattr(layer, MIXER) for place, layer in recurrent.items()}
+    return {index: getattr(layer, MIXER) for index, layer in recurrent.items()}
 
 
 def check_supported(model: PreTrainedModel, name: str) -> None:
-    """ValueError for what is known not to work; `probe` finds the rest."""
+    """ValueError for models that are known not to work; `probe` finds the others."""
     config = model.config.get_text_config(decoder=True)
     check_config(config, name)
     if AttentionWindows.of(config).sparse and not indexers(model):
@@ -65,7 +65,7 @@ def check_supported(model: PreTrainedModel, name: str) -> None:
 
 
 def check_config(config: PretrainedConfig, name: str) -> None:
-    """What a configuration already tells, before any weight is read."""
+    """ValueError for a configuration that is known not to work, before weights are loaded."""
     if config.is_encoder_decoder:
         raise ValueError(
             f"{name} is an encoder-decoder model ({config.model_type}). Tree decoding needs a "
@@ -73,8 +73,8 @@ def check_config(config: PretrainedConfig, name: str) -> None:
         )
     if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo
         raise ValueError(
-            f"{name} ({config.model_type}) cuts its local windows by place in the cache, where the "
-            "branches of a tree lie side by side. Use another target."
+            f"{name} ({config.model_type}) applies its local windows by cache slot, and in a tree "
+            "the branches share a range of slots. Use another target."
         )
     kinds = set(config.to_dict().get("layer_types") or ())
     if kinds & set(SPARSE) and config.model_type not in FAMILIES:
@@ -87,8 +87,8 @@ def check_config(config: PretrainedConfig, name: str) -> None:
 def check_window_is_applied(decoder: nn.Module, config: PretrainedConfig, name: str) -> None:
     """ValueError where the configuration names a window that the model's code does not apply.
 
-    The window can be longer than any text that is cheap to try, so the code is looked at: it must
-    use transformers' masks with windows.
+    The window can be longer than any sequence that is cheap to try, so the code is inspected: it
+    must use transformers' masks with windows.
     """
     modules = [sys.modules.get(one.__module__) for one in type(decoder).__mro__]
     windowed = any(hasattr(module, mask) for module in modules for mask in WINDOW_MASKS)

@@ -17,30 +17,33 @@ from transformers import (
 )
 
 from .modules import decoder_layers, inner_model
-from .pretrained import _dtype
+from .pretrained import dtype_of
 
 
 def of_shape(config: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """A model with random weights, of the shape that a config.json says: for timing."""
+    """A model with random weights, of the shape in a config.json, for timing."""
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         shape = AutoConfig.from_pretrained(config)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ValueError(
-            f"{config} does not say the shape of a language model: {error} Give the config.json of "
-            "a model folder."
+            f"{config} does not describe a language model: {error} Give the config.json of a model "
+            "folder."
         ) from error
     with place:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, dtype=_dtype(dtype, place))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            shape, dtype=dtype_of(dtype, place)
+        )
     return model
 
 
 def one_layer(
     model_type: str, settings: Mapping[str, Any], attention: str
 ) -> tuple[nn.Module, nn.Module]:
-    """The first decoder layer of a family and its rotary positions, with weights as they come.
+    """The first decoder layer of a family and its rotary embedding, with initial weights.
 
-    settings: of the family's configuration. attention: transformers' name of what it calls for it.
+    settings: of the family's configuration.
+    attention: the attention function that it calls, by its name in transformers.
     """
     config = AutoConfig.for_model(model_type, **settings)
     with torch.device("meta"):
@@ -53,9 +56,9 @@ def one_layer(
 
 
 def random_model(settings: Mapping[str, Any], seed: int) -> PreTrainedModel:
-    """A small float32 model with random weights, to try things on.
+    """A small float32 model with random weights, for trials.
 
-    settings: `model_type` and whatever that type's configuration knows (hidden_size, ...).
+    settings: `model_type` and fields of that type's configuration (hidden_size, ...).
     """
     sizes = dict(settings)
     kind = sizes.pop("model_type", None)

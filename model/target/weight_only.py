@@ -1,8 +1,8 @@
-"""A frozen target whose layers are held in 8 or 4 bits while heads are trained on it, by torchao.
+"""A frozen target whose layers are stored in 8 or 4 bits while heads are trained on it, by torchao.
 
-Each product puts its weight back into the target's own type, so the memory of one weight comes and
-goes. Embedding, norms and LM head, which heads use directly, stay as they are. Other than in
-quantized.py activations are not rounded, and it runs wherever torch does.
+Each product dequantises its weight to the target's own type first. Embedding, norms and LM head,
+which heads use directly, stay as they are. Unlike in quantize.py, activations are not rounded, and
+it runs wherever torch does.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 Kind = Literal["int8", "float8", "nf4"]
-BITS: dict[Kind, float] = {"int8": 8, "float8": 8, "nf4": 4.2}  # of a number, with its scales
+BITS: dict[Kind, float] = {"int8": 8, "float8": 8, "nf4": 4.2}  # bits per weight, with its scales
 BLOCK, SCALES = 64, 256  # nf4: weights that share a scale, and scales that are quantised together
-MOSTLY = 0.9  # of a layer's weights: where fewer can be quantised, little memory is saved
+MIN_SHARE = 0.9  # of a layer's weights: where fewer can be quantised, little memory is saved
 
 
 def check_weight_only(kind: str | None) -> None:
@@ -40,13 +40,13 @@ def quantize_layers(layers: nn.ModuleList, kind: str, device: torch.device, name
     ValueError, before anything is changed, where that would save little or a matrix has odd sizes.
     """
     matrices = [module for module in layers.modules() if isinstance(module, nn.Linear)]
-    here = sum(one.weight.numel() for one in matrices)
-    whole = sum(one.numel() for one in layers.parameters())
-    if here < MOSTLY * whole:
+    quantizable = sum(one.weight.numel() for one in matrices)
+    total = sum(one.numel() for one in layers.parameters())
+    if quantizable < MIN_SHARE * total:
         raise ValueError(
-            f"Only {here / whole:.0%} of the weights in the layers of {name} are in linear layers, "
-            "which target.quantize is for (experts often are not). Leave target.quantize out, or "
-            "spread the target with parallel.target."
+            f"Only {quantizable / total:.0%} of the weights in the layers of {name} are in linear "
+            "layers, the only ones that target.quantize works on (experts often are not). Leave "
+            "target.quantize out, or shard the target with parallel.target."
         )
     odd = [one for one in matrices if kind == "nf4" and one.weight.numel() % BLOCK]
     if odd:
@@ -76,7 +76,7 @@ def _quantize(module: nn.Linear, kind: str) -> None:
 
 
 def dequantized(weight: Tensor) -> Tensor:
-    """A weight in the target's own type, whatever it is held in."""
+    """A weight in the target's own type, whatever it is stored in."""
     for back in ("get_original_weight", "dequantize"):
         if type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, back):
             value: Tensor = getattr(weight, back)()

@@ -1,4 +1,4 @@
-"""A hash of a target's weights, by which a head knows the target that it was trained on."""
+"""A hash of a target's weights, which ties a head to the target that it was trained on."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def target_hash(target: Target) -> str:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 of a frozen model's weights, whatever file they came from and in what precision.
+    """sha256 of a frozen model's weights, whatever file and precision they came from.
 
-    Hashed, in order of name and once where tied: the name, the shape, and the sha256 of the values
-    rounded to bfloat16 (others than floating-point ones as they are). So float32 and bfloat16
-    copies, shards and a GGUF file saved as a folder agree; float16 may not (its range is smaller).
-    Processes that hold parts of the model call this together.
+    Hashed in order of name, tied tensors once: the name, the shape, and the sha256 of the values
+    rounded to bfloat16 (integers as they are). So float32 and bfloat16 copies, shards and a GGUF
+    file saved as a folder agree; float16 may not (its range is smaller).
+    Processes that share a sharded model call this together.
     """
     if model not in _hashes:
         tensors = _distinct(model.state_dict())
-        # Parts are put together from all processes, one tensor after the other.
+        # Shards are gathered from all processes, one tensor after the other.
         with ThreadPoolExecutor(1 if is_sharded(model) else None) as pool:
             digests = pool.map(_digest, tensors.values())
             lines = [
@@ -45,18 +45,18 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def remember(model: nn.Module, digest: str) -> None:
-    """The hash of a model whose weights are not all here."""
+    """Set the hash of a model whose weights are not all in this process."""
     _hashes[model] = digest
 
 
 def _distinct(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sorted by name; of tied tensors only the first."""
-    seen: set[tuple[int, torch.Size]] = set()
+    """The tensors sorted by name; of tied ones only the first."""
+    storages: set[tuple[int, torch.Size]] = set()
     distinct: dict[str, Tensor] = {}
     for name in sorted(state):
-        place = (local_tensor(state[name]).data_ptr(), state[name].shape)
-        if place not in seen:
-            seen.add(place)
+        storage = (local_tensor(state[name]).data_ptr(), state[name].shape)
+        if storage not in storages:
+            storages.add(storage)
             distinct[name] = state[name]
     return distinct
 

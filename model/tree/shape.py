@@ -1,4 +1,4 @@
-"""The shapes of trees that a head is asked to draft."""
+"""Shapes of draft trees."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TreeShape:
-    """What a head is asked to draft.
+    """The shape of the tree that a head drafts.
 
-    nodes: nodes of the finished tree, root included. depth: longest path in drafted tokens.
-    width: nodes expanded per depth and children each of them gets. ranks: for a static tree, the
-    paths of child ranks that exist, e.g. ((0,), (0, 0), (1,)); None for a dynamic tree, which keeps
-    the likeliest nodes (EAGLE-2, arXiv 2406.16858).
+    nodes: number of nodes of the finished tree, root included.
+    depth: maximum number of draft tokens on a path.
+    width: nodes expanded per depth, and children of each of them.
+    ranks: of a static tree, the paths of child ranks that exist, e.g. ((0,), (0, 0), (1,)). None
+        for a dynamic tree, which keeps the nodes with the highest path probability (EAGLE-2, arXiv
+        2406.16858).
     """
 
     nodes: int
@@ -28,18 +30,18 @@ class TreeShape:
             raise ValueError(
                 f"A tree needs whole numbers: depth >= 1, width >= 1 and nodes >= 2 (got depth "
                 f"{self.depth}, width {self.width}, nodes {self.nodes}). For no speculation use "
-                "plain decoding."
+                "autoregressive decoding."
             )
 
     @staticmethod
     def chain(depth: int) -> TreeShape:
-        """One guess per depth."""
-        nodes = depth + 1 if isinstance(depth, int) else 0  # which is refused with the depth
+        """One draft token per depth."""
+        nodes = depth + 1 if isinstance(depth, int) else 0  # invalid, as the depth is
         return TreeShape(nodes=nodes, depth=depth, width=1)
 
     @staticmethod
     def dynamic(nodes: int, depth: int, width: int) -> TreeShape:
-        """The `nodes - 1` likeliest guesses, wherever they are."""
+        """The `nodes - 1` draft tokens with the highest path probability."""
         return TreeShape(nodes=nodes, depth=depth, width=width)
 
     @staticmethod
@@ -48,7 +50,7 @@ class TreeShape:
         if not _are_paths(ranks):
             raise ValueError(
                 "A static tree needs at least one path, and a path is a non-empty list of child "
-                f"ranks (0 is the likeliest child), for example [[0], [0, 0], [1]]. Got {ranks!r}."
+                f"ranks (0 is the top-1 child), for example [[0], [0, 0], [1]]. Got {ranks!r}."
             )
         paths = tuple(sorted((tuple(path) for path in ranks), key=lambda path: (len(path), path)))
         for path in paths:

@@ -33,11 +33,11 @@ class Tree:
     ops: TreeOps = field(default=TORCH_TREE_OPS, compare=False, repr=False)
 
     @staticmethod
-    def root(tokens_B: Tensor) -> Tree:
+    def root(tokens_B: Tensor, ops: TreeOps = TORCH_TREE_OPS) -> Tree:
         """The tree of autoregressive decoding: no draft tokens."""
         tokens_BN = tokens_B[:, None]
         zeros = torch.zeros_like(tokens_BN)
-        return Tree(tokens_BN, zeros + NO_PARENT, zeros.float())
+        return Tree(tokens_BN, zeros + NO_PARENT, zeros.float(), ops)
 
     @property
     def nodes(self) -> int:

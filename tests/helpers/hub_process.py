@@ -39,8 +39,8 @@ class Worker:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        return answer["status"], answer["text"]
+        reply = json.loads(self.process.stdout.readline())
+        return reply["status"], reply["text"]
 
     def run(self, *arguments: object, token: str | None = TOKEN) -> str:
         status, text = self._ask(arguments=[str(one) for one in arguments], token=token)

@@ -195,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.drops[key] -= 1
         return self.hub.drops[key] >= 0
 
-    # Answers
+    # Responses
 
     def whoami(self) -> None:
         if self._token() is None:

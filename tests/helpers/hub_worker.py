@@ -2,7 +2,7 @@
 
 The client reads its settings when it is imported, so they are in this process's environment. Each
 line of standard input is a request: {"arguments": [...], "token": ...} runs a command, one with
-"code" runs Python. The answer is a line with its status and what it wrote.
+"code" runs Python. The reply is a line with its status and what it wrote.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import traceback
 import torch
 
 if __name__ == "__main__":
-    answers, sys.stdout = sys.stdout, sys.stderr
+    replies, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(1)
     really = time.sleep
     time.sleep = lambda seconds: really(min(seconds, 0.01))  # between the client's own retries
@@ -51,4 +51,4 @@ if __name__ == "__main__":
             status, text = result.exit_code, result.output
             if not isinstance(result.exception, SystemExit | None):
                 text += "".join(traceback.format_exception(result.exception))
-        print(json.dumps({"status": status, "text": text}), file=answers, flush=True)
+        print(json.dumps({"status": status, "text": text}), file=replies, flush=True)

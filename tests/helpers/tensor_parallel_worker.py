@@ -52,9 +52,9 @@ def found(folder: Path) -> dict[str, object]:
 
 def main(out: Path, folders: list[Path]) -> None:
     torch.set_num_threads(1)
-    team = WorkerGroup(torch.device("cpu"))
+    group = WorkerGroup(torch.device("cpu"))
     facts = {folder.name: found(folder) for folder in folders}
-    (out / f"facts_{team.index}.json").write_text(json.dumps([team.count, facts]))
+    (out / f"facts_{group.rank}.json").write_text(json.dumps([group.world_size, facts]))
     torch.distributed.destroy_process_group()
 
 

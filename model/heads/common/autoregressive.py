@@ -1,20 +1,21 @@
 """Heads that draft one depth at a time and feed their own output back (EAGLE-3, MTP).
 
 A *pair* at position p joins the target's feature at p with the embedding of token x[p+1]; the head
-turns it into a guess for x[p+2]. In later steps the feature is the head's own output instead.
+drafts x[p+2] from it. In later steps the feature is the head's own output instead.
 
-Who sees whom is the *attention layout*, part of the checkpoint because a head trained in one layout
-drafts garbage in another:
+What a step attends to is the *attention layout*. It is part of the checkpoint, because a head that
+was trained in one layout drafts garbage in another:
 
-    append   step k at anchor p sees the pairs up to p and its own earlier steps 1..k (EAGLE-3; what
-             vLLM, SGLang and llama.cpp serve)
-    kvshare  step k at anchor p sees the pairs up to p only (GLM-5.2): drafted nodes leave no keys
+    append   step k at anchor p attends to the pairs up to p and to its own earlier steps 1..k
+             (EAGLE-3; what vLLM, SGLang and llama.cpp serve)
+    kvshare  step k at anchor p attends to the pairs up to p only (GLM-5.2): drafted nodes leave no
+             keys
 
-With a *window* of W only the last W pairs up to the anchor are seen, in every step: a head for long
-texts, whose cost and whose guesses then do not depend on how much text came before.
+With a *window* of W, every step attends only to the last W pairs up to the anchor: a head for long
+contexts, whose cost and drafts do not depend on what came before.
 
-Legend: B batch rows, T positions, P new positions, F frontier nodes, S cache columns, M drafted
-columns, H query heads, G key/value heads, C head channels, D hidden size.
+Legend: B sequences, T positions, P new positions, F frontier nodes, S cache slots, M drafted slots,
+H query heads, G key/value heads, C head dimension, D hidden size.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ AttentionLayout = Literal["append", "kvshare"]
 QUERY_CHUNK = 512  # rows of the explicit attention of later training steps held at once
 
 
-class RecurrentConfig(HeadConfig):
+class AutoregressiveConfig(HeadConfig):
     """Settings of the kinds that draft by applying one decoder layer again and again."""
 
     layer: LayerConfig = Field(description="Sizes of the head's decoder layer.")
@@ -166,7 +167,7 @@ class _Unrolled:
         self.values: list[Tensor] = []
 
     def at(self, step: int) -> Attend:
-        """Of one step: the same again when the step is worked out again."""
+        """The attention of one step, also when the step is recomputed."""
         return partial(self._attend, step)
 
     def _attend(self, step: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ class _Unrolled:
             self.values.append(values)
         if step == 0:
             return _causal(queries, keys, values, self.window)
-        # What is worked out later must not see the steps that came after it.
+        # A step that is recomputed later must not see the steps after it.
         chain = ((*self.keys[:step], keys), (*self.values[:step], values))
         positions = queries.shape[2]
         if positions <= QUERY_CHUNK:

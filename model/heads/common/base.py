@@ -1,7 +1,7 @@
-"""What a draft head is. One file in `model/heads/` holds one kind.
+"""The protocol of draft heads. One file in `model/heads/` holds one kind.
 
-Legend: B batch rows, T positions, P newly committed positions, R any rows, D hidden size,
-V vocabulary, Vd draft vocabulary.
+Legend: B sequences, T positions, P newly committed positions, F frontier nodes, R any leading
+dimensions, D hidden size, V vocabulary, Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from headstart.model.target.target import Target
 
 
-UNSET = -1  # what the offsets of a draft vocabulary hold before it is set
+UNSET = -1  # offset of a draft vocabulary that is not set yet
 
 
 class HeadConfig(BaseModel):
@@ -52,15 +52,19 @@ class HeadConfig(BaseModel):
 
 
 class DraftHead(nn.Module, ABC):
-    """A small module that guesses what a frozen target will say.
+    """A small module that drafts the next tokens of a frozen target.
 
-    `layers` are the target's decoder layers (0-based) whose outputs it reads, beside the input of
-    the LM head, which is always there. `max_depth` is the longest path it can draft, or None.
-    `recompute`: `unroll` keeps less for the backward pass and works it out again there.
-    `temperatures`: one per depth, dividing the logits of guesses so that path probabilities are
-    calibrated; the last one also holds for deeper guesses, and without any it is 1.
-    `rank_acceptance`: per depth, how often the guess of each rank was right. Both are kept in the
-    checkpoint's `HeadMeta` alone, from where `load_head` puts them here.
+    kind: name of the kind, that of its file.
+    taps: decoder layers of the target (0-based) whose outputs the head uses, besides the input of
+        the LM head, which it always gets.
+    max_depth: longest path it can draft; None: no limit.
+    recompute: whether `unroll` keeps less for the backward pass and recomputes it there.
+    ops: operations that it computes with (model/backends/).
+    temperatures: one per depth, dividing the draft logits so that path probabilities are
+        calibrated. The last one also holds for deeper tokens; without any it is 1.
+    rank_acceptance: per depth, the acceptance rate of the candidate of each rank. Like the
+        temperatures it is stored in the checkpoint's `HeadMeta`, from where `load_head` sets it.
+
     The target's embedding and LM head are borrowed by `bind` and never part of the state dict.
     """
 
@@ -90,7 +94,7 @@ class DraftHead(nn.Module, ABC):
         return self._target[0]
 
     def bind(self, target: Target) -> DraftHead:
-        """Borrow the target's embedding and LM head. ValueError when the head does not fit."""
+        """Borrow the target's embedding and LM head. Raises ValueError if the head does not fit."""
         for name, ours, theirs in (
             ("hidden size", self.config.hidden_size, target.hidden_size),
             ("vocabulary", self.config.vocab_size, target.vocab_size),
@@ -102,7 +106,7 @@ class DraftHead(nn.Module, ABC):
                 )
         if any(layer >= target.num_layers or layer < 0 for layer in self.taps):
             raise ValueError(
-                f"The head reads the layers {list(self.taps)}, but {target.name} has only "
+                f"The head taps the layers {list(self.taps)}, but {target.name} has only "
                 f"{target.num_layers} (0 to {target.num_layers - 1}). Choose other layers."
             )
         self._target = [target]
@@ -110,8 +114,10 @@ class DraftHead(nn.Module, ABC):
         return self
 
     def for_decoding(self, target: Target) -> DraftHead:
-        """This head on the target's device and in its dtype, bound and ready to draft. It cannot be
-        trained any more where guesses are rounded (`Target.drafts_in_int8`)."""
+        """Move this head to the target's device and dtype, bind it, and make it ready to draft.
+
+        Where heads draft in int8 (`Target.drafts_in_int8`), it cannot be trained any more.
+        """
         dtype = torch.float32 if target.drafts_in_int8 else target.dtype
         self.to(device=target.device, dtype=dtype).bind(target).eval()
         if target.drafts_in_int8:
@@ -124,25 +130,25 @@ class DraftHead(nn.Module, ABC):
         return self
 
     def use_ops(self, ops: Ops) -> None:
-        """Compute with these operations from now on. Those of a device have no gradients."""
+        """Compute with these operations from now on. Those with kernels have no gradients."""
         self.ops = ops
         use_ops(self, ops)
 
     def set_draft_vocab(self, token_ids: Tensor) -> None:
-        """Fix which tokens can be proposed: sorted ids, stored as offsets id - index (d2t)."""
+        """Set the draft vocabulary. It is stored as sorted offsets id - index (`d2t`)."""
         assert self.d2t is not None
         ids = token_ids.to(self.d2t.device).sort().values
         if len(ids) != len(self.d2t) or len(ids.unique()) != len(ids):
             raise ValueError(
                 f"The draft vocabulary needs exactly {len(self.d2t)} different tokens, "
-                f"got {len(ids.unique())}. Lower head.draft_vocab or train on more answers."
+                f"got {len(ids.unique())}. Lower head.draft_vocab or train on more responses."
             )
         self.d2t.copy_(ids - torch.arange(len(ids), device=ids.device))
         self._draft_ids = self._decoded = None
 
     @property
     def draft_ids(self) -> Tensor | None:
-        """The tokens that can be proposed, ascending, or None for all."""
+        """Token ids of the draft vocabulary, ascending; None: the whole vocabulary."""
         if self.d2t is not None and self._draft_ids is None:
             with torch.inference_mode(False):  # they are kept, and training may use them later
                 ids = self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
@@ -155,15 +161,15 @@ class DraftHead(nn.Module, ABC):
         return self._draft_ids
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """Draft logits R x Vd of draft hidden states, by the target's own LM head."""
+        """Draft logits R x Vd of the head's hidden states, by the target's LM head."""
         if self._decoded is not None:
             return self._decoded(hidden_RD)
         return self.target.unembed(hidden_RD, self.draft_ids)
 
     def candidates(self, hidden_BFD: Tensor, width: int, depth: int = 0) -> Children:
-        """The likeliest next tokens: log-probabilities and ids, B x F x width, best first.
+        """Log-probabilities and ids of the top tokens after each node, B x F x width, best first.
 
-        depth: of the nodes whose children are guessed, 0 for the root.
+        depth: of the nodes whose children are drafted, 0 for the root.
         """
         logits_BFV = self.logits(hidden_BFD)
         width, temperature = min(width, logits_BFV.shape[-1]), 1.0
@@ -176,19 +182,19 @@ class DraftHead(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def defaults(cls, target: Target) -> dict[str, Any]:
-        """Settings of this kind that follow from the target (heads, widths, rope, layers)."""
+        """Settings of this kind that follow from the target (heads, widths, RoPE, taps)."""
 
     @abstractmethod
     def init_from_target(self) -> None:
-        """Start from the bound target's own weights where that helps."""
+        """Initialise from the bound target's weights where that helps."""
 
     @abstractmethod
     def unroll(self, seen: TargetOutput, tokens_BT: Tensor, steps: int) -> list[Tensor]:
-        """The training computation: for each step k, B x T x D hidden states for `logits`.
+        """Run the draft steps of training: for each step k, hidden states B x T x D for `logits`.
 
-        Row t of step k sees the target's features up to row t and the tokens x[t+1] to x[t+1+k];
-        its teacher is the target's distribution at row t+1+k and its label x[t+2+k]. Rows that run
-        past the end hold anything: the loss leaves them out.
+        Position t of step k attends to the target's features up to t and the tokens x[t+1] to
+        x[t+1+k]. Its teacher is the target's distribution at position t+1+k and its label x[t+2+k].
+        Positions past the end hold anything: the loss ignores them.
         """
 
     @abstractmethod
@@ -199,35 +205,36 @@ class DraftHead(nn.Module, ABC):
     def advance(
         self, state: Any, seen: TargetOutput, next_tokens_BP: Tensor, counts_B: Tensor
     ) -> Any:
-        """Take in newly committed positions.
+        """Add newly committed positions to the state.
 
-        seen: features at P positions per row, of which the first counts_B[b] >= 1 are real.
-        next_tokens_BP: the committed token that follows each of them; the last real one is the
-        root of the next tree.
+        seen: target output at P positions per sequence; the first counts_B[b] >= 1 are valid.
+        next_tokens_BP: the committed token after each of them; the last valid one is the root of
+            the next tree.
         """
 
     @abstractmethod
     def draft(
         self, state: Any, shape: TreeShape, should_deepen: ShouldDeepen | None = None
     ) -> Tree:
-        """Guess what follows the last committed token: at most `shape.nodes` nodes.
+        """Draft a tree of at most `shape.nodes` nodes after the last committed token.
 
-        goes_on: asked after each depth, may end the tree earlier (see `grow`)."""
+        should_deepen: asked after each depth; may end the tree earlier (see `grow`).
+        """
 
     @abstractmethod
     def select_rows(self, state: Any, rows: Tensor) -> Any:
-        """The state of some rows only (finished rows leave the batch)."""
+        """The state of some sequences only: finished ones leave the batch."""
 
 
 def kinds() -> list[str]:
-    """Every head kind: the file names in `model/heads/`."""
+    """All head kinds: the file names in `model/heads/`."""
     package = importlib.import_module("headstart.model.heads")
     found = pkgutil.iter_modules(package.__path__)
     return sorted(module.name for module in found if not module.ispkg)
 
 
 def head_class(kind: str) -> tuple[type[DraftHead], type[HeadConfig]]:
-    """A kind's `Head` and `Config`. ValueError for a kind that does not exist."""
+    """Return a kind's `Head` and `Config`. Raises ValueError for an unknown kind."""
     if kind not in kinds():
         raise ValueError(f"Unknown head kind {kind!r}. There are: {', '.join(kinds())}.")
     module = importlib.import_module(f"headstart.model.heads.{kind}")
@@ -235,7 +242,7 @@ def head_class(kind: str) -> tuple[type[DraftHead], type[HeadConfig]]:
 
 
 def make_head(target: Target, kind: str, settings: dict[str, Any]) -> DraftHead:
-    """A fresh head for a target: sizes from the target, the rest from `settings`."""
+    """Build a new head for a target: sizes from the target, the rest from `settings`."""
     head_type, config_type = head_class(kind)
     sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
     config = config_type.model_validate(

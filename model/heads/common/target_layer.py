@@ -3,7 +3,7 @@
 Families whose multi-token prediction layer is no plain Llama layer (GLM-4.5, DeepSeek-V3) use one
 of their target's layers there. It is built from transformers' own class and called without a cache
 or a mask: its attention hands queries, keys and values to the head's `attend`, which knows them.
-Sparse attention attends to all that it sees there: guesses need not be exact (sparse.py).
+Sparse attention attends to all that it sees there: drafts need not be exact (sparse_attention.py).
 
 Legend: B batch rows, T positions, H query heads, C head channels, D hidden size.
 """

@@ -118,7 +118,7 @@ def test_a_gguf_target_is_written_out_in_float32(
     write_gguf(build("llama", {"num_key_value_heads": 4}), tmp_path / "tiny.gguf", {})
     target = load_target(tmp_path / "tiny.gguf", device="cpu")
     save_head(make_head(target, "mtp", {}), tmp_path / "head", META)
-    monkeypatch.setattr("headstart.model.target.pretrained._dtype", half_unless_told)
+    monkeypatch.setattr("headstart.model.target.pretrained.dtype_of", half_unless_told)
     fuse(tmp_path / "tiny.gguf", tmp_path / "head", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     assert load_target(folders / "target", device="cpu").dtype == torch.bfloat16

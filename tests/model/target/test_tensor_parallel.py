@@ -58,7 +58,7 @@ def test_families_see_what_one_process_sees(facts, name):
         ("odd_heads", "3 attention heads and 3 of keys and values, which 2 processes"),
         ("one_group", "4 attention heads and 1 of keys and values, which 2 processes"),
         ("no_plan", "transformers has no tensor-parallel plan"),
-        ("plain.gguf", "is a GGUF file, which is not read in parts"),
+        ("plain.gguf", "is a GGUF file, which cannot be sharded on load"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(facts, name, what):

@@ -28,7 +28,7 @@ def test_every_mode_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="does not say the shape"):
+    with pytest.raises(ValueError, match="does not describe a language model"):
         verify_cost_curve(str(tmp_path / "config.json"))
     with pytest.raises(ValueError, match="--nodes takes whole numbers"):
         verify_cost_curve(str(tmp_path / "config.json"), nodes="many")

@@ -13,7 +13,8 @@ from typer.testing import CliRunner, Result
 
 from headstart.model.target.load import load_target
 from headstart.scripts.cli import app
-from headstart.scripts.commands import demo, train
+from headstart.scripts.commands import demo
+from headstart.scripts.options import recipe as recipes
 from headstart.training.config.schema import load_recipe
 from headstart.training.run.signals import Interrupted
 
@@ -76,9 +77,9 @@ def test_the_command_for_a_longer_training_works(done):
 
 def test_the_same_command_resumes_a_stopped_training(target, tmp_path, monkeypatch):
     def stopped(*_: object) -> Path:
-        raise Interrupted("Go on with train.resume=true.")
+        raise Interrupted("Resume with train.resume=true.")
 
-    monkeypatch.setattr(train, "run_recipe", stopped)
+    monkeypatch.setattr(recipes, "run_recipe", stopped)
     result = run(target, tmp_path / "out")
     assert result.exit_code == 130
     assert "the same command" in result.output and "train.resume" not in result.output
@@ -88,5 +89,5 @@ def test_the_same_command_resumes_a_stopped_training(target, tmp_path, monkeypat
 
 def test_the_head_is_chosen_and_measured_on_different_prompts(target, tmp_path):
     overrides = demo._overrides(load_target(target), str(target), tmp_path / "a", tmp_path / "b")
-    recipe = load_recipe(train.find_recipe(demo.RECIPE), overrides)
+    recipe = load_recipe(recipes.find_recipe(demo.RECIPE), overrides)
     assert recipe.eval.prompts == "dev"  # the table is made of `heldout`

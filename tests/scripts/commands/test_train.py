@@ -45,7 +45,7 @@ def test_a_prompt_that_is_too_long_is_named_first(tmp_path):
     path = tmp_path / "prompts.jsonl"
     lines = [json.dumps({"id": name, "prompt": name * 40}) for name in ("a", "bcdef")]
     path.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=r"prompt .bcdef. has .*reads 128 in all"):
+    with pytest.raises(ValueError, match=r"prompt .bcdef. has .*is 128"):
         evaluator(EvalConfig(prompts=str(path)), short)
     assert evaluator(EvalConfig(prompts=str(path), count=1), short) is not None
 

@@ -207,7 +207,7 @@ def test_damaged_adapters_are_refused(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", [[1 + i % 20 for i in range(12)]] * 12)
     train(recipe_for(tmp_path / "run", data, JOINT), target=target, head=tiny_head(target))
     (tmp_path / "run" / "best" / ADAPTER / "adapter_model.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"adapters in .* cannot be put onto their target"):
+    with pytest.raises(ValueError, match=r"adapters in .* do not fit their target"):
         fuse(source, tmp_path / "run" / "best", tmp_path / "fused")
     assert not (tmp_path / "fused").exists()
 
