@@ -119,9 +119,7 @@ def rotate_store(
     first, second = cos_sin[0].contiguous(), cos_sin[1].contiguous()
     known = first.dim() > 1
     if first.shape[-1] != (head_dim if known else head_dim // 2):
-        raise ValueError(
-            "the kernel rotates all of the head dimension, but there are angles for a part"
-        )
+        raise ValueError("the kernel rotates whole heads, but the angles are for a part of one")
     angles = (first, second, lengths_B) if known else (first, first, second)
     _rotate_store[(batch * new, heads + 2 * kv_heads)](
         qkv_BNE.contiguous(), *weights, eps, *angles, lengths_B, queries_BNHC, keys, values,

@@ -87,8 +87,8 @@ def _best_of_all(
 
 
 def topk_logprobs(logits_RV: Tensor, width: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """The `width` largest log-probabilities of logits / temperature and their token ids, R x W, best
-    first, the first of equals."""
+    """The `width` largest log-probabilities of logits / temperature and their token ids, R x W,
+    best first, the first of equals."""
     rows, vocab_size = logits_RV.shape
     chunks = triton.cdiv(vocab_size, CHUNK)
     tops, weights = logits_RV.new_empty(2, rows, chunks, dtype=torch.float32)
