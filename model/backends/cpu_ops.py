@@ -10,7 +10,7 @@ Legend: as in ops.py.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class CpuOps(TorchOps):
     def linear_add(self, input_R: Tensor, linear: FusedLinear, hidden_RD: Tensor) -> Tensor | None:
         if linear.format is ActivationFormat.FLOAT32:
             return linear.wide(input_R)
-        converted = _room(input_R, input_R.shape[-1], linear.format)
+        converted = Activations(input_R.shape[:-1], input_R.shape[-1], linear.format)
         self._kernels.convert(input_R, converted)
         return _product(converted, linear)
 
@@ -90,7 +90,7 @@ class CpuOps(TorchOps):
     ) -> Tensor:
         assert context.slots_BN is not None, "begun by other ops"
         batch, new = context.shape
-        empty = torch.empty(batch, spec.kv_heads, 0, spec.head_dim, dtype=context.dtype)
+        empty = _empty(batch, spec.kv_heads, spec.head_dim, context.dtype)
         keys, values = kv_layer.allocate(empty, empty)
         assert keys.dtype == context.dtype, "the cache was filled by another backend"
         cache = KeysValues(keys, values)
@@ -165,7 +165,7 @@ class CpuOps(TorchOps):
     def _add_norm(
         self, hidden_RD: Tensor, added_RD: Tensor | None, norm: NormWeights, to: ActivationFormat
     ) -> Activations:
-        out = _room(hidden_RD, hidden_RD.shape[-1], to)
+        out = Activations(hidden_RD.shape[:-1], hidden_RD.shape[-1], to)
         self._kernels.residual_norm(hidden_RD, added_RD, norm.wide, norm.eps, out)
         return out
 
@@ -173,7 +173,7 @@ class CpuOps(TorchOps):
         self, gate_up_RF: Tensor, activation: Activation, to: ActivationFormat
     ) -> Activations:
         assert activation is F.silu, "the kernel knows SwiGLU alone"
-        out = _room(gate_up_RF, gate_up_RF.shape[-1] // 2, to)
+        out = Activations(gate_up_RF.shape[:-1], gate_up_RF.shape[-1] // 2, to)
         self._kernels.gate(gate_up_RF, out)
         return out
 
@@ -189,8 +189,11 @@ def _ops_of(kernels: CpuKernels) -> CpuOps:
     return CpuOps(kernels)
 
 
-def _room(like: Tensor, width: int, to: ActivationFormat) -> Activations:
-    return Activations(like.shape[:-1], width, to)
+@lru_cache(maxsize=64)
+def _empty(batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """No keys, which only say what a cache has to hold."""
+    with torch.inference_mode(False):
+        return torch.empty(batch, kv_heads, 0, head_dim, dtype=dtype)
 
 
 def _product(input: Activations, linear: FusedLinear) -> Tensor:

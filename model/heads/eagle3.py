@@ -6,7 +6,7 @@ Later steps take the layer's own output for g. The residual is the un-normed g, 
 vLLM (norm_before_residual false) and SGLang compute. Options of EAGLE-3.1 (arXiv 2605.09992):
 `fc_norm` norms each tap before fc, `norm_output` feeds the normed output back.
 
-Legend: B batch rows, T positions, D hidden size.
+Legend: B sequences, T positions, D hidden size.
 """
 
 from __future__ import annotations

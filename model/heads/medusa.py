@@ -6,7 +6,7 @@ The LM head is the target's own, shared by all heads, which keeps the file small
 so every head starts as the LM head. The heads do not see each other's drafts, so all nodes of one
 depth have the same children.
 
-Legend: B batch rows, T positions, D hidden size.
+Legend: B sequences, T positions, D hidden size.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ One decoder layer shared by all steps, between the target's final hidden state a
     z = norm(DecoderLayer(u))         p(x[t+2]) = softmax(lm_head(z))
 
 h[t] is the target's hidden state after its final norm; in later steps it is z. Heads that came with
-their target (model/adopt.py) may read another state and have a layer of the target's family.
+their target (checkpoint/adopt.py) may use another state and have a layer of the target's family.
 
-Legend: B batch rows, T positions, D hidden size.
+Legend: B sequences, T positions, D hidden size.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Config(AutoregressiveConfig):
     )
     feature_layer: int | None = Field(
         default=None,
-        description="Decoder layer of the target (0-based) whose output the head reads (default: "
-        "what the LM head reads).",
+        description="Decoder layer of the target (0-based) whose output the head uses (default: "
+        "the input of the LM head).",
     )
     zero_centred: bool = Field(
         default=False, description="Add 1 to the weights of the head's own norms."

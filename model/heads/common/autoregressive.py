@@ -43,7 +43,7 @@ from .cached_attention import CachedAttention, DraftVisibility
 from .layers import Attend, LayerConfig
 
 AttentionLayout = Literal["append", "kvshare"]
-QUERY_CHUNK = 512  # rows of the explicit attention of later training steps held at once
+QUERY_CHUNK = 512  # queries whose scores later training steps hold at once
 
 
 class AutoregressiveConfig(HeadConfig):
@@ -52,8 +52,9 @@ class AutoregressiveConfig(HeadConfig):
     layer: LayerConfig = Field(description="Sizes of the head's decoder layer.")
     attention_layout: AttentionLayout = Field(
         default="append",
-        description="What later draft steps attend to. append: the text and the draft tokens "
-        "before them, as stock engines compute it; kvshare: the text alone, which suits trees.",
+        description="What later draft steps attend to. append: the sequence and the draft "
+        "tokens before them, as stock engines compute it; kvshare: the sequence alone, which suits "
+        "trees.",
     )
     window: int | None = Field(
         default=None,
@@ -63,20 +64,20 @@ class AutoregressiveConfig(HeadConfig):
 
 
 class AutoregressiveHead(DraftHead):
-    """Drafts by applying one cell again and again. A kind says what the cell is."""
+    """Drafts by applying one decoder layer again and again. A kind defines that step."""
 
     attention_layout: AttentionLayout
     window: int | None = None
 
     @abstractmethod
     def feature(self, seen: TargetOutput) -> Tensor:
-        """B x T x D: what the cell reads of the target."""
+        """What the first step uses of the target's output, B x T x D."""
 
     @abstractmethod
     def step(
         self, embedded_BTD: Tensor, feature_BTD: Tensor, positions_BT: Tensor, attend: Attend
     ) -> Tensor:
-        """One application: B x T x D, not yet normed."""
+        """One draft step. Returns its output B x T x D, not yet normed."""
 
     @abstractmethod
     def lm_head_input(self, output_BTD: Tensor) -> Tensor:
@@ -94,11 +95,11 @@ class AutoregressiveHead(DraftHead):
         for step in range(steps):
             shifted_BT = tokens_BT.roll(-1 - step, dims=1)
             embedded_BTD = self.target.embed(shifted_BT).to(feature_BTD.dtype)
-            cell = (embedded_BTD, feature_BTD, positions_BT + step, attend.at(step))
+            inputs = (embedded_BTD, feature_BTD, positions_BT + step, attend.at(step))
             if self.recompute and torch.is_grad_enabled():
-                output_BTD = checkpoint(self.step, *cell, use_reentrant=False)
+                output_BTD = checkpoint(self.step, *inputs, use_reentrant=False)
             else:
-                output_BTD = self.step(*cell)
+                output_BTD = self.step(*inputs)
             hidden.append(self.lm_head_input(output_BTD))
             feature_BTD = self.next_feature(output_BTD)
         return hidden
@@ -213,12 +214,14 @@ def _causal(queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -
 
 
 def _hidden(at: int, until: int, window: int | None, device: torch.device) -> tuple[Tensor, int]:
-    """Which of the positions from `first` on the rows [at, until) do not see (rows x positions);
-    and `first`."""
+    """True where a query in [at, until) does not see a position from `first` on, queries x
+    positions; and `first`."""
     first = 0 if window is None else max(0, at - window + 1)
-    rows = torch.arange(at, until, device=device)[:, None]
+    anchors = torch.arange(at, until, device=device)[:, None]
     places = torch.arange(first, until, device=device)
-    hidden = places > rows if window is None else (places > rows) | (places <= rows - window)
+    hidden = places > anchors
+    if window is not None:
+        hidden = hidden | (places <= anchors - window)
     return hidden, first
 
 
@@ -235,12 +238,12 @@ def _attend_chain(
     window: int | None,
 ) -> Tensor:
     """Queries from position `at` on: step-0 keys up to themselves, later keys of their own."""
-    batch, heads, rows, channels = queries.shape
-    groups = keys[0].shape[1]
-    until = at + rows
+    batch, heads, new, head_dim = queries.shape
+    kv_heads = keys[0].shape[1]
+    until = at + new
     hidden, first = _hidden(at, until, window, queries.device)
-    queries = queries.reshape(batch, groups, heads // groups, rows, channels)
-    queries = queries * channels**-0.5
+    queries = queries.reshape(batch, kv_heads, heads // kv_heads, new, head_dim)
+    queries = queries * head_dim**-0.5
     first_keys = keys[0][:, :, None, first:until]
     first_values = values[0][:, :, None, first:until]
     own_keys = [later[:, :, None, at:until] for later in keys[1:]]
@@ -252,14 +255,14 @@ def _attend_chain(
     attended = weights[..., : until - first] @ first_values
     for index, later in enumerate(own_values):
         attended = attended + weights[..., until - first + index, None] * later
-    return attended.reshape(batch, heads, rows, -1)
+    return attended.reshape(batch, heads, new, -1)
 
 
 @dataclass(frozen=True)
 class HeadState:
     """Decoding state: keys and values of the committed pairs, and what the next tree starts from.
 
-    output_B1D: the cell's output at the last pair. root_B: the token after it.
+    output_B1D: the step's output at the last pair. root_B: the token after it.
     """
 
     cache: KVCache
@@ -274,7 +277,7 @@ class HeadState:
 
 
 class _DraftedNodes:
-    """Keys of drafted nodes: pending in the cache, behind the committed pairs of every row."""
+    """Keys of drafted nodes: pending in the cache, behind the committed pairs of every sequence."""
 
     def __init__(self, ops: Ops, cache: KVCache, layout: AttentionLayout, first_B1: Tensor | None):
         self.ops, self.cache, self.layout, self.first_B1 = ops, cache, layout, first_B1

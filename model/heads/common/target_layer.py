@@ -5,7 +5,7 @@ of their target's layers there. It is built from transformers' own class and cal
 or a mask: its attention hands queries, keys and values to the head's `attend`, which knows them.
 Sparse attention attends to all that it sees there: drafts need not be exact (sparse_attention.py).
 
-Legend: B batch rows, T positions, H query heads, C head channels, D hidden size.
+Legend: B sequences, T positions, H query heads, C head dimension, D hidden size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from headstart.model.target.synthetic import one_layer
 from .layers import Attend
 
 ATTENTION = "headstart"  # the name under which transformers' layers find `_attention`
-# What says nothing about a layer, or is said by the model type.
+# Settings that do not describe a layer, or follow from the model type.
 ELSEWHERE = (
     "_name_or_path",
     "architectures",
@@ -60,9 +60,12 @@ class FamilyConfig(BaseModel):
 
 
 class FamilyLayer(nn.Module):
-    """block: the layer. sparse: whether the family's attention is. Its buffers keep their
-    type whatever the head is converted to: the biases that choose among experts differ by less than
-    16 bits can tell."""
+    """One decoder layer of a family.
+
+    block: transformers' layer. sparse: whether the family's attention is sparse.
+    Its buffers keep their dtype when the head is converted: the biases that choose among experts
+    differ by less than 16 bits can tell.
+    """
 
     def __init__(self, config: FamilyConfig):
         super().__init__()
@@ -74,7 +77,7 @@ class FamilyLayer(nn.Module):
 
     def forward(self, hidden_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
         places = positions_BT
-        if hasattr(self.rotary, "mrope_section"):  # time, height and width: the same for a text
+        if hasattr(self.rotary, "mrope_section"):  # time, height and width: the same for plain text
             places = positions_BT.expand(3, *positions_BT.shape)
         output: Tensor | tuple[Tensor, ...] = self.block(
             hidden_BTD,

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """What lies between the matrix products of a decoder layer, and products of a single row.
 
-Legend: B batch rows, N new rows, R = B x N, D hidden size, F inner size of an MLP, K inputs, V
-outputs, E joined width of queries, keys and values, H query heads, G key/value heads, C head
-channels, S columns of a cache.
+Legend: B sequences, N new positions, R any leading dimensions, D hidden size, F inner size of an
+MLP, K inputs, V outputs, E width of queries, keys and values joined, H query heads, G key/value
+heads, C head dimension, S slots of a cache.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def residual_norm(
     """Add to the hidden states R x D, in place; their root mean square norm."""
     width = hidden_RD.shape[-1]
     rows = hidden_RD.numel() // width
-    assert hidden_RD.is_contiguous() and weight_D.is_contiguous(), "states are not in a row"
+    assert hidden_RD.is_contiguous() and weight_D.is_contiguous(), "states are not contiguous"
     added_RD = None if added_RD is None else added_RD.contiguous()
     out_RD = torch.empty_like(hidden_RD)
     size = triton.next_power_of_2(width)
@@ -54,78 +54,77 @@ def residual_norm(
 
 @triton.jit
 def _rotate_store(
-    mixed, query_norm, key_norm, eps, cosines, sines, positions, lengths, queries, keys, values,
-    new, heads, groups, channels, after, key_row, key_group, value_row, value_group,
-    HAS_NORM: tl.constexpr, HAS_TURN: tl.constexpr, SIZE: tl.constexpr,
+    qkv, query_norm, key_norm, eps, cosines, sines, positions, lengths, queries, keys, values,
+    new, heads, kv_heads, head_dim, after, key_row, key_head, value_row, value_head,
+    HAS_NORM: tl.constexpr, HAS_COS_SIN: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, SIZE)
-    inside = at < channels
-    half = channels // 2
+    inside = at < head_dim
+    half = head_dim // 2
     other = tl.where(at < half, at + half, at - half)
-    source = mixed + (row * (heads + 2 * groups) + head) * channels
+    source = qkv + (row * (heads + 2 * kv_heads) + head) * head_dim
     own = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
-    text = row // new
-    column = tl.load(lengths + text) + after + row % new
-    if head >= heads + groups:
-        group = head - heads - groups
-        place = values + text * value_row + group * value_group + column * channels
+    sequence = row // new
+    slot = tl.load(lengths + sequence) + after + row % new
+    if head >= heads + kv_heads:
+        kv_head = head - heads - kv_heads
+        place = values + sequence * value_row + kv_head * value_head + slot * head_dim
         tl.store(place + at, own.to(values.dtype.element_ty), mask=inside)
     else:
         pair = tl.load(source + other, mask=inside, other=0.0).to(tl.float32)
         if HAS_NORM:
             weight = query_norm if head < heads else key_norm
-            scale = 1.0 / tl.sqrt_rn(tl.sum(own * own, 0) / channels + eps)
+            scale = 1.0 / tl.sqrt_rn(tl.sum(own * own, 0) / head_dim + eps)
             own *= scale * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
             pair *= scale * tl.load(weight + other, mask=inside, other=0.0).to(tl.float32)
-        if HAS_TURN:
-            cosine = tl.load(cosines + row * channels + at, mask=inside, other=0.0).to(tl.float32)
-            sine = tl.load(sines + row * channels + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_COS_SIN:
+            cosine = tl.load(cosines + row * head_dim + at, mask=inside, other=0.0).to(tl.float32)
+            sine = tl.load(sines + row * head_dim + at, mask=inside, other=0.0).to(tl.float32)
         else:
             position = tl.load(positions + row).to(tl.float32)
             angle = position * tl.load(cosines + at % half, mask=inside, other=0.0)
             cosine, sine = tl.cos(angle), tl.sin(angle)
-        turned = own * cosine + tl.where(at < half, -pair, pair) * sine
+        rotated = own * cosine + tl.where(at < half, -pair, pair) * sine
         if head < heads:
-            place = queries + (row * heads + head) * channels
-            tl.store(place + at, turned.to(queries.dtype.element_ty), mask=inside)
+            place = queries + (row * heads + head) * head_dim
+            tl.store(place + at, rotated.to(queries.dtype.element_ty), mask=inside)
         else:
-            place = keys + text * key_row + (head - heads) * key_group + column * channels
-            tl.store(place + at, turned.to(keys.dtype.element_ty), mask=inside)
+            place = keys + sequence * key_row + (head - heads) * key_head + slot * head_dim
+            tl.store(place + at, rotated.to(keys.dtype.element_ty), mask=inside)
 
 
 def rotate_store(
-    mixed_BNE: Tensor,
-    turn: tuple[Tensor, Tensor],
+    qkv_BNE: Tensor,
+    cos_sin: tuple[Tensor, Tensor],
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
-    columns: tuple[Tensor, Tensor],
+    keys_values: tuple[Tensor, Tensor],
     lengths_B: Tensor,
     after: int,
 ) -> Tensor:
-    """Split a joined product into queries, keys and values, norm and rotate, and put the new keys
-    and values behind the text: queries B x N x H x C.
+    """Split into queries, keys and values, norm and rotate, and write keys and values to a cache.
 
-    turn: cosines and sines, both B x N x C; or frequencies (C / 2, float32) and positions (B x N).
-    norms: weights of the norms of queries and keys. columns:
-    keys and values of a cache, B x G x S x C. after: pending columns in front of the new ones.
+    cos_sin: cosines and sines, B x N x C; or frequencies (C / 2, float32) and positions (B x N).
+    norms: weights of the norms of queries and keys. keys_values: of a cache, B x G x S x C.
+    after: pending slots in front of the new ones. Returns the queries B x N x H x C.
     """
-    keys, values = columns
-    batch, new, width = mixed_BNE.shape
-    groups, channels = keys.shape[1], keys.shape[3]
-    assert keys.stride()[2:] == values.stride()[2:] == (channels, 1), "columns are not in a row"
-    heads = width // channels - 2 * groups
-    queries_BNHC = mixed_BNE.new_empty(batch, new, heads, channels)
-    weights = (mixed_BNE, mixed_BNE) if norms is None else norms
-    first, second = turn[0].contiguous(), turn[1].contiguous()
+    keys, values = keys_values
+    batch, new, width = qkv_BNE.shape
+    kv_heads, head_dim = keys.shape[1], keys.shape[3]
+    assert keys.stride()[2:] == values.stride()[2:] == (head_dim, 1), "slots are not contiguous"
+    heads = width // head_dim - 2 * kv_heads
+    queries_BNHC = qkv_BNE.new_empty(batch, new, heads, head_dim)
+    weights = (qkv_BNE, qkv_BNE) if norms is None else norms
+    first, second = cos_sin[0].contiguous(), cos_sin[1].contiguous()
     known = first.dim() > 1
-    if first.shape[-1] != (channels if known else channels // 2):
-        raise ValueError("only a part of the channels is rotated, which is not known here")
+    if first.shape[-1] != (head_dim if known else head_dim // 2):
+        raise ValueError("the kernel rotates whole heads, but the angles are for a part of one")
     angles = (first, second, lengths_B) if known else (first, first, second)
-    _rotate_store[(batch * new, heads + 2 * groups)](
-        mixed_BNE.contiguous(), *weights, eps, *angles, lengths_B, queries_BNHC, keys, values,
-        new, heads, groups, channels, after, *keys.stride()[:2], *values.stride()[:2],
-        HAS_NORM=norms is not None, HAS_TURN=known, SIZE=triton.next_power_of_2(channels),
+    _rotate_store[(batch * new, heads + 2 * kv_heads)](
+        qkv_BNE.contiguous(), *weights, eps, *angles, lengths_B, queries_BNHC, keys, values,
+        new, heads, kv_heads, head_dim, after, *keys.stride()[:2], *values.stride()[:2],
+        HAS_NORM=norms is not None, HAS_COS_SIN=known, SIZE=triton.next_power_of_2(head_dim),
         num_warps=1,
     )  # fmt: skip
     return queries_BNHC
