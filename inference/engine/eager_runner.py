@@ -56,7 +56,13 @@ class EagerRunner:
 
     def prefill(self, tokens_BT: Tensor, lengths_B: Tensor) -> StepOutput:
         self.accepted = prefill(
-            self.target, self.cache, self.drafter.taps, tokens_BT, lengths_B, self._sample
+            self.target,
+            self.cache,
+            self.drafter.taps,
+            tokens_BT,
+            lengths_B,
+            self.sampler,
+            self.sequences,
         )
         first = self.accepted.root_B[:, None].tolist()
         self.stats.lap("prefill")
@@ -76,7 +82,8 @@ class EagerRunner:
         output = self.target.forward(tree, self.cache, taps=self.drafter.taps)
         self.stats.lap("verify")
         assert output.logits_BTV is not None
-        accepted = accept(tree, self._sample(tree, output.logits_BTV))
+        tokens_BN = sample_tree(self.sampler, self.sequences, tree, output.logits_BTV)
+        accepted = accept(tree, tokens_BN)
         tokens = _emitted_tokens(accepted)
         if self.stats.timing and tree.nodes > 1:
             self.stats.lap("host")
@@ -105,9 +112,6 @@ class EagerRunner:
         self.cache.select_rows(rows)
         self.drafter.select_rows(rows)
         return step.select_rows(rows)
-
-    def _sample(self, tree: Tree, logits_BNV: Tensor) -> Tensor:
-        return sample_tree(self.sampler, self.sequences, tree, logits_BNV)
 
     def _step_output(self, tree: Tree, tokens: list[list[int]]) -> StepOutput:
         batch, num_draft_tokens, tree_depth = len(self.sequences), 0, 0

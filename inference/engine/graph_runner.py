@@ -33,12 +33,11 @@ from headstart.model.cache.kv_cache import KVCache
 from headstart.model.heads.common.base import DraftHead
 from headstart.model.target.target import Target
 from headstart.model.tree.shape import TreeShape
-from headstart.model.tree.tree import Tree
 
 from .cuda_graph import CAPTURABLE, CAPTURE_LOCK
 from .graph_pool import GraphPool
 from .sampler import Sampler
-from .sequence import SequenceState, sample_tree
+from .sequence import SequenceState
 from .stats import Stats
 from .step_graphs import PrefillState, StepGraphs
 from .step_runner import DraftLimits, StepOutput, prefill
@@ -88,7 +87,9 @@ class GraphRunner:
         head, batch = self.head, len(self.sequences)
         with CAPTURE_LOCK:
             cache, taps = self.target.new_cache(batch), () if head is None else head.taps
-            step = prefill(self.target, cache, taps, tokens_BT, lengths_B, self._sample)
+            step = prefill(
+                self.target, cache, taps, tokens_BT, lengths_B, self.sampler, self.sequences
+            )
             cache.commit(None, lengths_B)
             state = None
             if head is not None:
@@ -139,9 +140,6 @@ class GraphRunner:
         if self.graphs is not None:
             self.pool.release(self.graphs)
             self.graphs = None
-
-    def _sample(self, tree: Tree, logits_BNV: Tensor) -> Tensor:
-        return sample_tree(self.sampler, self.sequences, tree, logits_BNV)
 
     def _graphs_with_room(self, active: Sequence[SequenceState]) -> StepGraphs:
         """Graphs whose caches have room for one more step."""

@@ -5,7 +5,7 @@ Legend: B sequences, N tree nodes, T prompt positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,8 @@ from headstart.model.target.target import Target
 from headstart.model.tree.tree import Tree
 
 from .draft import AcceptedStep
-from .sequence import SequenceState
+from .sampler import Sampler
+from .sequence import SequenceState, sample_tree
 
 
 @dataclass(frozen=True)
@@ -87,19 +88,20 @@ def prefill(
     taps: tuple[int, ...],
     tokens_BT: Tensor,
     lengths_B: Tensor,
-    sample: Callable[[Tree, Tensor], Tensor],
+    sampler: Sampler,
+    sequences: Sequence[SequenceState],
 ) -> AcceptedStep:
     """Process the prompts and sample the first token of each response, the next `root_B`.
 
     The positions stay pending in the cache.
     taps: decoder layers whose output the head needs.
-    sample: returns the sampled tokens B x N for a tree and its logits.
     """
     # Logits of a whole prompt would be large, and only the last ones are needed.
     output = target.forward(tokens_BT, cache, lengths_B=lengths_B, taps=taps, logits=False)
     last_B1 = lengths_B[:, None] - 1
     logits_B1V = target.unembed(output.gather(last_B1).lm_head_input_BTD)
-    first_B1 = sample(Tree.root(tokens_BT.gather(1, last_B1)[:, 0]), logits_B1V)
+    root = Tree.root(tokens_BT.gather(1, last_B1)[:, 0])
+    first_B1 = sample_tree(sampler, sequences, root, logits_B1V)
     path_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
     next_tokens_BT = tokens_BT.roll(-1, dims=1).scatter(1, last_B1, first_B1)
     return AcceptedStep(path_BT, lengths_B, output, next_tokens_BT)

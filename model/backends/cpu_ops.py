@@ -22,7 +22,14 @@ from headstart.model.cache.kv_cache import KVLayer
 from .kernels.cpu import functions
 from .kernels.cpu.functions import ActivationFormat, Activations, CpuKernels, KeysValues
 from .linear import FusedLinear
-from .ops import Activation, AttentionContext, AttentionSpec, CacheVisibility, NormWeights
+from .ops import (
+    Activation,
+    AttentionContext,
+    AttentionSpec,
+    CacheVisibility,
+    NormWeights,
+    refuse_gradients,
+)
 from .rotary import CosSin, Rotary
 from .torch_ops import TORCH_OPS, TorchOps, exact_attention, grouped_attention
 from .visibility import AdditiveMask
@@ -95,7 +102,7 @@ class CpuOps(TorchOps):
         assert keys.dtype == context.dtype, "the cache was filled by another backend"
         cache = KeysValues(keys, values)
         queries_BNHC = self._kernels.rotate_store(
-            qkv_RE, *_norms(spec), context.cos_sin, context.slots_BN, cache
+            qkv_RE, *spec.norms(wide=True), context.cos_sin, context.slots_BN, cache
         )
         visible, mask_BNS = context.visibility.cache.slots, context.mask(spec.kind)
         exact = spec.exact or keys.dtype == torch.bfloat16
@@ -130,12 +137,12 @@ class CpuOps(TorchOps):
         return attended_BNHC.transpose(1, 2)
 
     def rms_norm(self, hidden_RD: Tensor, norm: NormWeights) -> Tensor:
-        _refuse_gradients(hidden_RD)
+        refuse_gradients(hidden_RD)
         hidden_RD = hidden_RD.contiguous()
         return self._add_norm(hidden_RD, None, norm, ActivationFormat.FLOAT32).values
 
     def linear(self, input_R: Tensor, linear: FusedLinear) -> Tensor:
-        _refuse_gradients(input_R)
+        refuse_gradients(input_R)
         return linear(input_R)
 
     def gate(self, gate_up_RF: Tensor, activation: Activation) -> Tensor:
@@ -151,7 +158,7 @@ class CpuOps(TorchOps):
         keys, values = torch.empty(2, batch, spec.kv_heads, new, spec.head_dim)
         slots_BN = torch.arange(new).expand(batch, -1).contiguous()
         queries_BNHC = self._kernels.rotate_store(
-            qkv_BNE, *_norms(spec), cos_sin, slots_BN, KeysValues(keys, values)
+            qkv_BNE, *spec.norms(wide=True), cos_sin, slots_BN, KeysValues(keys, values)
         )
         return queries_BNHC.transpose(1, 2), keys, values
 
@@ -200,14 +207,3 @@ def _product(input: Activations, linear: FusedLinear) -> Tensor:
     if input.format is ActivationFormat.INT8:
         return linear.integers.product(input)
     return linear.wide(input.values).contiguous()
-
-
-def _norms(spec: AttentionSpec) -> tuple[tuple[Tensor, Tensor] | None, float]:
-    """Weights of the norms of queries and keys, and their epsilon."""
-    query, key = spec.query_norm, spec.key_norm
-    return (None, 0.0) if query is None or key is None else ((query.wide, key.wide), query.eps)
-
-
-def _refuse_gradients(hidden: Tensor) -> None:
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        raise ValueError("A head that was opened for decoding has no gradients. Load it again.")

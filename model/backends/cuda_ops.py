@@ -27,7 +27,14 @@ from headstart.model.cache.kv_cache import KVLayer
 from headstart.model.tree.ops import Pool
 
 from .linear import FusedLinear
-from .ops import Activation, AttentionContext, AttentionSpec, CacheVisibility, NormWeights
+from .ops import (
+    Activation,
+    AttentionContext,
+    AttentionSpec,
+    CacheVisibility,
+    NormWeights,
+    refuse_gradients,
+)
 from .rotary import CosSin, Rotary
 from .torch_ops import TORCH_OPS, TorchOps, grouped_attention
 
@@ -93,7 +100,7 @@ class TritonOps(TorchOps):
     def attend(
         self, qkv_RE: Tensor, spec: AttentionSpec, context: AttentionContext, kv_layer: KVLayer
     ) -> Tensor:
-        _refuse(qkv_RE)
+        refuse_gradients(qkv_RE)
         qkv_BNE = qkv_RE.view(*context.shape, -1)
         visibility, cache = context.visibility, context.visibility.cache
         empty = qkv_BNE.new_empty(len(qkv_BNE), spec.kv_heads, 0, spec.head_dim)
@@ -101,7 +108,7 @@ class TritonOps(TorchOps):
         queries_BNHC = self._kernels.rotate_store(
             qkv_BNE,
             context.cos_sin,
-            *_norms(spec),
+            *spec.norms(wide=False),
             (keys, values),
             cache.lengths_B,
             cache.pending_before,
@@ -135,11 +142,11 @@ class TritonOps(TorchOps):
         linear.join()
 
     def linear(self, input_R: Tensor, linear: FusedLinear) -> Tensor:
-        _refuse(input_R)
+        refuse_gradients(input_R)
         return F.linear(input_R, *linear.joined)
 
     def gate(self, gate_up_RF: Tensor, activation: Activation) -> Tensor:
-        _refuse(gate_up_RF)
+        refuse_gradients(gate_up_RF)
         assert activation is F.silu, "the kernel knows SwiGLU alone"
         gated: Tensor = self._kernels.gate(gate_up_RF)
         return gated
@@ -155,7 +162,7 @@ class TritonOps(TorchOps):
         keys, values = qkv_BNE.new_empty(2, batch, spec.kv_heads, new, spec.head_dim)
         lengths_B = torch.zeros(batch, dtype=torch.int64, device=qkv_BNE.device)
         queries_BNHC = self._kernels.rotate_store(
-            qkv_BNE, cos_sin, *_norms(spec), (keys, values), lengths_B, 0
+            qkv_BNE, cos_sin, *spec.norms(wide=False), (keys, values), lengths_B, 0
         )
         return queries_BNHC.transpose(1, 2), keys, values
 
@@ -228,15 +235,3 @@ def kernel_hash() -> str:
 
 def _one_row(hidden_RD: Tensor) -> bool:
     return hidden_RD.numel() == hidden_RD.shape[-1]
-
-
-def _norms(spec: AttentionSpec) -> tuple[tuple[Tensor, Tensor] | None, float]:
-    """Weights of the norms of queries and keys, and their epsilon."""
-    query, key = spec.query_norm, spec.key_norm
-    return (None, 0.0) if query is None or key is None else ((query.weight, key.weight), query.eps)
-
-
-def _refuse(hidden: Tensor) -> None:
-    """ValueError for what the kernels do not compute."""
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        raise ValueError("A head that was opened for decoding has no gradients. Load it again.")

@@ -81,6 +81,14 @@ class AttentionSpec:
     kind: str = ""
     exact: bool = False
 
+    def norms(self, *, wide: bool) -> tuple[tuple[Tensor, Tensor] | None, float]:
+        """Weights of the norms of queries and keys, in float32 if `wide`, and their epsilon."""
+        query, key = self.query_norm, self.key_norm
+        if query is None or key is None:
+            return None, 0.0
+        weights = (query.wide, key.wide) if wide else (query.weight, key.weight)
+        return weights, query.eps
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionContext:
@@ -101,6 +109,12 @@ class AttentionContext:
     def mask(self, kind: str) -> Tensor | None:
         """The mask of one kind of attention."""
         return self.masks[kind] if isinstance(self.masks, dict) else self.masks
+
+
+def refuse_gradients(hidden: Tensor) -> None:
+    """ValueError where a gradient is wanted: kernels compute none."""
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        raise ValueError("A head that was opened for decoding has no gradients. Load it again.")
 
 
 class Ops(TreeOps, Protocol):

@@ -1,4 +1,4 @@
-"""Option values that are lists."""
+"""Option values: choices and lists."""
 
 from __future__ import annotations
 
